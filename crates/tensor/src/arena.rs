@@ -1,0 +1,100 @@
+//! Recycled buffers: a training step asks for the same sizes again and again, and fresh pages cost more than the arithmetic on them.
+
+use crate::Real;
+use std::collections::BTreeMap;
+use std::ops::{Deref, DerefMut};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// A pool of vectors by capacity. Clones share the pool.
+#[derive(Clone, Debug)]
+pub struct Arena<T: Real>(Arc<Mutex<Pool<T>>>);
+
+#[derive(Debug)]
+struct Pool<T> {
+    free: BTreeMap<usize, Vec<Vec<T>>>,
+    live: usize,
+}
+
+impl<T: Real> Default for Arena<T> {
+    fn default() -> Self {
+        Arena(Arc::new(Mutex::new(Pool { free: BTreeMap::new(), live: 0 })))
+    }
+}
+
+impl<T: Real> Arena<T> {
+    fn pool(&self) -> MutexGuard<'_, Pool<T>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A buffer of `len` numbers with arbitrary (stale) content.
+    pub fn take(&self, len: usize) -> Buffer<T> {
+        let mut pool = self.pool();
+        // A buffer up to twice as large is reused: ragged batches ask for many lengths near each other.
+        let found = pool.free.range(len..=len.saturating_mul(2).max(64)).next().map(|(&capacity, _)| capacity);
+        let mut data = match found {
+            Some(capacity) => {
+                let same = pool.free.get_mut(&capacity).expect("key was just found");
+                let data = same.pop().expect("empty lists are removed");
+                if same.is_empty() {
+                    pool.free.remove(&capacity);
+                }
+                data
+            }
+            None => Vec::with_capacity(len),
+        };
+        pool.live += data.capacity();
+        drop(pool);
+        data.resize(len, T::ZERO); // truncates, or zeroes only the part that was never used
+        Buffer { data, home: self.clone() }
+    }
+
+    /// A buffer of `len` zeros.
+    pub fn zeros(&self, len: usize) -> Buffer<T> {
+        let mut buffer = self.take(len);
+        buffer.fill(T::ZERO);
+        buffer
+    }
+
+    pub fn copy(&self, from: &[T]) -> Buffer<T> {
+        let mut buffer = self.take(from.len());
+        buffer.copy_from_slice(from);
+        buffer
+    }
+
+    /// Numbers in buffers that are handed out now; zero between steps.
+    pub fn live(&self) -> usize {
+        self.pool().live
+    }
+}
+
+/// A vector that returns to its arena when dropped.
+#[derive(Debug)]
+pub struct Buffer<T: Real> {
+    data: Vec<T>,
+    home: Arena<T>,
+}
+
+impl<T: Real> Deref for Buffer<T> {
+    type Target = [T];
+    fn deref(&self) -> &[T] {
+        &self.data
+    }
+}
+
+impl<T: Real> DerefMut for Buffer<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        &mut self.data
+    }
+}
+
+impl<T: Real> Drop for Buffer<T> {
+    fn drop(&mut self) {
+        let data = std::mem::take(&mut self.data);
+        let capacity = data.capacity();
+        let mut pool = self.home.pool();
+        pool.live = pool.live.saturating_sub(capacity);
+        if capacity > 0 {
+            pool.free.entry(capacity).or_default().push(data);
+        }
+    }
+}

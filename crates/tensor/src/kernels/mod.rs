@@ -1,0 +1,4 @@
+//! The inner loops: matrix products, SIMD helpers, use of the thread pool. All `unsafe` of the crate lives here.
+
+pub mod gemm;
+pub mod parallel;

@@ -1,0 +1,22 @@
+//! Arrays on candle-core, the gradient tape, the coarse ops of the model and their kernels. Knows nothing of language models.
+//!
+//! Shape legend used in names: n tokens, d width, h heads, k key/value heads, e experts, a assignments (token-expert pairs), v vocabulary.
+
+#![deny(unsafe_code)] // allowed in kernels alone
+
+pub mod arena;
+pub mod check;
+pub mod engine;
+pub mod kernels;
+pub mod ops;
+pub mod params;
+pub mod random;
+pub mod real;
+pub mod tape;
+
+pub use arena::{Arena, Buffer};
+pub use engine::{Engine, EngineError};
+pub use params::{Layout, Param};
+pub use random::Random;
+pub use real::Real;
+pub use tape::{Gradients, Tape, Value};
