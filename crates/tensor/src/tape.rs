@@ -3,7 +3,7 @@
 
 use crate::{Arena, Buffer, Engine, Param, Real};
 use candle_core::{Device, Tensor, Var};
-use std::rc::Rc;
+use std::sync::Arc;
 
 /// Identity of a value on its tape: all that a backward needs to deliver a gradient.
 #[derive(Clone, Copy, Debug)]
@@ -25,7 +25,7 @@ pub struct Value<T: Real = f32> {
     slot: Slot,
     rows: usize,
     width: usize,
-    data: Rc<Buffer<T>>,
+    data: Arc<Buffer<T>>,
 }
 
 impl<T: Real> Value<T> {
@@ -113,7 +113,7 @@ impl<'a, T: Real> Tape<'a, T> {
         assert_eq!(data.len(), rows * width, "an op returned the wrong number of values");
         let slot = Slot { id: self.next, len: data.len(), needs_grad: needs_grad && self.recording };
         self.next += 1;
-        Value { slot, rows, width, data: Rc::new(data) }
+        Value { slot, rows, width, data: Arc::new(data) }
     }
 
     /// Appends the backward of an op; call it only for outputs that need a gradient.

@@ -1,0 +1,78 @@
+//! Sums of values: the residual `add`, and `weighted_sum` of scalars (the total loss).
+
+use crate::kernels::parallel;
+use crate::{Engine, Real, Tape, Value};
+
+/// x + y, both [n, d].
+pub fn add<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, y: &Value<T>) -> Value<T> {
+    assert_eq!((x.rows(), x.width()), (y.rows(), y.width()), "add: shapes differ");
+    if tape.engine() == Engine::Reference {
+        return tape.reference(&[x, y], &[], |t| Ok(vec![(&t[0] + &t[1])?])).remove(0);
+    }
+    let (n, d) = (x.rows(), x.width());
+    let mut z_nd = tape.arena().take(n * d);
+    parallel::rows(&mut z_nd, d, |i, z_d| {
+        for ((z, x), y) in z_d.iter_mut().zip(&x.data()[i * d..]).zip(&y.data()[i * d..]) {
+            *z = *x + *y;
+        }
+    });
+    let z = tape.output(z_nd, n, d, x.needs_grad() || y.needs_grad());
+    if z.needs_grad() {
+        let (x, y, z) = (x.slot(), y.slot(), z.slot());
+        tape.record(move |grads| {
+            let Some(dz_nd) = grads.take(z) else { return };
+            if x.needs_grad() {
+                grads.write(y, |dy_nd, accumulate| {
+                    if accumulate { crate::tape::add(dy_nd, &dz_nd) } else { dy_nd.copy_from_slice(&dz_nd) }
+                });
+                grads.give(x, dz_nd);
+            } else {
+                grads.give(y, dz_nd);
+            }
+        });
+    }
+    z
+}
+
+/// Σ c·s over [1, 1] values, as a [1, 1] value. A zero coefficient leaves its term out, of the gradient too.
+pub fn weighted_sum<'a, T: Real>(tape: &mut Tape<'a, T>, terms: &[(&Value<T>, f64)]) -> Value<T> {
+    let mut sum = tape.arena().zeros(1);
+    for (value, coefficient) in terms.iter().filter(|(_, c)| *c != 0.0) {
+        sum[0] += value.scalar() * T::from_f64(*coefficient);
+    }
+    let needs = terms.iter().any(|(value, c)| *c != 0.0 && value.needs_grad());
+    let total = tape.output(sum, 1, 1, needs);
+    if total.needs_grad() {
+        let slots: Vec<_> = terms.iter().filter(|(_, c)| *c != 0.0).map(|(v, c)| (v.slot(), T::from_f64(*c))).collect();
+        let total = total.slot();
+        tape.record(move |grads| {
+            let Some(upstream) = grads.take(total) else { return };
+            for (slot, c) in slots {
+                grads.add(slot, |d| d[0] += c * upstream[0]);
+            }
+        });
+    }
+    total
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::check;
+
+    #[test]
+    fn gradients_agree_with_differences_and_with_the_reference() {
+        let inputs = [check::Input::random(1, 3, 4, 1.0), check::Input::random(2, 3, 4, 1.0)];
+        let op = |tape: &mut Tape<'_, f64>, x: &[Value<f64>]| {
+            let once = add(tape, &x[0], &x[1]);
+            vec![add(tape, &once, &x[0])] // x[0] is used twice: its gradient accumulates
+        };
+        assert!(check::worst(Engine::Cpu, &inputs, &[], op) < 1e-8);
+        assert!(check::parity::<f64>(&inputs, &[], op) < 1e-13);
+        let scalars = [check::Input::random(1, 1, 1, 1.0), check::Input::random(2, 1, 1, 1.0)];
+        let op = |tape: &mut Tape<'_, f64>, x: &[Value<f64>]| {
+            vec![weighted_sum(tape, &[(&x[0], 0.5), (&x[1], 0.0), (&x[0], 2.0)])]
+        };
+        assert!(check::worst(Engine::Cpu, &scalars, &[], op) < 1e-8);
+    }
+}

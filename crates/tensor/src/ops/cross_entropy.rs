@@ -1,0 +1,173 @@
+//! Cross-entropy fused with the output projection, in chunks of rows: Σ w_t (lse_t − logit_t[target_t]) / Σ w_t with logits = x Wᵀ.
+//! No [n, v] array is kept: while recording, a chunk's logits are turned into gradients of x and W at once and dropped (the loss is
+//! linear in its upstream gradient, which enters later as one factor).
+
+use crate::kernels::gemm::{Matrix, matmul};
+use crate::kernels::parallel;
+use crate::{Buffer, Engine, Param, Real, Tape, Value};
+use candle_core::{D, Device, Tensor};
+use std::sync::Arc;
+
+/// Logits that live at one time, in numbers.
+const CHUNK: usize = 1 << 18;
+
+/// What is predicted: targets and loss weights by row.
+#[derive(Clone, Debug)]
+pub struct Targets {
+    pub ids_n: Arc<[u32]>,
+    /// Weights w_t >= 0; a row of weight 0 has no target.
+    pub weights_n: Arc<[f64]>,
+}
+
+/// The mean loss as a [1, 1] value and the loss of every row (nats). `weight` is [v, d]. Zero total weight gives loss 0.
+pub fn cross_entropy<'a, T: Real>(
+    tape: &mut Tape<'a, T>,
+    x: &Value<T>,
+    weight: Param,
+    targets: &Targets,
+) -> (Value<T>, Vec<f64>) {
+    let (n, d, v) = (x.rows(), x.width(), weight.rows);
+    assert!(targets.ids_n.len() == n && targets.weights_n.len() == n, "cross_entropy: one target and weight per row");
+    assert!(targets.ids_n.iter().all(|id| (*id as usize) < v), "cross_entropy: target outside the vocabulary");
+    let total: f64 = targets.weights_n.iter().sum();
+    let share_n: Vec<f64> = targets.weights_n.iter().map(|w| if total > 0.0 { w / total } else { 0.0 }).collect();
+    if tape.engine() == Engine::Reference {
+        return reference(tape, x, weight, targets, &share_n);
+    }
+    let needs = tape.recording() && (x.needs_grad() || weight.trainable);
+    let w_vd = &tape.param(&weight)[..v * d];
+    let mut losses_n = vec![0.0; n];
+    let mut dx_nd: Option<Buffer<T>> = (needs && x.needs_grad()).then(|| tape.arena().take(n * d));
+    let mut dw_vd: Option<Buffer<T>> = (needs && weight.trainable).then(|| tape.arena().zeros(v * d));
+    let rows = (CHUNK / v).clamp(16, n.max(16));
+    let mut logits = tape.arena().take(rows.min(n) * v);
+    for start in (0..n).step_by(rows) {
+        let c = rows.min(n - start);
+        let (x_cd, logits_cv) = (Matrix::new(&x.data()[start * d..(start + c) * d], c, d), &mut logits[..c * v]);
+        matmul(logits_cv, x_cd, Matrix::new(w_vd, v, d).t(), false);
+        let mut losses_c = tape.arena().take(c);
+        parallel::rows(&mut losses_c, 1, |i, loss| {
+            loss[0] = row_loss(&logits_cv[i * v..(i + 1) * v], targets.ids_n[start + i] as usize);
+        });
+        losses_n[start..start + c].iter_mut().zip(losses_c.iter()).for_each(|(to, from)| *to = from.to_f64());
+        if needs {
+            parallel::rows(logits_cv, v, |i, row_v| {
+                row_gradient(row_v, targets.ids_n[start + i] as usize, losses_c[i], T::from_f64(share_n[start + i]));
+            });
+            let dlogits = Matrix::new(&*logits_cv, c, v);
+            if let Some(dx_nd) = &mut dx_nd {
+                matmul(&mut dx_nd[start * d..(start + c) * d], dlogits, Matrix::new(w_vd, v, d), false);
+            }
+            if let Some(dw_vd) = &mut dw_vd {
+                matmul(dw_vd, dlogits.t(), x_cd, true);
+            }
+        }
+    }
+    let mean: f64 = losses_n.iter().zip(&share_n).map(|(l, s)| if *s == 0.0 { 0.0 } else { l * s }).sum();
+    let mut out = tape.arena().take(1);
+    out[0] = T::from_f64(mean);
+    let loss = tape.output(out, 1, 1, needs);
+    if loss.needs_grad() {
+        let (x, slot) = (x.slot(), loss.slot());
+        tape.record(move |grads| {
+            let Some(upstream) = grads.take(slot) else { return };
+            if let (Some(from), Some(to)) = (dw_vd, grads.param(&weight)) {
+                to.iter_mut().zip(from.iter()).for_each(|(t, f)| *t += *f * upstream[0]);
+            }
+            if let Some(mut dx_nd) = dx_nd {
+                dx_nd.iter_mut().for_each(|d| *d *= upstream[0]);
+                grads.give(x, dx_nd);
+            }
+        });
+    }
+    (loss, losses_n)
+}
+
+/// lse(logits) − logits[target], stable for any finite logits.
+fn row_loss<T: Real>(logits_v: &[T], target: usize) -> T {
+    let top = logits_v.iter().fold(-T::INFINITY, |m, x| Real::max(m, *x));
+    let sum: T = logits_v.iter().map(|x| (*x - top).exp()).sum();
+    top + sum.ln() - logits_v[target]
+}
+
+/// Turns logits into share·(softmax − onehot); lse = loss + logits[target].
+fn row_gradient<T: Real>(row_v: &mut [T], target: usize, loss: T, share: T) {
+    let lse = loss + row_v[target];
+    for x in row_v.iter_mut() {
+        *x = share * (*x - lse).exp();
+    }
+    row_v[target] -= share;
+}
+
+fn reference<'a, T: Real>(
+    tape: &mut Tape<'a, T>,
+    x: &Value<T>,
+    weight: Param,
+    targets: &Targets,
+    share_n: &[f64],
+) -> (Value<T>, Vec<f64>) {
+    let n = x.rows();
+    if n == 0 {
+        return (tape.constant(&[T::ZERO], 1, 1), Vec::new());
+    }
+    let outputs = tape.reference(&[x], &[weight], |t| {
+        let logits = t[0].matmul(&t[1].t()?)?;
+        let top = logits.max_keepdim(D::Minus1)?.detach();
+        let lse = (logits.broadcast_sub(&top)?.exp()?.sum_keepdim(1)?.log()? + top)?;
+        let ids = Tensor::from_slice(&targets.ids_n, (n, 1), &Device::Cpu)?;
+        let losses = (lse - logits.gather(&ids, 1)?)?;
+        let share = Tensor::from_slice(share_n, (n, 1), &Device::Cpu)?.to_dtype(losses.dtype())?;
+        Ok(vec![(&losses * share)?.sum_all()?.reshape((1, 1))?, losses.detach()])
+    });
+    let losses = outputs[1].data().iter().map(|l| l.to_f64()).collect();
+    (outputs[0].clone(), losses)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Layout, check};
+
+    fn case(n: usize, d: usize, v: usize, scale: f64) -> ([check::Input; 1], Vec<f64>, Param, Targets) {
+        let layout = Layout::new([("w".into(), vec![v, d], true)]);
+        let weights: Vec<f64> = (0..n).map(|i| [0.0, 1.0, 0.25][i % 3]).collect();
+        let targets =
+            Targets { ids_n: (0..n).map(|i| (i * 5 % v) as u32).collect::<Vec<_>>().into(), weights_n: weights.into() };
+        let params = check::normals(1, layout.len(), scale);
+        ([check::Input::random(2, n, d, scale)], params, layout.get("w").unwrap(), targets)
+    }
+
+    #[test]
+    fn gradients_agree_with_differences_and_with_the_reference() {
+        for (n, d, v) in [(0, 2, 3), (1, 2, 3), (2, 1, 1), (7, 4, 11), (40, 3, 5)] {
+            let (inputs, params, weight, targets) = case(n, d, v, 1.0);
+            let op = |tape: &mut Tape<'_, f64>, x: &[Value<f64>]| vec![cross_entropy(tape, &x[0], weight, &targets).0];
+            let worst = check::worst(Engine::Cpu, &inputs, &params, op);
+            assert!(worst < 1e-8, "{n} {d} {v}: {worst}");
+            assert!(check::parity::<f64>(&inputs, &params, op) < 1e-12);
+        }
+    }
+
+    #[test]
+    fn many_chunks_equal_one_formula_and_row_losses_are_right() {
+        let (inputs, params, weight, targets) = case(300, 2, 4000, 1.0);
+        let op = |tape: &mut Tape<'_, f64>, x: &[Value<f64>]| vec![cross_entropy(tape, &x[0], weight, &targets).0];
+        assert!(check::parity::<f64>(&inputs, &params, op) < 1e-12);
+        let arena = crate::Arena::default();
+        let mut tape = Tape::inference(Engine::Cpu, &params, &arena);
+        let x = tape.constant(&inputs[0].data, 300, 2);
+        let (loss, rows) = cross_entropy(&mut tape, &x, weight, &targets);
+        let total: f64 = targets.weights_n.iter().sum();
+        let mean: f64 = rows.iter().zip(targets.weights_n.iter()).map(|(l, w)| l * w / total).sum();
+        assert!((loss.scalar() - mean).abs() < 1e-12);
+    }
+
+    #[test]
+    fn extreme_logits_stay_finite() {
+        let (inputs, params, weight, targets) = case(6, 3, 5, 100.0);
+        let (value, gradients) = check::analytic::<f32>(Engine::Cpu, &inputs, &params, |tape, x| {
+            vec![cross_entropy(tape, &x[0], weight, &targets).0]
+        });
+        assert!(value.is_finite() && gradients.iter().flatten().all(|g| g.is_finite()));
+    }
+}
