@@ -362,3 +362,82 @@ impl<T: Real> Gradients<'_, T> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::{combine, linear::linear, rms_norm::rms_norm};
+    use crate::{Layout, check};
+
+    fn block<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, gain: Param, weight: Param) -> Vec<Value<T>> {
+        let normed = rms_norm(tape, x, gain, 1e-6);
+        let y = linear(tape, &normed, weight);
+        let sum = combine::add(tape, x, &y);
+        vec![sum, normed]
+    }
+
+    fn parts() -> (Param, Param, Vec<f64>, [check::Input; 1]) {
+        let layout = Layout::new([("g".into(), vec![6], true), ("w".into(), vec![6, 6], true)]);
+        let params = check::normals(1, layout.len(), 0.5);
+        (layout.get("g").unwrap(), layout.get("w").unwrap(), params, [check::Input::random(2, 5, 6, 1.0)])
+    }
+
+    #[test]
+    fn a_replayed_block_gives_the_same_bytes() {
+        let (gain, weight, params, inputs) = parts();
+        let run = |replay: bool| {
+            check::analytic::<f32>(Engine::Cpu, &inputs, &params, |tape, x| {
+                if replay {
+                    let first = tape.checkpoint(&[&x[0]], move |tape, x| block(tape, &x[0], gain, weight));
+                    tape.checkpoint(&[&first[0], &first[1]], move |tape, x| {
+                        let sum = combine::add(tape, &x[0], &x[1]);
+                        block(tape, &sum, gain, weight)
+                    })
+                } else {
+                    let first = block(tape, &x[0], gain, weight);
+                    let sum = combine::add(tape, &first[0], &first[1]);
+                    block(tape, &sum, gain, weight)
+                }
+            })
+        };
+        assert_eq!(run(true), run(false));
+    }
+
+    #[test]
+    fn nothing_outlives_a_step_and_a_watch_sees_the_whole_gradient() {
+        let (gain, weight, params, inputs) = parts();
+        let arena = Arena::default();
+        let seen = std::cell::RefCell::new(Vec::new());
+        {
+            let mut tape = Tape::new(Engine::Cpu, &params, &arena);
+            let x = tape.leaf(&inputs[0].data, 5, 6);
+            let once = combine::add(&mut tape, &x, &x);
+            tape.watch(&once, |gradient| seen.borrow_mut().extend_from_slice(gradient));
+            let outputs = block(&mut tape, &once, gain, weight);
+            let ones = vec![1.0; 30];
+            let total = tape.arena().take(1);
+            let total = tape.output(total, 1, 1, true);
+            let (slot, from) = (total.slot(), outputs[0].slot());
+            tape.record(move |grads| {
+                grads.take(slot);
+                grads.add(from, |d| add(d, &ones));
+            });
+            drop((once, outputs));
+            let mut flat = vec![0.0; params.len()];
+            let grads = tape.backward(&total, &mut flat);
+            let twice: Vec<f64> = seen.borrow().iter().map(|g| 2.0 * g).collect();
+            assert_eq!(grads.of(&x), twice);
+        }
+        assert_eq!(arena.live(), 0);
+    }
+
+    #[test]
+    fn inference_saves_nothing() {
+        let (gain, weight, params, inputs) = parts();
+        let arena = Arena::default();
+        let mut tape = Tape::inference(Engine::Cpu, &params, &arena);
+        let x = tape.constant(&inputs[0].data, 5, 6);
+        let y = block(&mut tape, &x, gain, weight);
+        assert!(tape.nodes.is_empty() && y.iter().all(|y| !y.needs_grad()));
+    }
+}
