@@ -3,6 +3,8 @@
 pub mod combine;
 pub mod cross_entropy;
 pub mod embedding;
+pub mod experts;
 pub mod linear;
 pub mod rms_norm;
 pub mod scale_heads;
+pub mod swiglu;

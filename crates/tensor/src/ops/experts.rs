@@ -1,0 +1,468 @@
+//! SwiGLU experts on a ragged list of assignments: y_t = Σ_a w_a W_down,e (silu(G_e x_t) * (U_e x_t)) over the assignments a = (t, e) of token t.
+//! Tokens are counting-sorted by expert and every expert is one product per weight; nothing of size tokens x experts x width exists.
+
+use crate::kernels::gemm::{Matrix, Threads, matmul_strided};
+use crate::kernels::parallel;
+use crate::ops::swiglu::{activate, activate_backward};
+use crate::{Buffer, Engine, Param, Real, Tape, Value};
+use candle_core::{Device, Tensor};
+use rayon::prelude::*;
+use std::ops::Range;
+use std::rc::Rc;
+
+/// Which experts every token goes to: row t is `expert_ids_a[row_offsets_n1[t]..row_offsets_n1[t + 1]]`, of any length, also 0.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Assignments {
+    /// Starts of the rows, and the number of assignments as the last entry.
+    pub row_offsets_n1: Vec<usize>,
+    /// Ids below `num_experts` are experts; any other id computes nothing.
+    pub expert_ids_a: Vec<u32>,
+    pub num_experts: usize,
+}
+
+impl Assignments {
+    pub fn num_tokens(&self) -> usize {
+        self.row_offsets_n1.len().saturating_sub(1)
+    }
+
+    /// The places of token `t` in arrays over assignments.
+    pub fn span(&self, t: usize) -> Range<usize> {
+        self.row_offsets_n1[t]..self.row_offsets_n1[t + 1]
+    }
+
+    /// The ids of token `t`.
+    pub fn row(&self, t: usize) -> &[u32] {
+        &self.expert_ids_a[self.span(t)]
+    }
+}
+
+/// x [n, d], weights_a [a, 1], gate_up [e, 2g, d] (rows 0..g gate, g..2g up), down [e, d, g], y [n, d]. Gradients for x, weights_a, gate_up and
+/// down; an expert without tokens gets exactly zero. Panics if shapes differ: they are fixed by the validated configuration.
+pub fn experts<'a, T: Real>(
+    tape: &mut Tape<'a, T>,
+    x: &Value<T>,
+    weights_a: &Value<T>,
+    routing: &Rc<Assignments>,
+    gate_up: Param,
+    down: Param,
+) -> Value<T> {
+    assert!(x.width() == gate_up.width && x.width() == down.rows, "experts: widths differ");
+    assert!(gate_up.rows == 2 * down.width, "experts: hidden sizes differ");
+    assert!(gate_up.count == routing.num_experts && down.count == routing.num_experts, "experts: counts differ");
+    assert_eq!(x.rows(), routing.num_tokens(), "experts: the routing is for another number of tokens");
+    assert_eq!(weights_a.data().len(), routing.expert_ids_a.len(), "experts: one weight per assignment");
+    match tape.engine() {
+        Engine::Reference => {
+            let formula = |t: &[Tensor]| reference(t, routing);
+            tape.reference(&[x, weights_a], &[gate_up, down], formula).remove(0)
+        }
+        _ => cpu(tape, x, weights_a, routing, gate_up, down),
+    }
+}
+
+fn reference(t: &[Tensor], routing: &Assignments) -> candle_core::Result<Vec<Tensor>> {
+    let (x_nd, weights_a1) = (&t[0], &t[1]);
+    // A single matrix arrives without its leading dimension.
+    let stack = |t: &Tensor| if t.rank() == 2 { t.unsqueeze(0) } else { Ok(t.clone()) };
+    let (gate_up, down) = (stack(&t[2])?, stack(&t[3])?);
+    let g = down.dim(2)?;
+    let mut y_nd = x_nd.zeros_like()?;
+    for expert in 0..routing.num_experts {
+        let (mut tokens, mut places) = (Vec::new(), Vec::new());
+        for token in 0..routing.num_tokens() {
+            for place in routing.span(token) {
+                if routing.expert_ids_a[place] as usize == expert {
+                    tokens.push(token as u32);
+                    places.push(place as u32);
+                }
+            }
+        }
+        if tokens.is_empty() {
+            continue;
+        }
+        let (count, device) = (tokens.len(), Device::Cpu);
+        let (tokens, places) = (Tensor::from_vec(tokens, count, &device)?, Tensor::from_vec(places, count, &device)?);
+        let pre = x_nd.index_select(&tokens, 0)?.matmul(&gate_up.get(expert)?.t()?)?;
+        let hidden = (pre.narrow(1, 0, g)?.silu()? * pre.narrow(1, g, g)?)?;
+        let output = hidden.matmul(&down.get(expert)?.t()?)?;
+        y_nd = y_nd.index_add(&tokens, &output.broadcast_mul(&weights_a1.index_select(&places, 0)?)?, 0)?;
+    }
+    Ok(vec![y_nd])
+}
+
+const NOWHERE: u32 = u32::MAX;
+
+/// The assignments that compute, sorted by expert; inside an expert in token order (a stable counting sort). s = their number.
+struct Sorted {
+    offsets_e1: Vec<usize>,
+    tokens_s: Vec<u32>,
+    assignments_s: Vec<u32>,
+    /// Place of every assignment in the sorted order, `NOWHERE` for ids that compute nothing.
+    places_a: Vec<u32>,
+}
+
+impl Sorted {
+    fn new(routing: &Assignments) -> Self {
+        let computes = |id: u32| (id as usize) < routing.num_experts;
+        let mut offsets_e1 = vec![0; routing.num_experts + 1];
+        for &id in routing.expert_ids_a.iter().filter(|&&id| computes(id)) {
+            offsets_e1[id as usize + 1] += 1;
+        }
+        for e in 0..routing.num_experts {
+            offsets_e1[e + 1] += offsets_e1[e];
+        }
+        let s = offsets_e1[routing.num_experts];
+        let mut next_e = offsets_e1.clone();
+        let (mut tokens_s, mut assignments_s) = (vec![0; s], vec![0; s]);
+        let mut places_a = vec![NOWHERE; routing.expert_ids_a.len()];
+        for t in 0..routing.num_tokens() {
+            for a in routing.span(t) {
+                let id = routing.expert_ids_a[a];
+                if computes(id) {
+                    let place = next_e[id as usize];
+                    next_e[id as usize] += 1;
+                    (tokens_s[place], assignments_s[place], places_a[a]) = (t as u32, a as u32, place as u32);
+                }
+            }
+        }
+        Sorted { offsets_e1, tokens_s, assignments_s, places_a }
+    }
+
+    fn len(&self) -> usize {
+        self.tokens_s.len()
+    }
+
+    /// Rows of tokens brought into sorted order.
+    fn gather<T: Real>(&self, dst_sd: &mut [T], rows_nd: &[T], d: usize) {
+        parallel::rows(dst_sd, d, |place, row| {
+            let t = self.tokens_s[place] as usize;
+            row.copy_from_slice(&rows_nd[t * d..(t + 1) * d]);
+        });
+    }
+
+    /// dst_t = Σ weight(a) · rows[place of a] over the assignments of token t in their order, or += when `accumulate`.
+    fn combine<T: Real>(
+        &self,
+        dst_nd: &mut [T],
+        rows_sd: &[T],
+        d: usize,
+        routing: &Assignments,
+        weight: impl Fn(usize) -> T + Sync,
+        accumulate: bool,
+    ) {
+        parallel::rows(dst_nd, d, |t, dst| {
+            let mut fresh = !accumulate;
+            for a in routing.span(t) {
+                let place = self.places_a[a];
+                if place == NOWHERE {
+                    continue;
+                }
+                let (w, row) = (weight(a), &rows_sd[place as usize * d..(place as usize + 1) * d]);
+                if fresh {
+                    dst.iter_mut().zip(row).for_each(|(y, x)| *y = w * *x);
+                } else {
+                    dst.iter_mut().zip(row).for_each(|(y, x)| *y += w * *x);
+                }
+                fresh = false;
+            }
+            if fresh {
+                dst.fill(T::ZERO);
+            }
+        });
+    }
+
+    /// For every expert with tokens: dst rows of its segment = its a rows · W_e (or W_eᵀ), e.g. [s, k] x [e, k, m] -> [s, m].
+    fn multiply<T: Real>(&self, dst: &mut [T], a: &[T], weight: &Param, w: &[T], transpose: bool) {
+        let (rows, cols) = (weight.rows, weight.width);
+        let (k, m) = if transpose { (cols, rows) } else { (rows, cols) };
+        let segments = self.segments(dst, m);
+        self.each(segments, a.len() * m, |expert, dst, threads| {
+            let span = self.offsets_e1[expert]..self.offsets_e1[expert + 1];
+            let w = Matrix::new(&w[expert * weight.stride..][..weight.len()], rows, cols);
+            let a = Matrix::new(&a[span.start * k..span.end * k], span.len(), k);
+            matmul_strided(dst, m, a, if transpose { w.t() } else { w }, false, threads);
+        });
+    }
+
+    /// For every expert with tokens: dW_e += (left rows of its segment)ᵀ · (right rows of its segment).
+    fn accumulate<T: Real>(&self, dw: &mut [T], weight: &Param, left: &[T], right: &[T]) {
+        let (rows, cols) = (weight.rows, weight.width);
+        let parts = dw.chunks_mut(weight.stride).map(|part| &mut part[..weight.len()]).enumerate();
+        let parts = parts.filter(|(expert, _)| self.offsets_e1[*expert] < self.offsets_e1[*expert + 1]).collect();
+        self.each(parts, left.len() * cols, |expert, dw, threads| {
+            let span = self.offsets_e1[expert]..self.offsets_e1[expert + 1];
+            let left = Matrix::new(&left[span.start * rows..span.end * rows], span.len(), rows);
+            let right = Matrix::new(&right[span.start * cols..span.end * cols], span.len(), cols);
+            matmul_strided(dw, cols, left.t(), right, true, threads);
+        });
+    }
+
+    /// The segments of the experts with tokens in an array of sorted rows.
+    fn segments<'s, T>(&self, mut data: &'s mut [T], width: usize) -> Vec<(usize, &'s mut [T])> {
+        let mut segments = Vec::new();
+        for (expert, span) in self.offsets_e1.windows(2).enumerate() {
+            let (head, tail) = data.split_at_mut((span[1] - span[0]) * width);
+            data = tail;
+            if !head.is_empty() {
+                segments.push((expert, head));
+            }
+        }
+        segments
+    }
+
+    /// Runs `f` for every part: experts side by side where there are enough of them, else threads inside each product. Neither changes a byte.
+    fn each<P: Send>(&self, parts: Vec<(usize, P)>, work: usize, f: impl Fn(usize, P, Threads) + Sync) {
+        const SMALL: usize = 1 << 16;
+        if work < SMALL {
+            parts.into_iter().for_each(|(expert, part)| f(expert, part, Threads::One));
+        } else {
+            let threads = if parts.len() < rayon::current_num_threads() { Threads::Pool } else { Threads::One };
+            parts.into_par_iter().for_each(|(expert, part)| f(expert, part, threads));
+        }
+    }
+}
+
+fn cpu<'a, T: Real>(
+    tape: &mut Tape<'a, T>,
+    x: &Value<T>,
+    weights_a: &Value<T>,
+    routing: &Rc<Assignments>,
+    gate_up: Param,
+    down: Param,
+) -> Value<T> {
+    let (n, d, g) = (x.rows(), x.width(), down.width);
+    let sorted = Sorted::new(routing);
+    let s = sorted.len();
+    let (w_gate_up, w_down) = (tape.param(&gate_up), tape.param(&down));
+    let mut rows_sd = tape.arena().take(s * d);
+    sorted.gather(&mut rows_sd, x.data(), d);
+    let mut pre_s2g = tape.arena().take(s * 2 * g);
+    sorted.multiply(&mut pre_s2g, &rows_sd, &gate_up, w_gate_up, true);
+    let mut hidden_sg = tape.arena().take(s * g);
+    activate(&pre_s2g, &mut hidden_sg, g);
+    sorted.multiply(&mut rows_sd, &hidden_sg, &down, w_down, true);
+    drop(hidden_sg); // recomputed from the pre-activations on the way back
+    let mut y_nd = tape.arena().take(n * d);
+    let weights = weights_a.data();
+    sorted.combine(&mut y_nd, &rows_sd, d, routing, |a| weights[a], false);
+    drop(rows_sd);
+    let needs_grad = x.needs_grad() || weights_a.needs_grad() || gate_up.trainable || down.trainable;
+    let y = tape.output(y_nd, n, d, needs_grad);
+    if y.needs_grad() {
+        let (x, weights_a, routing, y) = (x.clone(), weights_a.clone(), routing.clone(), y.slot());
+        tape.record(move |grads| {
+            let Some(dy_nd) = grads.take(y) else { return };
+            let arena = grads.arena().clone();
+            let weights = weights_a.data();
+            // dw_a = dy·(W_down h) = (W_downᵀ dy)·h: the expert outputs are not needed, the hidden rows are recomputed in passing.
+            let mut rows_sd = arena.take(s * d);
+            sorted.gather(&mut rows_sd, &dy_nd, d);
+            let mut hidden_sg = arena.take(s * g);
+            sorted.multiply(&mut hidden_sg, &rows_sd, &down, w_down, false);
+            let mut dweights_s = arena.take(s);
+            let weight = |place: usize| weights[sorted.assignments_s[place] as usize];
+            activate_backward(&mut pre_s2g, &mut hidden_sg, g, weight, &mut dweights_s);
+            let dpre_s2g: &Buffer<T> = &pre_s2g;
+            grads.add(weights_a.slot(), |dw_a| {
+                sorted.assignments_s.iter().zip(dweights_s.iter()).for_each(|(&a, dw)| dw_a[a as usize] += *dw);
+            });
+            if let Some(ddown) = grads.param(&down) {
+                sorted.accumulate(ddown, &down, &rows_sd, &hidden_sg);
+            }
+            if let Some(dgate_up) = grads.param(&gate_up) {
+                sorted.gather(&mut rows_sd, x.data(), d);
+                sorted.accumulate(dgate_up, &gate_up, dpre_s2g, &rows_sd);
+            }
+            grads.write(x.slot(), |dx_nd, accumulate| {
+                sorted.multiply(&mut rows_sd, dpre_s2g, &gate_up, w_gate_up, false);
+                sorted.combine(dx_nd, &rows_sd, d, &routing, |_| T::ONE, accumulate);
+            });
+        });
+    }
+    y
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::check::{self, Input};
+    use crate::ops::swiglu::swiglu;
+    use crate::{Arena, Layout};
+
+    fn assignments(num_experts: usize, rows: &[&[u32]]) -> Rc<Assignments> {
+        let mut row_offsets_n1 = vec![0];
+        for row in rows {
+            row_offsets_n1.push(row_offsets_n1[row_offsets_n1.len() - 1] + row.len());
+        }
+        Rc::new(Assignments { row_offsets_n1, expert_ids_a: rows.concat(), num_experts })
+    }
+
+    fn setup(e: usize, d: usize, g: usize) -> (Param, Param, Vec<f64>) {
+        let layout = Layout::new([("gate_up".into(), vec![e, 2 * g, d], true), ("down".into(), vec![e, d, g], true)]);
+        (layout.get("gate_up").unwrap(), layout.get("down").unwrap(), check::normals(1, layout.len(), 0.7))
+    }
+
+    fn inputs(routing: &Assignments, d: usize) -> [Input; 2] {
+        [Input::random(2, routing.num_tokens(), d, 1.0), Input::random(3, routing.expert_ids_a.len(), 1, 1.0)]
+    }
+
+    /// Many tokens with 0 to 3 experts each, some of them ids that compute nothing.
+    fn mixed(n: usize, num_experts: usize) -> Rc<Assignments> {
+        let rows: Vec<Vec<u32>> = (0..n as u32).map(|t| (0..t % 4).map(|i| (t * 7 + i * 5) % 7).collect()).collect();
+        assignments(num_experts, &rows.iter().map(Vec::as_slice).collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn gradients_agree_with_differences_and_with_the_reference() {
+        let cases: [(&str, usize, Vec<&[u32]>); 7] = [
+            ("empty experts, ragged rows", 4, vec![&[1], &[3, 1], &[1, 3], &[3]]),
+            ("all tokens on one expert", 3, vec![&[2], &[2], &[2], &[2], &[2]]),
+            ("one token for one expert", 2, vec![&[0, 1], &[1], &[1]]),
+            ("tokens without an expert", 3, vec![&[], &[2], &[], &[0, 2, 1], &[]]),
+            ("ids that compute nothing", 2, vec![&[3, 0], &[2], &[1, 2, 0], &[5, 4]]),
+            ("one expert", 1, vec![&[0], &[0], &[]]),
+            ("no token", 2, vec![]),
+        ];
+        for (name, num_experts, rows) in cases {
+            let routing = assignments(num_experts, &rows);
+            let (gate_up, down, params) = setup(num_experts, 3, 2);
+            let inputs = inputs(&routing, 3);
+            let worst = check::worst(Engine::Cpu, &inputs, &params, |tape, v| {
+                vec![experts(tape, &v[0], &v[1], &routing, gate_up, down)]
+            });
+            assert!(worst < 1e-7, "{name}: {worst}");
+            let wide = check::parity::<f64>(&inputs, &params, |tape, v| {
+                vec![experts(tape, &v[0], &v[1], &routing, gate_up, down)]
+            });
+            let narrow = check::parity::<f32>(&inputs, &params, |tape, v| {
+                vec![experts(tape, &v[0], &v[1], &routing, gate_up, down)]
+            });
+            assert!(wide < 1e-11 && narrow < 1e-4, "{name}: {wide} {narrow}");
+        }
+    }
+
+    #[test]
+    fn large_shapes_agree_with_the_reference() {
+        let routing = mixed(333, 6);
+        let (gate_up, down, params) = setup(6, 48, 40);
+        let inputs = inputs(&routing, 48);
+        let wide = check::parity::<f64>(&inputs, &params, |tape, v| {
+            vec![experts(tape, &v[0], &v[1], &routing, gate_up, down)]
+        });
+        let narrow = check::parity::<f32>(&inputs, &params, |tape, v| {
+            vec![experts(tape, &v[0], &v[1], &routing, gate_up, down)]
+        });
+        assert!(wide < 1e-11 && narrow < 1e-4, "{wide} {narrow}");
+    }
+
+    #[test]
+    fn an_expert_without_tokens_gets_exactly_zero_and_the_padding_stays_zero() {
+        let routing = assignments(3, &[&[0, 2], &[2], &[0]]);
+        let (gate_up, down, params) = setup(3, 3, 2);
+        let (_, gradients) = check::analytic::<f32>(Engine::Cpu, &inputs(&routing, 3), &params, |tape, v| {
+            vec![experts(tape, &v[0], &v[1], &routing, gate_up, down)]
+        });
+        for p in [gate_up, down] {
+            let used = |e: usize| gradients[2][p.range(e)].iter().all(|g| *g != 0.0);
+            assert!(used(0) && used(2));
+            assert!(gradients[2][p.range(1)].iter().all(|g| *g == 0.0));
+            assert!(
+                (0..3).all(|e| gradients[2][p.range(e).end..p.offset + (e + 1) * p.stride].iter().all(|g| *g == 0.0))
+            );
+        }
+    }
+
+    #[test]
+    fn a_document_repeated_gives_the_same_outputs() {
+        let routing = assignments(3, &[&[1, 2], &[0], &[], &[1, 2], &[0], &[]]);
+        let (gate_up, down, params) = setup(3, 5, 4);
+        let mut x = check::normals(4, 3 * 5, 1.0);
+        x.extend_from_within(..);
+        let w: Vec<f64> = vec![0.3, 0.5, 0.9, 0.3, 0.5, 0.9];
+        let arena = Arena::default();
+        let mut tape = Tape::inference(Engine::Cpu, &params, &arena);
+        let (x, w) = (tape.constant(&x, 6, 5), tape.constant(&w, 6, 1));
+        let y = experts(&mut tape, &x, &w, &routing, gate_up, down);
+        assert_eq!(y.data()[..15], y.data()[15..]);
+        assert!(y.data()[10..15].iter().all(|y| *y == 0.0), "no expert, no output");
+    }
+
+    #[test]
+    fn bytes_do_not_depend_on_the_number_of_threads() {
+        let routing = mixed(700, 5);
+        let (gate_up, down, params) = setup(5, 64, 48);
+        let inputs = inputs(&routing, 64);
+        let run = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let rows: Vec<Vec<u32>> = (0..routing.num_tokens()).map(|t| routing.row(t).to_vec()).collect();
+            let (value, gradients) = pool.install(|| {
+                let routing = assignments(5, &rows.iter().map(Vec::as_slice).collect::<Vec<_>>());
+                check::analytic::<f32>(Engine::Cpu, &inputs, &params, |tape, v| {
+                    vec![experts(tape, &v[0], &v[1], &routing, gate_up, down)]
+                })
+            });
+            (value.to_bits(), gradients.into_iter().flatten().map(f64::to_bits).collect::<Vec<_>>())
+        };
+        let one = run(1);
+        assert!(one.1.iter().any(|bits| *bits != 0));
+        assert!([2, 3, 8].into_iter().all(|threads| run(threads) == one));
+    }
+
+    #[test]
+    fn permuting_the_tokens_permutes_the_outputs() {
+        let (n, d) = (40, 6);
+        let routing = mixed(n, 6);
+        let (gate_up, down, params) = setup(6, d, 5);
+        let x = check::normals(5, n * d, 1.0);
+        let w = check::normals(6, routing.expert_ids_a.len(), 1.0);
+        let order: Vec<usize> = (0..n).map(|t| (t * 17 + 3) % n).collect();
+        let run = |order: &[usize]| {
+            let rows: Vec<&[u32]> = order.iter().map(|&t| routing.row(t)).collect();
+            let x: Vec<f64> = order.iter().flat_map(|&t| x[t * d..(t + 1) * d].to_vec()).collect();
+            let w: Vec<f64> = order.iter().flat_map(|&t| w[routing.span(t)].to_vec()).collect();
+            let arena = Arena::default();
+            let mut tape = Tape::inference(Engine::Cpu, &params, &arena);
+            let (x, w) = (tape.constant(&x, n, d), tape.constant(&w, w.len(), 1));
+            experts(&mut tape, &x, &w, &assignments(6, &rows), gate_up, down).data().to_vec()
+        };
+        let (plain, permuted) = (run(&(0..n).collect::<Vec<_>>()), run(&order));
+        for (place, &t) in order.iter().enumerate() {
+            let pairs = permuted[place * d..(place + 1) * d].iter().zip(&plain[t * d..(t + 1) * d]);
+            pairs.for_each(|(a, b)| assert!((a - b).abs() < 1e-12));
+        }
+        assert_ne!(plain, permuted);
+    }
+
+    #[test]
+    fn one_expert_with_weight_one_is_the_dense_layer_bit_for_bit() {
+        for (n, d, g) in [(2, 16, 16), (7, 32, 48), (96, 128, 256)] {
+            let layout =
+                Layout::new([("gate_up".into(), vec![1, 2 * g, d], true), ("down".into(), vec![1, d, g], true)]);
+            let (gate_up, down) = (layout.get("gate_up").unwrap(), layout.get("down").unwrap());
+            let gate = Param { rows: g, stride: g * d, ..gate_up };
+            let up = Param { offset: gate_up.offset + g * d, ..gate };
+            let params = check::normals(1, layout.len(), 0.2);
+            let routing = assignments(1, &vec![&[0u32][..]; n]);
+            let ones = Input { data: vec![1.0; n], rows: n, width: 1 };
+            let inputs = [Input::random(2, n, d, 1.0), ones];
+            let narrow: Vec<f32> = params.iter().map(|x| *x as f32).collect();
+            let x: Vec<f32> = inputs[0].data.iter().map(|x| *x as f32).collect();
+            let arena = Arena::default();
+            let mut tape = Tape::inference(Engine::Cpu, &narrow, &arena);
+            let (x, w) = (tape.constant(&x, n, d), tape.constant(&vec![1.0; n], n, 1));
+            let y = experts(&mut tape, &x, &w, &routing, gate_up, down);
+            let expected = swiglu(&mut tape, &x, gate, up, down);
+            assert!(y.data().iter().zip(expected.data()).all(|(a, b)| a.to_bits() == b.to_bits()), "{n} {d} {g}");
+            let sparse = check::analytic::<f32>(Engine::Cpu, &inputs, &params, |tape, v| {
+                vec![experts(tape, &v[0], &v[1], &routing, gate_up, down)]
+            });
+            let dense = check::analytic::<f32>(Engine::Cpu, &inputs, &params, |tape, v| {
+                vec![swiglu(tape, &v[0], gate, up, down)]
+            });
+            assert_eq!(sparse.1[2], dense.1[2], "{n} {d} {g}: weights");
+            // One product over [gate | up] sums in another order than two; the rest of the way is the same.
+            let close = sparse.1[0].iter().zip(&dense.1[0]).all(|(a, b)| (a - b).abs() < 1e-4);
+            assert!(close, "{n} {d} {g}: input");
+        }
+    }
+}

@@ -1,0 +1,183 @@
+//! Dense SwiGLU (Shazeer 2020) as one op: y = W_down (silu(W_gate x) * W_up x), silu(a) = a σ(a), without biases.
+//! x [n, d], gate and up [f, d], down [d, f], y [n, d]. The rows between the products are shared with the experts.
+
+use crate::kernels::gemm::{Matrix, Threads, matmul, matmul_strided};
+use crate::kernels::parallel;
+use crate::{Engine, Param, Real, Tape, Value};
+use rayon::prelude::*;
+
+/// Panics if the shapes differ: they are fixed by the model's configuration, which is validated before.
+pub fn swiglu<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, gate: Param, up: Param, down: Param) -> Value<T> {
+    assert!(x.width() == gate.width && x.width() == up.width && x.width() == down.rows, "swiglu: widths differ");
+    assert!(gate.rows == up.rows && gate.rows == down.width, "swiglu: intermediate sizes differ");
+    match tape.engine() {
+        Engine::Reference => {
+            let formula = |t: &[candle_core::Tensor]| {
+                let hidden = (t[0].matmul(&t[1].t()?)?.silu()? * t[0].matmul(&t[2].t()?)?)?;
+                Ok(vec![hidden.matmul(&t[3].t()?)?])
+            };
+            tape.reference(&[x], &[gate, up, down], formula).remove(0)
+        }
+        _ => cpu(tape, x, gate, up, down),
+    }
+}
+
+fn cpu<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, gate: Param, up: Param, down: Param) -> Value<T> {
+    let (n, d, f) = (x.rows(), gate.width, gate.rows);
+    let weights = [gate, up].map(|p| &tape.param(&p)[..p.len()]);
+    let down_df = &tape.param(&down)[..down.len()];
+    // Gate and up pre-activations side by side, as the experts keep them.
+    let mut pre_n2f = tape.arena().take(n * 2 * f);
+    for (half, w_fd) in weights.into_iter().enumerate() {
+        if n > 0 {
+            let (x, w) = (Matrix::new(x.data(), n, d), Matrix::new(w_fd, f, d).t());
+            matmul_strided(&mut pre_n2f[half * f..], 2 * f, x, w, false, Threads::Pool);
+        }
+    }
+    let mut hidden_nf = tape.arena().take(n * f);
+    activate(&pre_n2f, &mut hidden_nf, f);
+    let mut y_nd = tape.arena().take(n * d);
+    matmul(&mut y_nd, Matrix::new(&hidden_nf, n, f), Matrix::new(down_df, d, f).t(), false);
+    drop(hidden_nf); // recomputed from the pre-activations on the way back
+    let needs_grad = x.needs_grad() || gate.trainable || up.trainable || down.trainable;
+    let y = tape.output(y_nd, n, d, needs_grad);
+    if y.needs_grad() {
+        let (x, y) = (x.clone(), y.slot());
+        tape.record(move |grads| {
+            let Some(dy_nd) = grads.take(y) else { return };
+            if n == 0 {
+                return;
+            }
+            let dy = Matrix::new(&dy_nd, n, d);
+            let mut hidden_nf = grads.arena().take(n * f);
+            matmul(&mut hidden_nf, dy, Matrix::new(down_df, d, f), false);
+            let mut unused_n = grads.arena().take(n);
+            activate_backward(&mut pre_n2f, &mut hidden_nf, f, |_| T::ONE, &mut unused_n);
+            let hidden = Matrix::new(&hidden_nf, n, f);
+            if let Some(ddown_df) = grads.param(&down) {
+                matmul(&mut ddown_df[..d * f], dy.t(), hidden, true);
+            }
+            for (half, p) in [gate, up].into_iter().enumerate() {
+                let dpre = Matrix::strided(&pre_n2f[half * f..], n, f, 2 * f);
+                if let Some(dw_fd) = grads.param(&p) {
+                    matmul(&mut dw_fd[..f * d], dpre.t(), Matrix::new(x.data(), n, d), true);
+                }
+            }
+            for (half, w_fd) in weights.into_iter().enumerate() {
+                let dpre = Matrix::strided(&pre_n2f[half * f..], n, f, 2 * f);
+                grads.write(x.slot(), |dx_nd, accumulate| matmul(dx_nd, dpre, Matrix::new(w_fd, f, d), accumulate));
+            }
+        });
+    }
+    y
+}
+
+/// hidden = silu(a) * u for rows [a | u] of width 2f.
+pub(crate) fn activate<T: Real>(pre_n2f: &[T], hidden_nf: &mut [T], f: usize) {
+    parallel::rows(hidden_nf, f, |t, hidden| {
+        let (a, u) = pre_n2f[t * 2 * f..(t + 1) * 2 * f].split_at(f);
+        for ((h, a), u) in hidden.iter_mut().zip(a).zip(u) {
+            *h = *a * a.sigmoid() * *u;
+        }
+    });
+}
+
+/// The backward of `activate` for hidden rows that enter the output times `weight(row)`. In: pre-activations, and in `hidden_nf` the gradient of
+/// the unweighted output carried to the hidden rows. Out: `pre_n2f` holds its own gradient, `hidden_nf` weight · silu(a) * u (what the gradient of
+/// W_down is made of), `dweight_n` the gradient of the weights. One σ per number.
+pub(crate) fn activate_backward<T: Real>(
+    pre_n2f: &mut [T],
+    hidden_nf: &mut [T],
+    f: usize,
+    weight: impl Fn(usize) -> T + Sync,
+    dweight_n: &mut [T],
+) {
+    const ROWS: usize = 16; // rows a task takes
+    const SMALL: usize = 8192; // below this many numbers one thread is faster
+    let block = |b: usize, pre: &mut [T], hidden: &mut [T], dweight: &mut [T]| {
+        let rows = pre.chunks_mut(2 * f).zip(hidden.chunks_mut(f)).zip(dweight).enumerate();
+        rows.for_each(|(i, ((pre, hidden), dw))| *dw = activate_backward_row(pre, hidden, weight(b * ROWS + i)));
+    };
+    if hidden_nf.len() < SMALL {
+        block(0, pre_n2f, hidden_nf, dweight_n);
+    } else {
+        let blocks = pre_n2f.par_chunks_mut(2 * f * ROWS).zip(hidden_nf.par_chunks_mut(f * ROWS));
+        let blocks = blocks.zip(dweight_n.par_chunks_mut(ROWS)).enumerate();
+        blocks.for_each(|(b, ((pre, hidden), dweight))| block(b, pre, hidden, dweight));
+    }
+}
+
+fn activate_backward_row<T: Real>(pre_2f: &mut [T], hidden_f: &mut [T], weight: T) -> T {
+    let (a, u) = pre_2f.split_at_mut(hidden_f.len());
+    let mut dweight = T::ZERO;
+    for ((a, u), h) in a.iter_mut().zip(u).zip(hidden_f) {
+        let sigmoid = a.sigmoid();
+        let silu = *a * sigmoid;
+        let hidden = silu * *u;
+        dweight += hidden * *h;
+        let dhidden = weight * *h;
+        *a = dhidden * *u * sigmoid * (T::ONE + *a - silu);
+        *u = dhidden * silu;
+        *h = weight * hidden;
+    }
+    dweight
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Layout, check};
+
+    fn setup(d: usize, f: usize, trainable: bool) -> (Layout, [Param; 3], Vec<f64>) {
+        let layout = Layout::new([
+            ("gate".into(), vec![f, d], trainable),
+            ("up".into(), vec![f, d], trainable),
+            ("down".into(), vec![d, f], trainable),
+        ]);
+        let params = ["gate", "up", "down"].map(|name| layout.get(name).unwrap());
+        let numbers = check::normals(1, layout.len(), 0.7);
+        (layout, params, numbers)
+    }
+
+    #[test]
+    fn gradients_agree_with_differences_and_with_the_reference() {
+        for (n, d, f) in [(0, 3, 2), (1, 1, 1), (5, 3, 7), (70, 33, 130)] {
+            let (_, [gate, up, down], params) = setup(d, f, true);
+            let inputs = [check::Input::random(2, n, d, 1.0)];
+            if n < 10 {
+                let op = |tape: &mut Tape<'_, f64>, x: &[Value<f64>]| vec![swiglu(tape, &x[0], gate, up, down)];
+                let worst = check::worst(Engine::Cpu, &inputs, &params, op);
+                assert!(worst < 1e-7, "{n} {d} {f}: {worst}");
+            }
+            let wide = check::parity::<f64>(&inputs, &params, |tape, x| vec![swiglu(tape, &x[0], gate, up, down)]);
+            let narrow = check::parity::<f32>(&inputs, &params, |tape, x| vec![swiglu(tape, &x[0], gate, up, down)]);
+            assert!(wide < 1e-11 && narrow < 1e-4, "{n} {d} {f}: {wide} {narrow}");
+        }
+    }
+
+    #[test]
+    fn frozen_weights_get_no_gradient_and_the_input_does() {
+        let (_, [gate, up, down], params) = setup(3, 4, false);
+        let inputs = [check::Input::random(2, 5, 3, 1.0)];
+        let op = |tape: &mut Tape<'_, f64>, x: &[Value<f64>]| vec![swiglu(tape, &x[0], gate, up, down)];
+        assert!(
+            check::worst(Engine::Cpu, &inputs, &params, op) > 1e-3,
+            "differences see the weights, the tape must not"
+        );
+        let (_, gradients) = check::analytic::<f64>(Engine::Cpu, &inputs, &params, op);
+        assert!(gradients[1].iter().all(|g| *g == 0.0) && gradients[0].iter().all(|g| *g != 0.0));
+    }
+
+    #[test]
+    fn extreme_pre_activations_stay_finite() {
+        for scale in [1e4, -1e4] {
+            let mut pre = vec![scale as f32, 1.0];
+            let mut hidden = vec![0.0f32];
+            activate(&pre, &mut hidden, 1);
+            assert_eq!(hidden[0], if scale > 0.0 { scale as f32 } else { 0.0 });
+            let mut back = vec![1.0f32];
+            activate_backward(&mut pre, &mut back, 1, |_| 1.0, &mut [0.0]);
+            assert_eq!(pre[0], if scale > 0.0 { 1.0 } else { 0.0 });
+        }
+    }
+}
