@@ -1,0 +1,55 @@
+# The door to the project: `make help` lists the targets; CI uses the same ones.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export VIRTUAL_ENV := $(abspath $(VENV))
+export CARGO_TERM_COLOR ?= never
+
+.PHONY: help baseline build test test-rust test-python test-torch test-full lint format clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+baseline: ## the baseline experiment on the shipped data
+	cargo run --release
+
+$(VENV)/.locked: requirements.lock
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	touch $@
+
+build: $(VENV)/.locked ## virtual environment and the Python module, built from this tree
+	rm -f python/moe_lab/*.so
+	$(BIN)/maturin develop --release --quiet
+
+test: test-rust test-python ## everything that needs neither torch nor much time
+
+test-rust:
+	cargo test --release --workspace
+
+test-python: build
+	$(BIN)/python -m pytest -q
+
+test-torch: build ## the PyTorch oracle: logits, losses and every gradient (installs torch, several GB)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.11.0
+	$(BIN)/python -m pytest -q -m torch tests
+
+test-full: build ## the slow tests: full training runs, stage 1, Shakespeare
+	$(BIN)/python -m pytest -q -m full tests
+
+lint: $(VENV)/.locked ## formatters, linters, type checker
+	cargo fmt --all --check
+	cargo clippy --release --workspace --all-targets -- -D warnings
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.locked ## rewrite the sources in the project's format
+	cargo fmt --all
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove what was built (run directories stay)
+	cargo clean
+	rm -rf $(VENV) python/moe_lab/*.so
