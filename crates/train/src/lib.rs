@@ -1,1 +1,6 @@
-
+#![forbid(unsafe_code)]
+pub mod clip;
+pub mod data;
+pub mod layers;
+pub mod optimizers;
+pub mod schedule;

@@ -1,0 +1,226 @@
+//! Optimizers: pure steps on the flat parameter buffer, one parallel pass over fixed chunks, equal bytes for any number of threads.
+//!
+//! Rules they share (methods.md 1.3, 4.8, 6):
+//! - Frozen parameters are not touched; padding stays zero.
+//! - An expert (one matrix of a stacked parameter) whose gradient is exactly zero got no token: it takes no step, no decay and no change of
+//!   its moments, and its bias correction counts its own steps.
+//! - Weight decay and the LARS ratio act on 2-D weights and expert matrices alone (the embedding, learned positions, router and output
+//!   projection are among them); never on norms, the CoPE table and the routers of a mixture of heads, which start at or near zero.
+//! - Gradients must be finite: `clip` finds the others before a step is taken.
+
+pub mod adam;
+pub mod lars;
+pub mod sgd;
+
+use crate::layers::{Rates, shape};
+use rayon::prelude::*;
+use std::collections::BTreeMap;
+use std::ops::Range;
+use tensor::{Layout, Param};
+
+/// Numbers one task updates; a multiple of the 64-byte boundary.
+const CHUNK: usize = 1 << 14;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Adam; weight decay is added to the gradient (L2).
+    Adam,
+    /// Adam with decoupled weight decay.
+    AdamW,
+    /// Gradient descent with momentum; weight decay is added to the gradient (L2).
+    Sgd,
+    /// Layer-wise rates, the form of the paper.
+    Lars,
+}
+
+/// What an optimizer needs beside the learning rate.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Settings {
+    /// Decay of Adam's first moment.
+    pub beta1: f64,
+    /// Decay of Adam's second moment.
+    pub beta2: f64,
+    /// Added to Adam's denominator and to that of the LARS ratio.
+    pub eps: f64,
+    pub weight_decay: f64,
+    /// Momentum of SGD and LARS.
+    pub momentum: f64,
+    /// Trust coefficient of LARS.
+    pub trust: f64,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0, momentum: 0.9, trust: 1e-3 }
+    }
+}
+
+/// All an optimizer remembers; what a checkpoint stores.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct State {
+    /// Steps taken.
+    pub steps: u64,
+    /// Steps each expert of a stacked parameter has taken, by parameter name.
+    pub expert_steps: BTreeMap<String, Vec<u64>>,
+    /// Named moments, each laid out like the parameters.
+    pub moments: Vec<(String, Vec<f32>)>,
+}
+
+/// An optimizer with its state.
+#[derive(Clone, Debug)]
+pub struct Optimizer {
+    kind: Kind,
+    settings: Settings,
+    state: State,
+}
+
+impl Optimizer {
+    pub fn new(kind: Kind, settings: Settings, layout: &Layout) -> Self {
+        let expert_steps = layout.iter().filter(|(_, p)| p.count > 1).map(|(n, p)| (n.to_owned(), vec![0; p.count]));
+        let moments = moment_names(kind, &settings).iter().map(|name| (name.to_string(), vec![0.0; layout.len()]));
+        let state = State { steps: 0, expert_steps: expert_steps.collect(), moments: moments.collect() };
+        Self { kind, settings, state }
+    }
+
+    /// An optimizer that goes on from a saved state. Errors: one sentence on what does not fit.
+    pub fn restore(kind: Kind, settings: Settings, layout: &Layout, state: State) -> Result<Self, String> {
+        let fresh = Self::new(kind, settings, layout).state;
+        let names = |state: &State| state.moments.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>();
+        if names(&state) != names(&fresh) {
+            return Err(format!(
+                "the checkpoint holds the moments {:?} but the optimizer {kind:?} needs {:?}; resume with the optimizer of the checkpoint",
+                names(&state),
+                names(&fresh)
+            ));
+        }
+        let experts = |s: &State| s.expert_steps.iter().map(|(n, c)| (n.clone(), c.len())).collect::<Vec<_>>();
+        if state.moments.iter().any(|(_, m)| m.len() != layout.len()) || experts(&state) != experts(&fresh) {
+            return Err("the optimizer state of the checkpoint belongs to a model of another shape".to_owned());
+        }
+        Ok(Self { kind, settings, state })
+    }
+
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    pub fn state(&self) -> &State {
+        &self.state
+    }
+
+    /// One step: `params` and the moments move against `grads`, each parameter at its rate.
+    ///
+    /// `params` and `grads` are flat buffers of `layout`, the layout the optimizer was made for.
+    pub fn step(&mut self, layout: &Layout, params: &mut [f32], grads: &[f32], rates: &Rates) {
+        assert!(params.len() == layout.len() && grads.len() == layout.len(), "buffers of another layout");
+        let moving = self.state.advance(layout, grads, rates);
+        let moments = &mut self.state.moments;
+        match self.kind {
+            Kind::Adam | Kind::AdamW => {
+                adam::step(&self.settings, self.kind == Kind::AdamW, &moving, params, grads, moments)
+            }
+            Kind::Sgd => sgd::step(&self.settings, &moving, params, grads, moments),
+            Kind::Lars => lars::step(&self.settings, &moving, params, grads, moments),
+        }
+    }
+}
+
+fn moment_names(kind: Kind, settings: &Settings) -> &'static [&'static str] {
+    match kind {
+        Kind::Adam | Kind::AdamW => &["exp_avg", "exp_avg_sq"],
+        Kind::Sgd if settings.momentum == 0.0 => &[],
+        Kind::Sgd | Kind::Lars => &["momentum"],
+    }
+}
+
+/// A matrix that takes this step; also a norm segment.
+pub(crate) struct Moving {
+    range: Range<usize>,
+    rate: f64,
+    /// Steps this matrix has taken, this one included.
+    steps: u64,
+    decays: bool,
+}
+
+impl State {
+    /// Counts the step and lists the matrices that take it, in flat order.
+    fn advance(&mut self, layout: &Layout, grads: &[f32], rates: &Rates) -> Vec<Moving> {
+        self.steps += 1;
+        let mut moving = Vec::new();
+        for (index, (name, param)) in layout.iter().enumerate().filter(|(_, (_, param))| param.trainable) {
+            let (rate, decays) = (rates.parameter(index), decays(name, param));
+            match self.expert_steps.get_mut(name) {
+                None => moving.push(Moving { range: param.range(0), rate, steps: self.steps, decays }),
+                Some(counts) => {
+                    let used: Vec<bool> = (0..param.count)
+                        .into_par_iter()
+                        .map(|expert| grads[param.range(expert)].iter().any(|&g| g != 0.0))
+                        .collect();
+                    for expert in (0..param.count).filter(|&expert| used[expert]) {
+                        counts[expert] += 1;
+                        moving.push(Moving { range: param.range(expert), rate, steps: counts[expert], decays });
+                    }
+                }
+            }
+        }
+        moving
+    }
+}
+
+/// Whether weight decay and the LARS ratio act on a parameter; see the rules of this module.
+fn decays(name: &str, param: Param) -> bool {
+    shape(name, param).len() > 1 && !name.contains(".self_attn.cope.") && !name.contains(".self_attn.heads.")
+}
+
+/// A moment below the smallest normal number becomes zero: arithmetic below it takes twice the time, and rows that are no longer used would stay there.
+#[inline(always)]
+fn flush(x: f32) -> f32 {
+    if x.abs() < f32::MIN_POSITIVE { 0.0 } else { x }
+}
+
+/// Runs `kernel(constants, w, g, first moment, second moment)` over the ranges (ascending, disjoint) in parallel chunks.
+/// A moment that the optimizer does not have is an empty slice.
+fn update<C: Copy + Sync + Send>(
+    ranges: impl Iterator<Item = (Range<usize>, C)>,
+    params: &mut [f32],
+    grads: &[f32],
+    moments: &mut [(String, Vec<f32>)],
+    kernel: impl Fn(C, &mut [f32], &[f32], &mut [f32], &mut [f32]) + Sync,
+) {
+    let mut moments = moments.iter_mut().map(|(_, moment)| Cursor { rest: moment, at: 0 });
+    let mut first = moments.next().unwrap_or_default();
+    let mut second = moments.next().unwrap_or_default();
+    let mut params = Cursor { rest: params, at: 0 };
+    let mut pieces = Vec::new();
+    for (range, constants) in ranges {
+        for start in range.clone().step_by(CHUNK) {
+            let chunk = start..range.end.min(start + CHUNK);
+            let (w, m, v) = (params.take(&chunk), first.take(&chunk), second.take(&chunk));
+            pieces.push((constants, w, &grads[chunk], m, v));
+        }
+    }
+    pieces.into_par_iter().for_each(|(constants, w, g, m, v)| kernel(constants, w, g, m, v));
+}
+
+/// Cuts ascending pieces out of a buffer.
+#[derive(Default)]
+struct Cursor<'a> {
+    rest: &'a mut [f32],
+    /// Flat index at which `rest` begins.
+    at: usize,
+}
+
+impl<'a> Cursor<'a> {
+    fn take(&mut self, range: &Range<usize>) -> &'a mut [f32] {
+        if self.rest.is_empty() {
+            return &mut [];
+        }
+        let (_, from_start) = std::mem::take(&mut self.rest).split_at_mut(range.start - self.at);
+        let (piece, rest) = from_start.split_at_mut(range.len());
+        (self.rest, self.at) = (rest, range.end);
+        piece
+    }
+}
+
+#[cfg(test)]
+mod tests;
