@@ -1,0 +1,284 @@
+//! metrics.jsonl, the one stream every viewer reads: one flat JSON object a line, appended by one write, cut back to the checkpoint on resume.
+
+use crate::files::{explain, parent, replace, sync_folder};
+use serde_json::{Map, Value};
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// Where the lines that a resume takes out are kept.
+const PRUNED: &str = "metrics.pruned.jsonl";
+
+/// One line: names and values in the order they were put in. A number that is not finite becomes null and its name joins `nonfinite`.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Row {
+    fields: Map<String, Value>,
+}
+
+impl Row {
+    /// A row of `kind` ("train", "eval", "moe", "system", "event") after update `step`, with `tokens` trained on so far; `ts` is now.
+    pub fn new(step: u64, tokens: u64, kind: &str) -> Self {
+        let mut row = Row::default();
+        row.integer("step", step);
+        row.number("ts", SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64()));
+        row.integer("tokens", tokens);
+        row.text("kind", kind);
+        row
+    }
+
+    /// A float, written with the fewest digits that read back as the same f64; an f32 is widened exactly.
+    pub fn number(&mut self, name: &str, value: impl Into<f64>) {
+        let value = self.finite(name, value.into());
+        self.value(name, value);
+    }
+
+    /// Floats; an element that is not finite is null.
+    pub fn numbers<F: Into<f64>>(&mut self, name: &str, values: impl IntoIterator<Item = F>) {
+        let values: Vec<Value> = values.into_iter().map(|value| self.finite(name, value.into())).collect();
+        self.value(name, Value::from(values));
+    }
+
+    pub fn integer(&mut self, name: &str, value: u64) {
+        self.value(name, Value::from(value));
+    }
+
+    pub fn integers(&mut self, name: &str, values: impl IntoIterator<Item = u64>) {
+        self.value(name, values.into_iter().collect());
+    }
+
+    pub fn text(&mut self, name: &str, value: &str) {
+        self.value(name, Value::from(value));
+    }
+
+    /// Any JSON value; serde_json itself turns a float that is not finite into null without a word, so floats go through `number`.
+    pub fn value(&mut self, name: &str, value: Value) {
+        self.fields.insert(name.to_owned(), value);
+    }
+
+    pub fn fields(&self) -> &Map<String, Value> {
+        &self.fields
+    }
+
+    /// The JSON line, without its end.
+    pub fn line(&self) -> String {
+        Value::Object(self.fields.clone()).to_string()
+    }
+
+    fn finite(&mut self, name: &str, value: f64) -> Value {
+        if value.is_finite() {
+            return Value::from(value);
+        }
+        let names = self.fields.entry("nonfinite").or_insert_with(|| Value::Array(Vec::new()));
+        if let Value::Array(names) = names
+            && !names.iter().any(|known| known == name)
+        {
+            names.push(Value::from(name));
+        }
+        Value::Null
+    }
+}
+
+/// The open stream of a run.
+#[derive(Debug)]
+pub struct Stream {
+    file: File,
+    path: PathBuf,
+}
+
+impl Stream {
+    /// Opens `metrics.jsonl` (or another stream of lines) for appending; makes it if need be.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        let file = OpenOptions::new().append(true).create(true).open(path).map_err(explain("open", path))?;
+        sync_folder(parent(path))?;
+        Ok(Self { file, path: path.to_owned() })
+    }
+
+    /// Appends a row in one write. If that fails half way (full disk), the torn piece is taken off again.
+    pub fn append(&mut self, row: &Row) -> io::Result<()> {
+        self.append_line(&row.line())
+    }
+
+    /// Appends any line.
+    pub fn append_line(&mut self, line: &str) -> io::Result<()> {
+        let before = self.file.metadata().map_err(explain("read", &self.path))?.len();
+        let written = self.file.write_all(format!("{line}\n").as_bytes());
+        if written.is_err() {
+            let _ = self.file.set_len(before); // a torn line that stays is taken out by `prune`
+        }
+        written.map_err(explain("write", &self.path))
+    }
+
+    /// Makes every appended line durable; called before the checkpoint that covers them is announced.
+    pub fn sync(&self) -> io::Result<()> {
+        self.file.sync_all().map_err(explain("fsync", &self.path))
+    }
+}
+
+/// For a resume at `step`: takes out of the stream at `path` a torn last line, lines that are no JSON object and every line of a later step,
+/// and keeps them in metrics.pruned.jsonl beside it. Atomic; call it before the
+/// stream is opened. Returns the number of lines taken out; a missing stream has none.
+pub fn prune(path: &Path, step: u64) -> io::Result<usize> {
+    let bytes = match fs::read(path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
+        Err(error) => return Err(explain("read", path)(error)),
+    };
+    let (mut kept, mut out, mut lines) = (Vec::with_capacity(bytes.len()), Vec::new(), 0);
+    for line in bytes.split_inclusive(|&byte| byte == b'\n') {
+        if belongs(line, step) {
+            kept.extend_from_slice(line);
+        } else {
+            out.extend_from_slice(line.strip_suffix(b"\n").unwrap_or(line));
+            out.push(b'\n');
+            lines += 1;
+        }
+    }
+    if lines > 0 {
+        // First to safety, then out of the stream: a crash between the two keeps them twice rather than not at all.
+        let aside = path.with_file_name(PRUNED);
+        let mut file = OpenOptions::new().append(true).create(true).open(&aside).map_err(explain("open", &aside))?;
+        file.write_all(&out).and_then(|()| file.sync_all()).map_err(explain("write", &aside))?;
+        replace(path, &kept)?;
+    }
+    Ok(lines)
+}
+
+/// Whether a line with its end belongs to a run that stands at `step`.
+fn belongs(line: &[u8], step: u64) -> bool {
+    let Some(line) = line.strip_suffix(b"\n") else { return false };
+    match serde_json::from_slice::<Map<String, Value>>(line) {
+        Ok(fields) => fields.get("step").and_then(Value::as_u64).is_none_or(|at| at <= step),
+        Err(_) => false,
+    }
+}
+
+/// What two equal runs have in common of a line: without `ts`, `train/dt`, `train/tok_per_sec` and all `*_seconds`; none for an event.
+/// A line that is no JSON object is returned as it is, so that a comparison sees it.
+pub fn canonical(line: &str) -> Option<String> {
+    let Ok(mut fields) = serde_json::from_str::<Map<String, Value>>(line) else { return Some(line.to_owned()) };
+    if fields.get("kind").and_then(Value::as_str) == Some("event") {
+        return None;
+    }
+    let timed = |name: &str| matches!(name, "ts" | "train/dt" | "train/tok_per_sec") || name.ends_with("_seconds");
+    fields.retain(|name, _| !timed(name));
+    Some(Value::Object(fields).to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn row(step: u64) -> Row {
+        let mut row = Row::new(step, step * 10, "train");
+        row.number("train/loss", 1.0 / step as f64);
+        row
+    }
+
+    #[test]
+    fn a_row_is_one_flat_line_in_the_order_it_was_filled() {
+        let mut row = Row::new(3, 480, "train");
+        row.value("ts", Value::from(1.5));
+        row.number("train/loss", 0.1f32);
+        row.number("train/learning_rate", 1e-4);
+        row.integers("moe/layer_00/histogram", [0, 2]);
+        row.text("phase", "a \"quoted\"\nname");
+        assert_eq!(
+            row.line(),
+            "{\"step\":3,\"ts\":1.5,\"tokens\":480,\"kind\":\"train\",\"train/loss\":0.10000000149011612,\"train/learning_rate\":0.0001,\
+             \"moe/layer_00/histogram\":[0,2],\"phase\":\"a \\\"quoted\\\"\\nname\"}"
+        );
+    }
+
+    #[test]
+    fn numbers_that_are_not_finite_are_null_and_named_once() {
+        let mut row = Row::default();
+        row.number("train/loss", f64::NAN);
+        row.number("train/grad_norm", f32::INFINITY);
+        row.numbers("moe/layer_00/load", [0.5, f64::NEG_INFINITY, f64::NAN]);
+        let read: Value = serde_json::from_str(&row.line()).unwrap();
+        assert_eq!(read["nonfinite"], serde_json::json!(["train/loss", "train/grad_norm", "moe/layer_00/load"]));
+        assert!(read["train/loss"].is_null() && read["train/grad_norm"].is_null());
+        assert_eq!(read["moe/layer_00/load"], serde_json::json!([0.5, null, null]));
+    }
+
+    proptest! {
+        #[test]
+        fn floats_come_back_to_the_bit(bits in any::<u64>(), small in any::<u32>()) {
+            let (value, narrow) = (f64::from_bits(bits), f32::from_bits(small));
+            prop_assume!(value.is_finite() && narrow.is_finite());
+            let mut row = Row::default();
+            row.number("a", value);
+            row.number("b", narrow);
+            let read: Value = serde_json::from_str(&row.line()).unwrap();
+            prop_assert_eq!(read["a"].as_f64().unwrap().to_bits(), bits);
+            prop_assert_eq!((read["b"].as_f64().unwrap() as f32).to_bits(), small);
+        }
+    }
+
+    #[test]
+    fn the_stream_appends_to_what_is_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        for steps in [1..3, 3..5] {
+            let mut stream = Stream::open(&path).unwrap();
+            steps.for_each(|step| stream.append(&row(step)).unwrap());
+            stream.sync().unwrap();
+        }
+        let text = fs::read_to_string(&path).unwrap();
+        let steps: Vec<u64> =
+            text.lines().map(|l| serde_json::from_str::<Value>(l).unwrap()["step"].as_u64().unwrap()).collect();
+        assert_eq!(steps, [1, 2, 3, 4]);
+        assert!(
+            Stream::open(&folder.path().join("no/metrics.jsonl")).unwrap_err().to_string().contains("no/metrics.jsonl")
+        );
+    }
+
+    #[test]
+    fn prune_cuts_the_stream_back_to_the_checkpoint_and_keeps_what_it_took() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        assert_eq!(prune(&path, 0).unwrap(), 0);
+        let mut stream = Stream::open(&path).unwrap();
+        (1..=6).for_each(|step| stream.append(&row(step)).unwrap());
+        let whole = fs::read_to_string(&path).unwrap();
+        assert_eq!(prune(&path, 6).unwrap(), 0);
+        stream.append_line("{\"step\":7,\"train/lo").unwrap();
+        fs::write(&path, &fs::read(&path).unwrap()[..whole.len() + 10]).unwrap(); // torn
+        assert_eq!(prune(&path, 4).unwrap(), 3);
+        let kept: Vec<&str> = whole.lines().take(4).collect();
+        assert_eq!(fs::read_to_string(&path).unwrap(), kept.join("\n") + "\n");
+        let aside = fs::read_to_string(folder.path().join(PRUNED)).unwrap();
+        let taken: Vec<&str> = whole.lines().skip(4).chain(["{\"step\":7,"]).collect();
+        assert_eq!(aside, taken.join("\n") + "\n");
+        assert_eq!(prune(&path, 2).unwrap(), 2);
+        assert_eq!(fs::read_to_string(folder.path().join(PRUNED)).unwrap().lines().count(), 5);
+    }
+
+    #[test]
+    fn prune_takes_out_a_last_line_without_end_even_if_it_is_whole_json() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        fs::write(&path, "{\"step\":1}\n\u{0}\u{0}\n{\"step\":2}").unwrap();
+        assert_eq!(prune(&path, 9).unwrap(), 2);
+        assert_eq!(fs::read_to_string(&path).unwrap(), "{\"step\":1}\n");
+    }
+
+    #[test]
+    fn canonical_lines_ignore_times_and_events_and_nothing_else() {
+        let (mut a, mut b) = (row(1), row(1));
+        for (row, time) in [(&mut a, 1.0), (&mut b, 2.0)] {
+            row.number("ts", time);
+            row.number("train/dt", time);
+            row.number("train/tok_per_sec", time);
+            row.number("eval/took_seconds", time);
+        }
+        assert_ne!(a.line(), b.line());
+        assert_eq!(canonical(&a.line()), canonical(&b.line()));
+        b.number("train/loss", 1.0 + f64::EPSILON);
+        assert_ne!(canonical(&a.line()), canonical(&b.line()));
+        assert_eq!(canonical(&Row::new(1, 2, "event").line()), None);
+        assert_eq!(canonical("torn").as_deref(), Some("torn"));
+    }
+}

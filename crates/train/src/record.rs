@@ -1,0 +1,350 @@
+//! run.toml and run.json: what a run is, where and from what it was made, how it ended. Written atomically, readable with `cat`.
+
+use crate::files::{explain, make_folder, replace, sync_folder};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+use sha2::{Digest, Sha256};
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// The keys of `results`, always all present; unknown values are null.
+pub const RESULTS: [&str; 25] = [
+    "loss",
+    "loss_micro",
+    "floor",
+    "excess",
+    "eval_loss",
+    "recite",
+    "recite_total",
+    "token_f1",
+    "paraphrase_recite",
+    "paraphrase_total",
+    "paraphrase_f1",
+    "paraphrase_loss",
+    "facts_loss_before",
+    "facts_loss_after",
+    "facts_floor",
+    "experts_per_token",
+    "experts_std",
+    "l0",
+    "tokens",
+    "seconds",
+    "tokens_per_second",
+    "peak_memory_bytes",
+    "params",
+    "active_params",
+    "unknown_words",
+];
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Status {
+    Running,
+    Completed,
+    Stopped,
+    Failed,
+    Diverged,
+}
+
+/// run.json.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    pub id: String,
+    pub status: Status,
+    /// The commit of the git work tree the run was started in, if any.
+    pub commit: Option<String>,
+    /// Whether tracked files differed from that commit.
+    pub dirty: Option<bool>,
+    pub versions: Map<String, Value>,
+    pub machine: Map<String, Value>,
+    pub seed: u64,
+    /// Absolute path (or "shipped:name") to sha256 of every data file.
+    pub data: Map<String, Value>,
+    pub argv: Vec<String>,
+    pub cwd: Option<PathBuf>,
+    /// Id of the run this one is an option of.
+    pub parent: Option<String>,
+    /// Times in UTC, RFC 3339.
+    pub started: String,
+    pub finished: Option<String>,
+    /// Holds every key of [`RESULTS`], and whatever else the run measured.
+    pub results: Map<String, Value>,
+}
+
+impl Record {
+    /// The record of a run that starts now in this process, with `threads` threads.
+    pub fn start(id: &str, seed: u64, threads: usize) -> Self {
+        let cwd = std::env::current_dir().ok();
+        let (commit, dirty) = cwd.as_deref().map_or((None, None), git_state);
+        let mut machine = machine();
+        machine.insert("threads".to_owned(), json!(threads));
+        Self {
+            id: id.to_owned(),
+            status: Status::Running,
+            commit,
+            dirty,
+            versions: Map::from_iter([("moe_lab".to_owned(), json!(env!("CARGO_PKG_VERSION")))]),
+            machine,
+            seed,
+            data: Map::new(),
+            argv: std::env::args_os().map(|argument| argument.to_string_lossy().into_owned()).collect(),
+            cwd,
+            parent: None,
+            started: timestamp(SystemTime::now()),
+            finished: None,
+            results: complete(Map::new()),
+        }
+    }
+
+    /// Notes how the run ended; results that are not known stay null.
+    pub fn finish(&mut self, status: Status, results: Map<String, Value>) {
+        self.status = status;
+        self.finished = Some(timestamp(SystemTime::now()));
+        self.results = complete(results);
+    }
+
+    /// Writes run.json into `folder`, replacing the old one atomically.
+    pub fn write(&self, folder: &Path) -> io::Result<()> {
+        let mut text = serde_json::to_string_pretty(self).map_err(io::Error::other)?;
+        text.push('\n');
+        replace(&folder.join("run.json"), text.as_bytes())
+    }
+
+    /// Reads run.json of `folder`. Errors: one sentence naming the file.
+    pub fn read(folder: &Path) -> io::Result<Self> {
+        let path = folder.join("run.json");
+        let text = fs::read_to_string(&path).map_err(explain("read", &path))?;
+        serde_json::from_str(&text).map_err(|error| {
+            io::Error::new(io::ErrorKind::InvalidData, format!("{} is not a run record: {error}", path.display()))
+        })
+    }
+}
+
+/// Writes the resolved configuration as run.toml into `folder`, atomically.
+pub fn write_run_file(folder: &Path, text: &str) -> io::Result<()> {
+    replace(&folder.join("run.toml"), text.as_bytes())
+}
+
+/// `results` with every key of [`RESULTS`], in their order, then the others.
+fn complete(mut results: Map<String, Value>) -> Map<String, Value> {
+    let mut all: Map<String, Value> =
+        RESULTS.iter().map(|name| (name.to_string(), results.remove(*name).unwrap_or_default())).collect();
+    all.append(&mut results);
+    all
+}
+
+/// Makes a new folder `<time>-<name>` under `root` (UTC) and returns its id and path. Two runs of one second get different ids.
+pub fn new_run_folder(root: &Path, name: &str) -> io::Result<(String, PathBuf)> {
+    make_folder(root)?;
+    let time: String = timestamp(SystemTime::now()).chars().filter(|c| !matches!(c, '-' | ':' | 'Z')).collect();
+    let stem = format!("{}-{}", time.replace('T', "-"), folder_name(name));
+    for attempt in 1u32.. {
+        let id = if attempt == 1 { stem.clone() } else { format!("{stem}-{attempt}") };
+        let path = root.join(&id);
+        match fs::create_dir(&path) {
+            Ok(()) => return sync_folder(root).map(|()| (id, path)),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(explain("make the folder", &path)(error)),
+        }
+    }
+    unreachable!("fewer than 2^32 runs start in one second")
+}
+
+/// A run name as part of a folder name: letters, digits, `.`, `_`, `-`; never empty, hidden or a way out of the folder.
+fn folder_name(name: &str) -> String {
+    let plain = |c: char| if c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-') { c } else { '-' };
+    let name: String = name.trim_start_matches('.').chars().take(64).map(plain).collect();
+    if name.is_empty() { "run".to_owned() } else { name }
+}
+
+/// Time in UTC as 2026-01-31T23:59:59Z.
+fn timestamp(time: SystemTime) -> String {
+    let seconds = time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    let (days, second) = (seconds / 86_400, seconds % 86_400);
+    // Days since 0000-03-01, so that the leap day is the last of its year (Howard Hinnant, "chrono-compatible low-level date algorithms").
+    let days = days + 719_468;
+    let (era, day_of_era) = (days / 146_097, days % 146_097);
+    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let march_month = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * march_month + 2) / 5 + 1;
+    let month = if march_month < 10 { march_month + 3 } else { march_month - 9 };
+    let year = era * 400 + year_of_era + u64::from(month <= 2);
+    let (hour, minute) = (second / 3600, second / 60 % 60);
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{:02}Z", second % 60)
+}
+
+/// Commit and dirtiness of the git work tree around `folder`; nothing where there is no git or no work tree.
+fn git_state(folder: &Path) -> (Option<String>, Option<bool>) {
+    let git = |arguments: &[&str]| {
+        let output = Command::new("git")
+            .args(["-c", "core.fsmonitor=false", "--no-optional-locks"]) // start no helper, take no lock
+            .args(arguments)
+            .current_dir(folder)
+            .stdin(Stdio::null())
+            .stderr(Stdio::null())
+            .output()
+            .ok()?;
+        output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    };
+    let Some(commit) = git(&["rev-parse", "HEAD"]) else { return (None, None) };
+    let dirty = git(&["status", "--porcelain", "--untracked-files=no"]).map(|changes| !changes.is_empty());
+    (Some(commit), dirty)
+}
+
+/// What this machine has: `cpu`, `cores`, `memory_bytes`, `instruction_sets`, `os`, `arch`; null where it does not say.
+pub fn machine() -> Map<String, Value> {
+    let cpu_info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let memory = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    Map::from_iter([
+        ("cpu".to_owned(), json!(field(&cpu_info, "model name"))),
+        ("cores".to_owned(), json!(std::thread::available_parallelism().map_or(1, usize::from))),
+        ("memory_bytes".to_owned(), json!(kibibytes(&memory, "MemTotal"))),
+        ("instruction_sets".to_owned(), json!(instruction_sets(&cpu_info))),
+        ("os".to_owned(), json!(std::env::consts::OS)),
+        ("arch".to_owned(), json!(std::env::consts::ARCH)),
+    ])
+}
+
+/// The instruction sets our kernels look for, as far as this CPU and its system offer them.
+fn instruction_sets(cpu_info: &str) -> Vec<&'static str> {
+    let mut found = Vec::new();
+    #[cfg(target_arch = "x86_64")]
+    {
+        macro_rules! detect {
+            ($($name:tt),*) => { $(if std::arch::is_x86_feature_detected!($name) { found.push($name); })* };
+        }
+        detect!("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16", "avx512fp16");
+    }
+    let flags = field(cpu_info, "flags").unwrap_or_default(); // the tile extension has no stable detection
+    found
+        .extend(["amx_tile", "amx_bf16"].into_iter().filter(|name| flags.split_whitespace().any(|flag| flag == *name)));
+    found
+}
+
+/// Maximum resident set of this process so far; none where the system does not say.
+pub fn peak_memory_bytes() -> Option<u64> {
+    kibibytes(&fs::read_to_string("/proc/self/status").ok()?, "VmHWM")
+}
+
+/// The text after the first `name :` at the start of a line.
+fn field<'a>(text: &'a str, name: &str) -> Option<&'a str> {
+    let entry = |line: &'a str| line.split_once(':').filter(|(key, _)| key.trim() == name);
+    text.lines().find_map(entry).map(|(_, value)| value.trim())
+}
+
+fn kibibytes(text: &str, name: &str) -> Option<u64> {
+    field(text, name)?.strip_suffix(" kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+}
+
+/// sha256 in lower-case hexadecimal; the form of data hashes and manifests.
+pub fn sha256(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn the_record_is_replaced_whole_and_reads_back() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut record = Record::start("20260101-000000-test", u64::MAX, 3);
+        record.write(folder.path()).unwrap();
+        let started = Record::read(folder.path()).unwrap();
+        assert_eq!((started.status, started.seed, started.finished.clone()), (Status::Running, u64::MAX, None));
+        assert!(RESULTS.iter().all(|name| started.results[*name].is_null()) && started.results.len() == RESULTS.len());
+        record.parent = Some("before".to_owned());
+        record.finish(
+            Status::Completed,
+            Map::from_iter([("extra".to_owned(), json!(1)), ("loss".to_owned(), json!(0.25))]),
+        );
+        record.write(folder.path()).unwrap();
+        let read = Record::read(folder.path()).unwrap();
+        assert_eq!(read, record);
+        assert_eq!(
+            (&read.results["loss"], &read.results["floor"], &read.results["extra"]),
+            (&json!(0.25), &Value::Null, &json!(1))
+        );
+        assert_eq!(read.machine["threads"], 3);
+        let text = fs::read_to_string(folder.path().join("run.json")).unwrap();
+        assert!(text.contains("\"status\": \"completed\""));
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_damaged_record_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(Record::read(folder.path()).unwrap_err().to_string().contains("run.json"));
+        fs::write(folder.path().join("run.json"), "{\"id\": \"a\"").unwrap();
+        assert!(Record::read(folder.path()).unwrap_err().to_string().contains("run.json is not a run record"));
+    }
+
+    #[test]
+    fn run_folders_are_unique_and_stay_under_their_root() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path().join("runs");
+        let mut ids = Vec::new();
+        for name in ["base", "base", "base", "../../etc", "", ".", "a b/c\\d\u{0}é"] {
+            let (id, path) = new_run_folder(&root, name).unwrap();
+            assert!(path.is_dir() && path.parent() == Some(root.as_path()), "{}", path.display());
+            assert!(id.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c)), "{id}");
+            ids.push(id);
+        }
+        assert!(ids[0].ends_with("-base") && ids[0].len() == "20260101-000000-base".len(), "{}", ids[0]);
+        let unique: std::collections::BTreeSet<_> = ids.iter().collect();
+        assert_eq!(unique.len(), ids.len());
+    }
+
+    #[test]
+    fn times_are_utc() {
+        let at = |seconds| timestamp(UNIX_EPOCH + Duration::from_secs(seconds));
+        assert_eq!(at(0), "1970-01-01T00:00:00Z");
+        assert_eq!(at(951_782_399), "2000-02-28T23:59:59Z");
+        assert_eq!(at(951_782_400), "2000-02-29T00:00:00Z");
+        assert_eq!(at(1_767_225_599), "2025-12-31T23:59:59Z");
+        assert_eq!(at(4_107_542_400), "2100-03-01T00:00:00Z");
+    }
+
+    #[test]
+    fn a_folder_outside_git_has_no_commit_and_one_inside_has() {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(git_state(folder.path()), (None, None));
+        let git = |arguments: &[&str]| {
+            let identity = ["-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"];
+            let status = Command::new("git").args(identity).args(arguments).current_dir(folder.path()).output();
+            status.is_ok_and(|output| output.status.success())
+        };
+        if !git(&["init"]) {
+            return; // no git on this machine: nothing to find
+        }
+        fs::write(folder.path().join("file"), "1").unwrap();
+        assert!(git(&["add", "."]) && git(&["commit", "-m", "first"]));
+        let (commit, dirty) = git_state(folder.path());
+        assert_eq!((commit.map(|commit| commit.len()), dirty), (Some(40), Some(false)));
+        fs::write(folder.path().join("file"), "2").unwrap();
+        assert_eq!(git_state(folder.path()).1, Some(true));
+    }
+
+    #[test]
+    fn the_machine_and_its_memory_are_read() {
+        assert_eq!(field("a : 1\nmodel name\t: Some CPU @ 3: 4\n", "model name"), Some("Some CPU @ 3: 4"));
+        assert_eq!(kibibytes("VmPeak:\t 9 kB\nVmHWM:\t   12 kB\n", "VmHWM"), Some(12_288));
+        assert_eq!(kibibytes("VmHWM: many kB", "VmHWM"), None);
+        assert!(machine()["cores"].as_u64() >= Some(1));
+        if cfg!(target_os = "linux") {
+            let before = peak_memory_bytes().unwrap();
+            let block = vec![1u8; 64 << 20];
+            assert!(peak_memory_bytes().unwrap() >= before.max(std::hint::black_box(&block).len() as u64));
+        }
+    }
+
+    #[test]
+    fn sha256_is_the_known_one() {
+        assert_eq!(sha256(b"abc"), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+    }
+}
