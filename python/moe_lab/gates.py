@@ -1,0 +1,276 @@
+"""The gates: criteria over a run's files, pass or fail, each with what was measured, the bound and the reason.
+
+Pure functions over frames and dicts. The bounds are the roadmap's, except where a line says otherwise.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import polars as pl
+
+from moe_lab import frames
+
+VERSION = 1  # of the criteria and bounds below; written beside every verdict
+
+EPOCHS = 100
+LOSS = 0.40
+RECITE = 0.95
+BAND = (1.5, 2.0)
+SPREAD = 0.1
+FAIR_SHARE = 0.1  # of the fair load 1/E; below it an expert counts as dead
+INFORMATION = 0.05  # nats above the shuffled baseline; a router that ignores its token has none
+MOVEMENT = 0.01  # experts or nats; what a router that learns passes within its first epochs
+L0 = 15.0
+PARENT = "no worse than parent"  # the criterion that compares two runs
+TOLERANCE = 0.013  # how much the roadmap lets a stage lose: 0.40 "maintains" 0.387
+
+
+@dataclass(frozen=True, slots=True)
+class Criterion:
+    name: str
+    measured: float | str | None  # None: the run did not measure it, which fails
+    bound: str
+    passed: bool
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    gate: str
+    run: str
+    judged: bool
+    criteria: tuple[Criterion, ...]
+
+    @property
+    def passed(self) -> bool:
+        return self.judged and all(criterion.passed for criterion in self.criteria)
+
+    @property
+    def word(self) -> str:
+        if not self.judged:
+            return "not judged (quick)"
+        return "passed" if self.passed else "FAILED"
+
+    def as_dict(self) -> dict[str, Any]:
+        criteria = [asdict(criterion) for criterion in self.criteria]
+        passed = self.passed if self.judged else None
+        return {"gate": self.gate, "version": VERSION, "run": self.run, "passed": passed, "criteria": criteria}
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What a gate looks at: the files of one run, and the loss of its parent where there is one."""
+
+    run: dict[str, Any]
+    config: dict[str, Any]
+    frame: pl.DataFrame
+    parent_loss: float | None = None
+
+    def result(self, name: str) -> float | None:
+        value = (self.run.get("results") or {}).get(name)
+        return None if value is None else float(value)
+
+    def layers(self) -> list[int]:
+        return frames.sparse_layers(self.frame)
+
+    def last(self) -> dict[str, Any]:
+        return frames.last_epoch(self.frame)
+
+
+def judge(run: frames.Place, parent: frames.Place | None = None) -> Verdict:
+    """The gate of a run, chosen by its router: dense -> baseline, top_k -> control, else stage1.
+
+    `parent` is the run whose loss must be kept; without it the parent that run.json names, if it is still there.
+    Raises ValueError when there is nothing that a gate could judge (a run on a plain text, an unfinished parent).
+    """
+    record, config = frames.read_run(run), frames.settings(run)
+    gate = gate_of(config)
+    if is_quick(config):
+        return Verdict(gate, str(run), judged=False, criteria=())
+    evidence = Evidence(record, config, frames.read_metrics(run), parent_loss(record, parent))
+    return Verdict(gate, str(run), judged=True, criteria=criteria(gate, evidence))
+
+
+def criteria(gate: str, evidence: Evidence) -> tuple[Criterion, ...]:
+    """Every criterion of a gate; the comparison with a parent only where a parent is known."""
+    alone = evidence.parent_loss is None
+    return tuple(check(evidence) for check in GATES[gate] if not (alone and check is keeps_parent_loss))
+
+
+def gate_of(config: dict[str, Any]) -> str:
+    if config.get("data", {}).get("text"):
+        raise ValueError("this run trains on a text (data.text); the gates judge runs on facts and chat")
+    kind = config.get("model", {}).get("router", {}).get("kind", "dense")
+    return {"dense": "baseline", "top_k": "control"}.get(kind, "stage1")
+
+
+def is_quick(config: dict[str, Any]) -> bool:
+    return bool(config.get("quick", False))
+
+
+def parent_loss(record: dict[str, Any], parent: frames.Place | None) -> float | None:
+    named = parent or record.get("parent")
+    if not named or (parent is None and not frames.is_run(named)):
+        return None
+    return loss_of(named)
+
+
+def loss_of(run: frames.Place) -> float:
+    loss = (frames.read_run(run).get("results") or {}).get("loss")
+    if loss is None:
+        raise ValueError(f"the run '{run}' has no loss yet: finish it first (python -m moe_lab resume {run})")
+    return float(loss)
+
+
+def completes(evidence: Evidence) -> Criterion:
+    rows = frames.epochs(evidence.frame)
+    wanted = frames.phase_epochs(evidence.config)
+    done = {phase: rows.filter(pl.col("phase") == phase).height for phase in wanted}
+    status = evidence.run.get("status")
+    counts = ", ".join(f"{phase} {done[phase]}/{wanted[phase]}" for phase in wanted)
+    passed = status == "completed" and all(done[phase] >= max(wanted[phase], EPOCHS) for phase in wanted)
+    why = "a run that stopped early, or that was given fewer epochs, has not met the protocol"
+    return Criterion("completes", f"{status}, {counts}", f"completed, {EPOCHS} epochs a phase", passed, why)
+
+
+def stays_finite(evidence: Evidence) -> Criterion:
+    frame, bad = evidence.frame, 0.0
+    if "nonfinite" in frame.columns:
+        bad += int(frame["nonfinite"].is_not_null().sum())
+    if "event" in frame.columns:
+        bad += int(frame["event"].is_in(["diverged", "failure"]).sum())
+    why = "no loss, gradient or weight may become infinite or NaN"
+    return Criterion("stays finite", bad, "0 rows with non-finite numbers or failures", bad == 0, why)
+
+
+def reaches_loss(evidence: Evidence) -> Criterion:
+    floor = evidence.result("floor")
+    beside = "" if floor is None else f"; the entropy floor of this data is {floor:.4f}"
+    why = f"mean over sequences, last chat epoch, nats{beside}"
+    return at_most("loss", evidence.result("loss"), LOSS, why)
+
+
+def recites(evidence: Evidence) -> Criterion:
+    good, total = evidence.result("recite"), evidence.result("recite_total")
+    share = good / total if good is not None and total else None
+    counts = "" if good is None or total is None else f" ({good:.0f} of {total:.0f})"
+    why = f"answers to all training questions, greedy, token for token up to and including </s>{counts}"
+    return at_least("recites", share, RECITE, why)
+
+
+def keeps_l0(evidence: Evidence) -> Criterion:
+    why = "gradient norm at the embedding output; an upper bound only: correct runs lie far below the roadmap's 7"
+    return at_most("L0", evidence.result("l0"), L0, why)
+
+
+def keeps_parent_loss(evidence: Evidence) -> Criterion:
+    loss, parent = evidence.result("loss"), evidence.parent_loss
+    difference = None if loss is None or parent is None else loss - parent
+    return at_most(PARENT, difference, TOLERANCE, f"loss minus the parent's {show(parent)}")
+
+
+def stays_in_band(evidence: Evidence) -> Criterion:
+    mean, (low, high) = evidence.result("experts_per_token"), BAND
+    passed = mean is not None and low <= mean <= high
+    why = "alone it proves nothing: a dead uniform router of four experts scores exactly 2.0 at p = 0.4"
+    return Criterion("experts per token", mean, f"{low} to {high}", passed, why)
+
+
+def spreads(evidence: Evidence) -> Criterion:
+    overall = evidence.result("experts_std")
+    last = evidence.last()
+    stds = [std for layer in evidence.layers() if (std := last.get(f"moe/layer_{layer:02}/experts_std")) is not None]
+    widest = max(stds, default=None)
+    measured = None if overall is None or widest is None else min(overall, widest)
+    why = f"standard deviation over tokens, overall {show(overall)}, widest layer {show(widest)}: tokens must differ"
+    return more_than("spread of experts per token", measured, SPREAD, why)
+
+
+def uses_every_expert(evidence: Evidence) -> Criterion:
+    last = evidence.last()
+    shares: dict[tuple[int, int], float] = {}
+    for layer in evidence.layers():
+        load = last.get(f"moe/layer_{layer:02}/load") or []
+        shares |= {(layer, expert): share * len(load) for expert, share in enumerate(load)}
+    worst = min(shares, key=lambda place: shares[place], default=None)
+    least = None if worst is None else shares[worst]
+    named = "" if worst is None else f"; the least used is expert {worst[1]} of layer {worst[0]}"
+    return at_least("every expert used", least, FAIR_SHARE, f"load over the fair load, last chat epoch{named}")
+
+
+def informs(evidence: Evidence) -> Criterion:
+    last = evidence.last()
+    values = [last.get(f"moe/layer_{layer:02}/information") for layer in evidence.layers()]
+    known = [value for value in values if value is not None]
+    least = min(known) if known and len(known) == len(values) else None
+    listed = ", ".join(show(value) for value in values)
+    why = f"mutual information of expert and token minus its shuffled baseline, nats, by layer: {listed}"
+    return at_least("experts informative", least, INFORMATION, why)
+
+
+def learns_to_route(evidence: Evidence) -> Criterion:
+    if evidence.config.get("model", {}).get("router", {}).get("frozen"):
+        return Criterion("router learns", "frozen", "not frozen", False, "model.router.frozen is true")
+    rows = frames.epochs(evidence.frame)
+    moved = [
+        abs(series[-1] - series[0])
+        for layer in evidence.layers()
+        for measure in ("experts_per_token", "router_entropy")
+        for phase in ("facts", "chat")
+        if len(series := _series(rows, phase, f"moe/layer_{layer:02}/{measure}")) > 1
+    ]
+    why = "largest change of a layer's experts per token or router entropy from the first to the last epoch of a phase"
+    return at_least("router learns", max(moved, default=None), MOVEMENT, why)
+
+
+def _series(rows: pl.DataFrame, phase: str, name: str) -> list[float]:
+    if name not in rows.columns:
+        return []
+    return rows.filter(pl.col("phase") == phase)[name].drop_nulls().to_list()
+
+
+GATES: dict[str, tuple[Callable[[Evidence], Criterion], ...]] = {
+    "baseline": (completes, stays_finite, reaches_loss, recites),
+    "control": (completes, stays_finite, reaches_loss, recites, keeps_l0, keeps_parent_loss),
+    "stage1": (
+        completes,
+        stays_finite,
+        reaches_loss,
+        keeps_parent_loss,
+        stays_in_band,
+        spreads,
+        uses_every_expert,
+        informs,
+        learns_to_route,
+        keeps_l0,
+        recites,
+    ),
+}
+
+
+def at_most(name: str, measured: float | None, bound: float, why: str) -> Criterion:
+    return Criterion(name, measured, f"≤ {bound:g}", measured is not None and measured <= bound, why)
+
+
+def at_least(name: str, measured: float | None, bound: float, why: str) -> Criterion:
+    return Criterion(name, measured, f"≥ {bound:g}", measured is not None and measured >= bound, why)
+
+
+def more_than(name: str, measured: float | None, bound: float, why: str) -> Criterion:
+    return Criterion(name, measured, f"> {bound:g}", measured is not None and measured > bound, why)
+
+
+def show(value: float | str | None) -> str:
+    """A measured value for people."""
+    if value is None:
+        return "not measured"
+    return value if isinstance(value, str) else f"{value:.4g}"
+
+
+def paired(losses: list[tuple[float, float]]) -> Criterion:
+    """The parent criterion of a stage: the mean over seeds of (loss minus the parent's loss of the same seed)."""
+    differences = [loss - parent for loss, parent in losses]
+    mean = sum(differences) / len(differences) if differences else None
+    each = ", ".join(f"{difference:+.4f}" for difference in differences)
+    return at_most(PARENT, mean, TOLERANCE, f"mean over seeds of loss minus the parent's: {each}")

@@ -1,0 +1,332 @@
+"""Figures of a run: frame in, figure out. No pyplot, no global state, nothing compiled of ours."""
+
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from math import log
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from matplotlib.axes import Axes
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+from moe_lab import frames, gates
+
+# Okabe and Ito's colours, told apart by colour-blind readers; black is kept for bounds.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+INK, FAINT = "#333333", "#999999"
+
+
+class Chart(Figure):
+    """A Figure that a notebook shows without pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = BytesIO()
+        self.savefig(buffer, format="png")
+        return buffer.getvalue()
+
+
+def loss(frame: pl.DataFrame, target: float | None = gates.LOSS) -> Figure:
+    """Training loss of every epoch, evaluation loss, the entropy floor of the data and the roadmap's target."""
+    rows, x, figure, axes = _start(frame, "Loss", "nats per token, mean over sequences")
+    for name, label, colour in (("epoch/loss", "training", COLOURS[0]), ("eval/loss", "evaluation", COLOURS[1])):
+        _line(axes, rows, x, name, label, colour)
+    if _known(rows, "epoch/loss").is_empty():
+        _line(axes, rows, x, "train/loss", "training", COLOURS[0])
+    _line(axes, rows, x, "epoch/floor", "entropy floor", INK, style="--")
+    if target is not None and "chat" in rows["phase"]:
+        _bound(axes, target, f"target {target:g}")
+    _log_scale(axes)
+    return _finish(figure, axes, rows, x)
+
+
+def routing(frame: pl.DataFrame, band: tuple[float, float] = gates.BAND) -> Figure:
+    """Experts per token by layer over the epochs, their mean, and the roadmap's band."""
+    rows, x, figure, axes = _start(frame, "Experts per token", "mean over tokens")
+    axes.axhspan(*band, color=COLOURS[2], alpha=0.12, lw=0)
+    place = axes.get_yaxis_transform()
+    label = f"roadmap {band[0]:g}-{band[1]:g}"
+    axes.annotate(label, (0.01, band[0]), xycoords=place, va="bottom", color=COLOURS[2], fontsize=9)
+    for order, layer in enumerate(frames.sparse_layers(frame)):
+        _line(axes, rows, x, f"moe/layer_{layer:02}/experts_per_token", f"block {layer}", _colour(order))
+    _line(axes, rows, x, "moe/experts_per_token", "mean", INK, style="--")
+    axes.set_ylim(bottom=0.95)
+    return _finish(figure, axes, rows, x)
+
+
+def entropy(frame: pl.DataFrame) -> Figure:
+    """Router entropy by layer over the epochs; a uniform router has ln E."""
+    rows, x, figure, axes = _start(frame, "Router entropy", "nats, mean over tokens")
+    for order, layer in enumerate(frames.sparse_layers(frame)):
+        _line(axes, rows, x, f"moe/layer_{layer:02}/router_entropy", f"block {layer}", _colour(order))
+    experts = max((len(load) for load in _last_loads(rows).values()), default=0)
+    if experts > 1:
+        _bound(axes, log(experts), f"uniform: ln {experts}")
+    axes.set_ylim(bottom=0)
+    return _finish(figure, axes, rows, x)
+
+
+def utilisation(frame: pl.DataFrame) -> Figure:
+    """Load of every expert over the fair load 1/E, one panel a layer, epochs across; the last epoch in numbers."""
+    layers = frames.sparse_layers(frame)
+    rows = frames.epochs(frame)
+    figure = Chart(figsize=(9, 1.2 + 1.6 * max(1, len(layers))), dpi=120, layout="constrained")
+    figure.suptitle("Expert load over the fair load (1 = fair, 0 = dead)", x=0.01, ha="left", fontsize=12, color=INK)
+    if not layers:
+        figure.text(0.5, 0.5, "this run has no experts", ha="center", color=FAINT)
+        return figure
+    panels = figure.subplots(len(layers), 1, sharex=True, squeeze=False)[:, 0]
+    norm = TwoSlopeNorm(vcenter=1.0, vmin=0.0, vmax=2.0)
+    for layer, axes in zip(layers, panels, strict=True):
+        known = rows.filter(pl.col(f"moe/layer_{layer:02}/load").is_not_null())
+        loads = known[f"moe/layer_{layer:02}/load"].to_list()
+        fair = [[share * len(load) for share in load] for load in loads]
+        by_expert = list(zip(*fair, strict=True))
+        first, last = int(known["index"][0]), int(known["index"][-1])
+        extent = (first - 0.5, last + 0.5, len(by_expert) - 0.5, -0.5)
+        image = axes.imshow(by_expert, aspect="auto", cmap="PuOr_r", norm=norm, extent=extent, interpolation="none")
+        axes.set_ylabel(f"block {layer}\nexpert", color=INK)
+        axes.set_yticks(range(len(by_expert)))
+        for expert, share in enumerate(fair[-1]):
+            place = axes.get_yaxis_transform()
+            axes.annotate(f"{share:.2f}", (1.01, expert), xycoords=place, va="center", fontsize=8, color=INK)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _phases(axes, rows, label=axes is panels[0])
+    panels[-1].set_xlabel("epoch", color=INK)
+    figure.colorbar(image, ax=panels, pad=0.09, shrink=0.8, extend="max")
+    return figure
+
+
+def gradients(frame: pl.DataFrame, measure: str = "param_norm") -> Figure:
+    """Gradient norms of the flat layers, by kind of layer; `measure` is "param_norm" or "activation_norm"."""
+    rows, x = _rows(frame)
+    numbers = sorted(name for name in rows.columns if name.startswith("grad/layer_") and name.endswith(f"/{measure}"))
+    figure = Chart(figsize=(10, 6.4), dpi=120, layout="constrained")
+    of = {"param_norm": "parameters", "activation_norm": "the layer's input"}[measure]
+    figure.suptitle(f"Gradient norm of {of}, mean over the steps of an epoch", x=0.01, ha="left", color=INK)
+    panels = figure.subplots(2, 2, sharex=True, sharey=True).flat
+    kinds = _kinds(len(numbers))
+    for axes, kind in zip(panels, ("embedding and output", "attention", "feed-forward", "norms"), strict=True):
+        members = [index for index, (name, _) in enumerate(kinds) if name == kind]
+        for order, index in enumerate(members):
+            _line(axes, rows, x, numbers[index], kinds[index][1], _colour(order))
+        _log_scale(axes)
+        axes.set_title(kind, loc="left", fontsize=10, color=INK, pad=16)
+        _finish(figure, axes, rows, x)
+    return figure
+
+
+def l0(frame: pl.DataFrame, bound: float = gates.L0) -> Figure:
+    """L0, the gradient norm at the embedding output: mean and range of every epoch, and its upper bound."""
+    rows, x, figure, axes = _start(frame, "L0: gradient norm at the embedding output", "per sequence")
+    known = rows.filter(_known_mask(rows, "epoch/l0_min") & _known_mask(rows, "epoch/l0_max"))
+    if known.height:
+        axes.fill_between(known[x], known["epoch/l0_min"], known["epoch/l0_max"], color=COLOURS[0], alpha=0.2, lw=0)
+        _line(axes, rows, x, "epoch/l0_mean", "mean, min to max", COLOURS[0])
+    else:
+        _line(axes, rows, x, "train/l0", "mean", COLOURS[0])
+    _bound(axes, bound, f"upper bound {bound:g}")
+    axes.set_ylim(bottom=0)
+    return _finish(figure, axes, rows, x)
+
+
+def learning_rate(frame: pl.DataFrame) -> Figure:
+    """The schedule, and what the gradient-norm scale of the layers makes of it on average."""
+    rows, x, figure, axes = _start(frame, "Learning rate", "rate")
+    scaled = _column(rows, "train/learning_rate") * _column(rows, "train/lr_scale_mean")
+    rows = rows.with_columns(scaled.alias("mean"))
+    _line(axes, rows, x, "mean", "with mean layer scale", COLOURS[1])
+    _line(axes, rows, x, "train/learning_rate", "schedule", COLOURS[0])
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter("{x:.1e}")
+    return _finish(figure, axes, rows, x)
+
+
+def compare(runs: Mapping[str, pl.DataFrame], name: str, title: str, unit: str, log_scale: bool = False) -> Figure:
+    """One measure of several runs over their epochs, each line named at its end."""
+    figure = Chart(figsize=(9, 4.6), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    _dress(axes, title, unit)
+    every = {label: _rows(frame) for label, frame in runs.items()}
+    for order, (label, (rows, x)) in enumerate(every.items()):
+        _line(axes, rows, x, name, label, _colour(order))
+    rows, x = max(every.values(), key=lambda pair: pair[0].height)
+    if log_scale:
+        _log_scale(axes)
+    return _finish(figure, axes, rows, x)
+
+
+def sweep(summaries: Sequence[Mapping[str, Any]]) -> Figure:
+    """p against loss and against experts per token, one point a run; a line joins the means over seeds."""
+    figure = Chart(figsize=(9, 4.2), dpi=120, layout="constrained")
+    panels = figure.subplots(1, 2, sharex=True)
+    measures = (("loss", "loss, nats"), ("experts_per_token", "experts per token"))
+    for axes, (key, label) in zip(panels, measures, strict=True):
+        points = [(float(entry["p"]), float(entry[key])) for entry in summaries if entry.get(key) is not None]
+        _dress(axes, label, "")
+        axes.plot([p for p, _ in points], [y for _, y in points], "o", color=COLOURS[0], alpha=0.6, label="runs")
+        places = sorted({p for p, _ in points})
+        means = [sum(y for q, y in points if q == p) / sum(1 for q, _ in points if q == p) for p in places]
+        axes.plot(places, means, color=COLOURS[0], lw=1.5)
+        axes.set_xlabel("p", color=INK)
+        axes.set_xticks(places)
+    panels[1].axhspan(*gates.BAND, color=COLOURS[2], alpha=0.12, lw=0)
+    _bound(panels[0], gates.LOSS, f"target {gates.LOSS:g}")
+    return figure
+
+
+FIGURES = {
+    "loss": loss,
+    "learning_rate": learning_rate,
+    "gradients": gradients,
+    "l0": l0,
+    "routing": routing,
+    "entropy": entropy,
+    "utilisation": utilisation,
+}
+SPARSE = ("routing", "entropy", "utilisation")
+
+
+def save_all(run: frames.Place) -> list[Path]:
+    """Every figure of a run that it has measures for, as plots/*.png in its directory."""
+    frame = frames.read_metrics(run)
+    if not frame.height:
+        raise ValueError(f"the run '{run}' has written no metrics yet")
+    sparse = bool(frames.sparse_layers(frame))
+    figures = {name: draw(frame) for name, draw in FIGURES.items() if sparse or name not in SPARSE}
+    return save(figures, Path(run) / "plots")
+
+
+def save(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}.png" for name in figures]
+    for path, figure in zip(paths, figures.values(), strict=True):
+        figure.savefig(path, format="png")
+    return paths
+
+
+def _rows(frame: pl.DataFrame) -> tuple[pl.DataFrame, str]:
+    """What is drawn and its horizontal axis: epochs, or the single steps of a run that has no two epochs."""
+    rows = frames.epochs(frame)
+    if rows.height > 1:
+        return rows, "index"
+    return frame.filter(pl.col("kind").is_in(["train", "eval"])), "step"
+
+
+def _start(frame: pl.DataFrame, title: str, unit: str) -> tuple[pl.DataFrame, str, Figure, Axes]:
+    figure = Chart(figsize=(9, 4.6), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    _dress(axes, title, unit)
+    return *_rows(frame), figure, axes
+
+
+def _dress(axes: Axes, title: str, unit: str) -> None:
+    axes.set_title(title, loc="left", fontsize=12, color=INK, pad=18)
+    axes.set_ylabel(unit, color=INK)
+
+
+def _log_scale(axes: Axes) -> None:
+    """Logarithmic, with plain numbers at 1, 2 and 5."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _line(axes: Axes, rows: pl.DataFrame, x: str, name: str, label: str, colour: str, style: str = "-") -> None:
+    """Draws the known points of a measure, one piece a phase; `_finish` writes the label at the end of the last."""
+    known = _known(rows, name)
+    for (phase,), piece in known.group_by("phase", maintain_order=True):
+        last = phase == known["phase"][-1]
+        marker = "o" if piece.height < 12 and style == "-" else ""
+        points = piece[x].to_list(), piece[name].to_list()
+        named = f"{label}: {points[1][-1]:.3g}" if last else f"_{label}"
+        axes.plot(*points, style, marker=marker, ms=3.5, color=colour, lw=1.6, label=named)
+
+
+def _known(rows: pl.DataFrame, name: str) -> pl.DataFrame:
+    return rows.filter(_known_mask(rows, name))
+
+
+def _known_mask(rows: pl.DataFrame, name: str) -> pl.Series:
+    return rows[name].is_not_null() if name in rows.columns else pl.Series([False] * rows.height, dtype=pl.Boolean)
+
+
+def _column(rows: pl.DataFrame, name: str) -> pl.Expr:
+    return pl.col(name) if name in rows.columns else pl.lit(None, dtype=pl.Float64)
+
+
+def _bound(axes: Axes, value: float, label: str) -> None:
+    axes.axhline(value, color=INK, lw=1, ls=":")
+    place = axes.get_yaxis_transform()
+    axes.annotate(label, (0.995, value), xycoords=place, va="bottom", ha="right", fontsize=9, color=INK)
+
+
+def _finish(figure: Figure, axes: Axes, rows: pl.DataFrame, x: str) -> Figure:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
+    axes.tick_params(colors=INK)
+    axes.grid(axis="y", color="#e6e6e6", lw=0.8)
+    axes.set_axisbelow(True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if axes.get_subplotspec() is None or axes.get_subplotspec().is_last_row():  # type: ignore[union-attr]
+        axes.set_xlabel("epoch" if x == "index" else "step", color=INK)
+    if x == "index":
+        _phases(axes, rows, label=True)
+    _name_lines(figure, axes)
+    return figure
+
+
+def _phases(axes: Axes, rows: pl.DataFrame, label: bool) -> None:
+    """A thin line where the next phase begins, and the phases' names along the top."""
+    starts = rows.group_by("phase", maintain_order=True).agg(pl.col("index").min())
+    if starts.height < 2:
+        return
+    for phase, start in starts.iter_rows():
+        if start > 1:
+            axes.axvline(start - 0.5, color=FAINT, lw=0.8)
+        if label:
+            place, look = axes.get_xaxis_transform(), _text(FAINT, "bottom")
+            axes.annotate(phase, (start, 1.0), xycoords=place, xytext=(3, 2), textcoords="offset points", **look)
+
+
+def _name_lines(figure: Figure, axes: Axes) -> None:
+    """Writes each line's name at its right end, pushed apart where two would overlap."""
+    lines = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
+    axes.autoscale_view()
+    to_axes = axes.transData + axes.transAxes.inverted()
+    heights = [float(to_axes.transform(np.asarray(line.get_xydata())[-1])[1]) for line in lines]
+    gap = 13 / (72 * axes.get_position().height * figure.get_figheight())
+    height = -1.0
+    for end, line in sorted(zip(heights, lines, strict=True), key=lambda pair: pair[0]):
+        height = max(end, height + gap)
+        look = _text(line.get_color(), "center")
+        axes.annotate(str(line.get_label()), (1.01, height), xycoords="axes fraction", **look)
+
+
+def _text(colour: Any, align: str) -> dict[str, Any]:
+    return {"fontsize": 9, "color": colour, "va": align, "annotation_clip": False}
+
+
+def _colour(order: int) -> str:
+    return COLOURS[order % len(COLOURS)]
+
+
+def _kinds(count: int) -> list[tuple[str, str]]:
+    """Kind and label of the flat layers L0, L1, ...: embedding; attention, norm, feed-forward, norm of every block;
+    final norm; output projection.
+    """
+    block = (("attention", "block"), ("norms", "attention norm"), ("feed-forward", "block"), ("norms", "FFN norm"))
+    blocks = max(0, (count - 3) // 4)
+    kinds = [("embedding and output", "embedding")]
+    kinds += [(kind, f"{label} {index}") for index in range(blocks) for kind, label in block]
+    return [*kinds, ("norms", "final norm"), ("embedding and output", "output")][:count]
+
+
+def _last_loads(rows: pl.DataFrame) -> dict[str, list[float]]:
+    """The last known load of every layer."""
+    names = [name for name in rows.columns if name.startswith("moe/layer_") and name.endswith("/load")]
+    return {name: known[name][-1].to_list() for name in names if (known := _known(rows, name)).height}

@@ -1,0 +1,154 @@
+"""The stage table: what each run measured, runs of one model joined over seeds as mean ± standard deviation."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from math import isfinite
+from statistics import mean, stdev
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from moe_lab import frames, gates
+
+Value = float | str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """One line of the table: its key in `summary`, how a number is printed, and the roadmap's target."""
+
+    key: str
+    label: str
+    number: Callable[[float], str]
+    target: str = ""
+
+
+def _digits(digits: int) -> Callable[[float], str]:
+    return lambda value: f"{value:.{digits}f}"
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+MEASURES = (
+    Measure("loss", "loss", _digits(4), f"≤ {gates.LOSS:.2f}"),
+    Measure("floor", "entropy floor", _digits(4)),
+    Measure("excess", "excess over floor", _digits(4)),
+    Measure("epochs_to_target", f"chat epochs to {gates.LOSS:.2f}", _count),
+    Measure("recited", "recites", _percent, f"≥ {100 * gates.RECITE:.0f} %"),
+    Measure("paraphrase_f1", "held-out paraphrases, F1", _digits(3)),
+    Measure("facts_loss_before", "facts loss before chat", _digits(4)),
+    Measure("facts_loss_after", "facts loss after chat", _digits(4)),
+    Measure("experts_per_token", "experts/token", _digits(3), f"{gates.BAND[0]}-{gates.BAND[1]}"),
+    Measure("experts_std", "  its spread over tokens", _digits(3), f"> {gates.SPREAD}"),
+    Measure("l0", "L0", _digits(2), f"≤ {gates.L0:g}"),
+    Measure("params", "parameters", _count),
+    Measure("active_params", "active parameters", _count),
+    Measure("tokens_per_second", "tokens/s", _count),
+    Measure("seconds", "seconds", _digits(1)),
+)
+
+
+def summary(run: frames.Place, verdict: gates.Verdict | None = None) -> dict[str, Any]:
+    """One run as a flat dict: its `results`, what the table derives from them, and the word of its gate."""
+    record, config = frames.read_run(run), frames.settings(run)
+    results = record.get("results") or {}
+    good, total = results.get("recite"), results.get("recite_total")
+    return {
+        **results,
+        "run": str(run),
+        "name": config.get("name"),
+        "model": model_name(config),
+        "seed": config.get("seed"),
+        "status": record.get("status"),
+        "recited": good / total if good is not None and total else None,
+        "epochs_to_target": epochs_to(frames.read_metrics(run), gates.LOSS),
+        "verdict": (verdict or judged(run)).word,
+    }
+
+
+def judged(run: frames.Place) -> gates.Verdict:
+    try:
+        return gates.judge(run)
+    except ValueError:
+        return gates.Verdict("none", str(run), judged=False, criteria=())
+
+
+def model_name(config: dict[str, Any]) -> str:
+    """What distinguishes the models of a stage: "dense", "top_p 0.4", "top_k 2"."""
+    router = config.get("model", {}).get("router", {})
+    kind = router.get("kind", "dense")
+    amount = router.get("p") if kind == "top_p" else router.get("k")
+    return str(kind) if kind == "dense" or amount is None else f"{kind} {amount}"
+
+
+def epochs_to(frame: Any, loss: float) -> int | None:
+    """The first chat epoch whose loss is at most `loss`."""
+    rows = frames.epochs(frame)
+    if "epoch/loss" not in rows.columns:
+        return None
+    reached = rows.filter((rows["phase"] == "chat") & (rows["epoch/loss"] <= loss))
+    return int(reached["epoch"][0]) if reached.height else None
+
+
+def render(summaries: Iterable[dict[str, Any]], console: Console, title: str = "", by: str = "model") -> None:
+    """Measures down, models (or single runs, `by="run"`) across, the roadmap's targets last; as many across as fit."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for entry in summaries:
+        groups.setdefault(str(entry[by]), []).append(entry)
+    names = list(groups)
+    fitting = max(1, (console.width - 42) // 20)
+    for start in range(0, len(names), fitting):
+        some = {name: groups[name] for name in names[start : start + fitting]}
+        console.print(_table(some, title if start == 0 else ""))
+
+
+def _table(groups: dict[str, list[dict[str, Any]]], title: str) -> Table:
+    table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    table.add_column("")
+    for name in groups:
+        table.add_column(name, justify="right", overflow="fold")
+    table.add_column("roadmap", justify="right", style="dim")
+    table.add_row("seeds", *(", ".join(str(entry["seed"]) for entry in entries) for entries in groups.values()), "")
+    for measure in MEASURES:
+        cells = [_cell(measure, entries) for entries in groups.values()]
+        if any(cell != "-" for cell in cells):
+            table.add_row(measure.label, *cells, measure.target)
+    table.add_row("gate", *(_words(entries) for entries in groups.values()), "")
+    return table
+
+
+def _cell(measure: Measure, entries: list[dict[str, Any]]) -> str:
+    values = [float(value) for entry in entries if (value := entry.get(measure.key)) is not None]
+    values = [value for value in values if isfinite(value)]
+    if not values:
+        return "-"
+    middle = measure.number(mean(values))
+    return middle if len(values) == 1 else f"{middle} ± {measure.number(stdev(values))}"
+
+
+def _words(entries: list[dict[str, Any]]) -> str:
+    words = [entry["verdict"] for entry in entries]
+    return words[0] if len(set(words)) == 1 else f"{words.count('passed')} of {len(words)} passed"
+
+
+def render_verdict(verdict: gates.Verdict, console: Console) -> None:
+    """Every criterion with its measure and bound, then the word of the gate."""
+    if not verdict.judged:
+        console.print(f"{verdict.gate} gate: not judged (quick)  {verdict.run}", highlight=False)
+        return
+    table = Table(title=f"{verdict.gate} gate  {verdict.run}", box=box.SIMPLE_HEAD, title_justify="left")
+    for column in ("", "criterion", "measured", "bound", "what is measured"):
+        table.add_column(column, overflow="fold")
+    for criterion in verdict.criteria:
+        mark = "[green]pass[/green]" if criterion.passed else "[bold red]FAIL[/bold red]"
+        table.add_row(mark, criterion.name, gates.show(criterion.measured), criterion.bound, criterion.why)
+    console.print(table)
+    console.print(f"{verdict.gate} gate: {verdict.word}", highlight=False)

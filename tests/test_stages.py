@@ -1,0 +1,232 @@
+"""Stage 1 with a laboratory that writes hand-made runs: which runs are trained, skipped, judged and shown."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from moe_lab import stages, tables
+from runs import DENSE, Story, write
+
+
+@dataclass
+class FakeRun:
+    source: str
+    overrides: dict[str, Any]
+
+    def diff(self, other: "FakeRun") -> list[tuple[str, str, str]]:
+        keys = sorted(self.overrides.keys() | other.overrides.keys())
+        pairs = ((key, self.overrides.get(key), other.overrides.get(key)) for key in keys)
+        return [(key, str(old), str(new)) for key, old, new in pairs if old != new]
+
+
+@dataclass
+class Outcome:
+    out: str
+    signal: int | None = None
+
+
+class FakeDivergedError(RuntimeError):
+    pass
+
+
+@dataclass
+class FakeLab:
+    """Writes the run a story tells; `stop_at` names the run that a signal stops, `diverge` the one that diverges."""
+
+    losses: dict[str, float] = field(default_factory=dict)
+    stop_at: str | None = None
+    diverge: str | None = None
+    trained: list[str] = field(default_factory=list)
+    parents: dict[str, str | None] = field(default_factory=dict)
+    DivergedError = FakeDivergedError
+
+    def load_run(self, source: str, overrides: dict[str, Any] | None = None, quick: bool = False) -> FakeRun:
+        if source.endswith("run.toml"):
+            return FakeRun(source, json.loads(Path(source).with_name("overrides.json").read_text()))
+        if (overrides or {}).get("model.router.p", 0.5) > 1:
+            raise ValueError("model.router.p = 1.5 is not in (0, 1]")
+        return FakeRun(source, {**(overrides or {}), **({"quick": True} if quick else {})})
+
+    def run_training(self, run: FakeRun, out: str | None = None, parent: str | None = None) -> Outcome:
+        assert out is not None
+        wanted, name = run.overrides, Path(out).name
+        self.trained.append(name)
+        self.parents[name] = parent
+        routers = {
+            "baseline": DENSE,
+            "stage1": f'kind = "top_p"\np = {wanted.get("model.router.p")}',
+            "stage1_top2": 'kind = "top_k"\nk = 2',
+        }
+        status = "stopped" if name == self.stop_at else "diverged" if name == self.diverge else "completed"
+        epochs = 10 if wanted.get("quick") else 100
+        story = Story(
+            routers[run.source], wanted["seed"], name, epochs, epochs, status, bool(wanted.get("quick")), parent
+        )
+        write(Path(out), story.but(loss=self.losses.get(name, 0.21)))
+        (Path(out) / "overrides.json").write_text(json.dumps(wanted))
+        if status == "diverged":
+            raise FakeDivergedError("the loss is not finite")
+        return Outcome(out, 2 if status == "stopped" else None)
+
+    def resume_training(self, out: str) -> Outcome:
+        self.trained.append(f"resumed {Path(out).name}")
+        record = json.loads((Path(out) / "run.json").read_text())
+        (Path(out) / "run.json").write_text(json.dumps({**record, "status": "completed"}))
+        return Outcome(out)
+
+
+@pytest.fixture(autouse=True)
+def _no_figures(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    if "figures" not in request.fixturenames:
+        monkeypatch.setattr(stages, "save_plots", lambda stage: [])
+
+
+@pytest.fixture
+def figures() -> None:
+    """A test that asks for this draws."""
+
+
+def stage(plan: stages.Plan, out: Path, lab: FakeLab) -> stages.Stage:
+    return stages.stage1(plan, out, lab, lambda text: None)
+
+
+def test_a_stage_trains_parent_model_and_control_of_every_p_and_seed(tmp_path: Path) -> None:
+    lab = FakeLab()
+    result = stage(stages.Plan(p=(0.3, 0.4), seeds=(1, 2)), tmp_path / "s", lab)
+    models = ["parent", "top_p-0.3", "top_p-0.4", "top_k-2"]
+    assert lab.trained == [f"{model}-seed{seed}" for seed in (1, 2) for model in models]
+    assert lab.parents["top_p-0.3-seed2"] == str(tmp_path / "s" / "parent-seed2")
+    assert lab.parents["parent-seed1"] is None
+    assert result.passed
+    record = json.loads((tmp_path / "s" / "stage.json").read_text())
+    assert record["status"] == "completed"
+    assert record["passed"] is True
+    assert [gate["run"] for gate in record["gates"]] == ["top_p 0.3", "top_p 0.4"]
+    assert {each["name"] for each in record["gates"][0]["criteria"]} >= {
+        "loss",
+        "no worse than parent",
+        "router learns",
+    }
+    assert [entry["run"] for entry in record["runs"]] == lab.trained
+
+
+def test_figures_are_drawn_for_every_run_and_for_the_stage(tmp_path: Path, figures: None) -> None:
+    stage(stages.Plan(p=(0.3, 0.4), quick=True), tmp_path / "s", FakeLab())
+    assert {path.stem for path in (tmp_path / "s" / "plots").iterdir()} == {"loss", "experts", "sweep"}
+    assert (tmp_path / "s" / "top_p-0.3-seed1" / "plots" / "routing.png").exists()
+
+
+def test_a_stage_that_misses_its_gate_fails(tmp_path: Path) -> None:
+    lab = FakeLab(losses={"parent-seed1": 0.2, "top_p-0.4-seed1": 0.25})
+    result = stage(stages.Plan(), tmp_path / "s", lab)
+    assert not result.passed
+    assert [each.name for each in result.verdicts[0].criteria if not each.passed] == ["no worse than parent"]
+
+
+def test_the_parent_is_compared_over_all_seeds_together(tmp_path: Path) -> None:
+    lab = FakeLab(losses={"top_p-0.4-seed1": 0.23, "top_p-0.4-seed2": 0.20})
+    assert stage(stages.Plan(seeds=(1, 2)), tmp_path / "s", lab).passed
+
+
+def test_one_p_that_passes_is_enough(tmp_path: Path) -> None:
+    lab = FakeLab(losses={"top_p-0.3-seed1": 0.5})
+    result = stage(stages.Plan(p=(0.3, 0.4)), tmp_path / "s", lab)
+    assert [verdict.passed for verdict in result.verdicts] == [False, True]
+    assert result.passed
+
+
+def test_finished_runs_are_skipped_and_a_stopped_one_goes_on(tmp_path: Path) -> None:
+    first = FakeLab(stop_at="top_p-0.4-seed1")
+    stopped = stage(stages.Plan(), tmp_path / "s", first)
+    assert stopped.signal == 2
+    assert json.loads((tmp_path / "s" / "stage.json").read_text())["status"] == "stopped"
+    second = FakeLab()
+    assert stages.resume(tmp_path / "s", second, lambda text: None).passed
+    assert second.trained == ["resumed top_p-0.4-seed1", "top_k-2-seed1"]
+
+
+def test_a_run_with_other_settings_is_not_taken_for_the_wanted_one(tmp_path: Path) -> None:
+    stage(stages.Plan(), tmp_path / "s", FakeLab())
+    with pytest.raises(ValueError, match=r"was trained with train\.epochs = None, now 5 is asked for"):
+        stage(stages.Plan(overrides={"train.epochs": 5}), tmp_path / "s", FakeLab())
+    again = FakeLab()
+    stage(stages.Plan(overrides={"threads": 2}), tmp_path / "s", again)
+    assert again.trained == []
+
+
+def test_a_finished_parent_serves_instead_of_a_new_one(tmp_path: Path) -> None:
+    parent = write(tmp_path / "base", Story(router=DENSE, loss=0.1))
+    lab = FakeLab()
+    result = stage(stages.Plan(parents=(str(parent),)), tmp_path / "s", lab)
+    assert lab.trained == ["top_p-0.4-seed1", "top_k-2-seed1"]
+    assert not result.passed
+    assert stages.rejudge(tmp_path / "s").verdicts == result.verdicts
+
+
+@pytest.mark.parametrize(
+    ("story", "sentence"),
+    [
+        (Story(router=DENSE, seed=7), "has seed 7, but the stage runs seed 1"),
+        (Story(router=DENSE, quick=True), "must both be --quick or neither"),
+        (Story(router=DENSE, results={"loss": None}), "has no loss yet"),
+    ],
+)
+def test_a_parent_that_cannot_be_compared_is_refused(tmp_path: Path, story: Story, sentence: str) -> None:
+    parent = write(tmp_path / "base", story)
+    with pytest.raises(ValueError, match=sentence):
+        stage(stages.Plan(parents=(str(parent),)), tmp_path / "s", FakeLab())
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_bad_value_leaves_no_trace(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model\.router\.p"):
+        stage(stages.Plan(p=(0.4, 1.5)), tmp_path / "s", FakeLab())
+    with pytest.raises(ValueError, match="--p"):
+        stage(stages.Plan(overrides={"model.router.p": 0.3}), tmp_path / "s", FakeLab())
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_folder_with_something_else_is_not_written_into(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds no stage"):
+        stage(stages.Plan(), tmp_path, FakeLab())
+
+
+def test_router_keys_go_to_the_models_that_have_them() -> None:
+    wanted = {"model.router.num_experts": 4, "model.router.k": 1, "train.epochs": 5}
+    parent, studied, control = stages.cells(stages.Plan(overrides=wanted))
+    assert parent.overrides == {"train.epochs": 5, "seed": 1, "name": "parent-seed1"}
+    assert studied.overrides.items() >= {"model.router.num_experts": 4, "model.router.p": 0.4}.items()
+    assert "model.router.k" not in studied.overrides
+    assert control.overrides["model.router.k"] == 1
+    assert control.name == "top_k-1-seed1"
+
+
+def test_a_quick_stage_is_not_judged(tmp_path: Path) -> None:
+    result = stage(stages.Plan(quick=True), tmp_path / "s", FakeLab())
+    assert not result.judged
+    assert json.loads((tmp_path / "s" / "stage.json").read_text())["passed"] is None
+
+
+def test_a_diverged_run_is_a_result_that_fails(tmp_path: Path) -> None:
+    lab = FakeLab(diverge="top_p-0.3-seed1")
+    result = stage(stages.Plan(p=(0.3, 0.4)), tmp_path / "s", lab)
+    assert result.diverged
+    assert "top_k-2-seed1" in lab.trained
+    assert [verdict.passed for verdict in result.verdicts] == [False, True]
+
+
+def test_the_table_joins_seeds_as_mean_and_deviation(tmp_path: Path) -> None:
+    lab = FakeLab(losses={"top_p-0.4-seed1": 0.20, "top_p-0.4-seed2": 0.22})
+    result = stage(stages.Plan(seeds=(1, 2)), tmp_path / "s", lab)
+    console = Console(record=True, width=120, file=open("/dev/null", "w"))  # noqa: SIM115
+    tables.render(result.rows, console)
+    text = console.export_text()
+    assert "0.2100 ± 0.0141" in text
+    assert "top_p 0.4" in text
+    assert "passed" in text
+    console.file.close()
