@@ -1,5 +1,6 @@
 //! The coarse ops, one file each: what it computes, its faces (plain candle reference; fused CPU forward and backward), its gradient check.
 
+pub mod attention;
 pub mod combine;
 pub mod cross_entropy;
 pub mod embedding;

@@ -1,0 +1,271 @@
+//! Small vector loops for ops that work on rows and tiles: exponential, sigmoid, sums in lanes, products of small padded matrices. Written so
+//! that the compiler vectorises them; compiled a second time for AVX2 and chosen at run time. Both give the same bits: no loop
+//! contracts a product and a sum, and every sum has its order written out.
+#![allow(unsafe_code)]
+#![allow(clippy::needless_range_loop)] // arrays of lanes side by side
+
+use crate::Real;
+use std::any::TypeId;
+
+/// Numbers a padded row is a multiple of.
+pub const LANES: usize = 8;
+
+/// Rows a product of small matrices computes at once; its left rows are padded to a multiple of it.
+pub const ROWS: usize = 4;
+
+/// A piece of work to be compiled for several instruction sets. `run` and all it calls must be `#[inline(always)]`.
+pub trait Kernel {
+    type Output;
+    fn run(self) -> Self::Output;
+}
+
+/// Runs `kernel` with the best instruction set of this machine.
+pub fn dispatch<K: Kernel>(kernel: K) -> K::Output {
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("avx2") {
+        // SAFETY: the machine has AVX2.
+        return unsafe { run_avx2(kernel) };
+    }
+    kernel.run()
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+unsafe fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run()
+}
+
+/// `len` up to the next multiple of `LANES`.
+#[inline(always)]
+pub const fn padded(len: usize) -> usize {
+    len.next_multiple_of(LANES)
+}
+
+/// eˣ. In f32 a polynomial within 2 units in the last place that vectorises (Cephes' expf): 0 below the smallest normal number, held at the
+/// largest finite power above. NaN stays NaN.
+#[inline(always)]
+pub fn exp<T: Real>(x: T) -> T {
+    if TypeId::of::<T>() == TypeId::of::<f32>() {
+        // SAFETY: T is f32.
+        unsafe { std::mem::transmute_copy(&exp_f32(std::mem::transmute_copy(&x))) }
+    } else {
+        x.exp()
+    }
+}
+
+#[inline(always)]
+fn exp_f32(x: f32) -> f32 {
+    const LOW: f32 = -87.336_54;
+    const HIGH: f32 = 88.376_26;
+    const ROUND: f32 = 12_582_912.0; // 1.5 · 2²³: adding it leaves the nearest integer in the low bits
+    // Comparisons, not min and max: those would turn NaN into a number.
+    let held = if x > HIGH { HIGH } else { x };
+    let held = if held < LOW { LOW } else { held };
+    let shifted = held * std::f32::consts::LOG2_E + ROUND;
+    let k = shifted - ROUND;
+    let r = held - k * 0.693_359_4 + k * 2.121_944_4e-4;
+    let mut y = 1.987_569_1e-4;
+    y = y * r + 1.398_199_9e-3;
+    y = y * r + 8.333_452e-3;
+    y = y * r + 4.166_579_6e-2;
+    y = y * r + 1.666_666_5e-1;
+    y = y * r + 0.5;
+    y = y * r * r + r + 1.0;
+    let power = f32::from_bits((shifted.to_bits() << 23).wrapping_add(0x3f80_0000));
+    if x < LOW { 0.0 } else { y * power }
+}
+
+/// 1 / (1 + e⁻ˣ).
+#[inline(always)]
+pub fn sigmoid<T: Real>(x: T) -> T {
+    T::ONE / (T::ONE + exp(-x))
+}
+
+/// x as f64.
+#[inline(always)]
+pub fn widen<T: Real>(x: T) -> f64 {
+    if TypeId::of::<T>() == TypeId::of::<f32>() {
+        // SAFETY: T is f32.
+        f64::from(unsafe { std::mem::transmute_copy::<T, f32>(&x) })
+    } else {
+        x.to_f64()
+    }
+}
+
+/// x rounded to T.
+#[inline(always)]
+pub fn narrow<T: Real>(x: f64) -> T {
+    if TypeId::of::<T>() == TypeId::of::<f32>() {
+        // SAFETY: T is f32.
+        unsafe { std::mem::transmute_copy(&(x as f32)) }
+    } else {
+        T::from_f64(x)
+    }
+}
+
+#[inline(always)]
+fn lanes<T: Real>(x: &[T]) -> impl Iterator<Item = &[T; LANES]> {
+    x.as_chunks::<LANES>().0.iter()
+}
+
+#[inline(always)]
+fn join<T: Copy>(x: [T; LANES], f: impl Fn(T, T) -> T) -> T {
+    f(f(f(x[0], x[4]), f(x[2], x[6])), f(f(x[1], x[5]), f(x[3], x[7])))
+}
+
+/// The largest number of a padded row; -∞ if there is none.
+#[inline(always)]
+pub fn max<T: Real>(x: &[T]) -> T {
+    let mut m = [-T::INFINITY; LANES];
+    for x in lanes(x) {
+        for l in 0..LANES {
+            m[l] = if x[l] > m[l] { x[l] } else { m[l] };
+        }
+    }
+    join(m, |a, b| if a > b { a } else { b })
+}
+
+/// The sum of a padded row, in lanes.
+#[inline(always)]
+pub fn sum<T: Real>(x: &[T]) -> T {
+    let mut s = [T::ZERO; LANES];
+    for x in lanes(x) {
+        for l in 0..LANES {
+            s[l] += x[l];
+        }
+    }
+    join(s, |a, b| a + b)
+}
+
+/// Σ a·b of two padded rows, in lanes.
+#[inline(always)]
+pub fn dot<T: Real>(a: &[T], b: &[T]) -> T {
+    let mut s = [T::ZERO; LANES];
+    for (a, b) in lanes(a).zip(lanes(b)) {
+        for l in 0..LANES {
+            s[l] += a[l] * b[l];
+        }
+    }
+    join(s, |a, b| a + b)
+}
+
+/// The left side of a small product: number (i, k) lies at i·row + k·col.
+#[derive(Clone, Copy)]
+pub struct Left<'a, T> {
+    pub data: &'a [T],
+    pub row: usize,
+    pub col: usize,
+}
+
+/// dst [m, n] (rows `stride` apart) = a [m, depth] · b [depth, n] (rows `b_stride` apart), or += when `accumulate`; summed over the depth in order.
+/// m is a multiple of `ROWS` and n of `LANES`: the buffers are padded.
+#[inline(always)]
+pub fn product<T: Real>(
+    dst: &mut [T],
+    stride: usize,
+    (m, depth, n): (usize, usize, usize),
+    a: Left<'_, T>,
+    (b, b_stride): (&[T], usize),
+    accumulate: bool,
+) {
+    if m == 0 || n == 0 {
+        return;
+    }
+    assert!(m.is_multiple_of(ROWS) && n.is_multiple_of(LANES) && (m - 1) * stride + n <= dst.len());
+    assert!(
+        depth == 0 || (m - 1) * a.row + (depth - 1) * a.col < a.data.len() && (depth - 1) * b_stride + n <= b.len()
+    );
+    for i in (0..m).step_by(ROWS) {
+        let mut j = 0;
+        // SAFETY: the assertions above bound every (row, column) that the tiles i..i + ROWS, j..j + C·LANES touch.
+        unsafe {
+            while j + 2 * LANES <= n {
+                tile::<T, 2>(dst, stride, (i, j), depth, a, (b, b_stride), accumulate);
+                j += 2 * LANES;
+            }
+            if j < n {
+                tile::<T, 1>(dst, stride, (i, j), depth, a, (b, b_stride), accumulate);
+            }
+        }
+    }
+}
+
+/// # Safety
+/// Rows i..i + ROWS and columns j..j + C·LANES must lie inside `dst`, `a` and `b` for the given strides and depth.
+#[inline(always)]
+unsafe fn tile<T: Real, const C: usize>(
+    dst: &mut [T],
+    stride: usize,
+    (i, j): (usize, usize),
+    depth: usize,
+    a: Left<'_, T>,
+    (b, b_stride): (&[T], usize),
+    accumulate: bool,
+) {
+    let mut sum = [[[T::ZERO; LANES]; C]; ROWS];
+    for k in 0..depth {
+        for c in 0..C {
+            let b = unsafe { &*b.as_ptr().add(k * b_stride + j + c * LANES).cast::<[T; LANES]>() };
+            for r in 0..ROWS {
+                let x = unsafe { *a.data.get_unchecked((i + r) * a.row + k * a.col) };
+                for l in 0..LANES {
+                    sum[r][c][l] += x * b[l];
+                }
+            }
+        }
+    }
+    for r in 0..ROWS {
+        for c in 0..C {
+            let d = unsafe { &mut *dst.as_mut_ptr().add((i + r) * stride + j + c * LANES).cast::<[T; LANES]>() };
+            for l in 0..LANES {
+                d[l] = if accumulate { d[l] + sum[r][c][l] } else { sum[r][c][l] };
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_exponential_is_accurate_and_safe_at_the_ends() {
+        for i in -870_000..=880_000 {
+            let x = i as f32 * 1e-4;
+            let expected = f64::from(x).exp();
+            assert!(((f64::from(exp(x)) - expected) / expected).abs() < 2.0 * f64::from(f32::EPSILON), "{x}");
+        }
+        assert_eq!(exp(0.0f32), 1.0);
+        assert_eq!((exp(-1e4f32), exp(f32::NEG_INFINITY)), (0.0, 0.0));
+        assert!(exp(1e4f32).is_finite() && exp(f32::NAN).is_nan());
+        assert_eq!((sigmoid(-1e4f32), sigmoid(1e4f32), sigmoid(0.0f32)), (sigmoid(-90.0f32), 1.0, 0.5));
+        assert_eq!(exp(1.25f64), 1.25f64.exp());
+    }
+
+    struct Products<'a>(&'a [f32], &'a [f32]);
+
+    impl Kernel for Products<'_> {
+        type Output = Vec<u32>;
+        #[inline(always)]
+        fn run(self) -> Vec<u32> {
+            let mut dst = vec![0.5f32; 8 * 40];
+            let left = Left { data: self.0, row: 7, col: 1 };
+            product(&mut dst, 40, (8, 7, 40), left, (self.1, 40), true);
+            dst.push(sum(self.1) + dot(self.0, self.1) + max(self.1));
+            dst.extend(self.1.iter().map(|x| sigmoid(*x)));
+            dst.iter().map(|x| x.to_bits()).collect()
+        }
+    }
+
+    #[test]
+    fn every_instruction_set_gives_the_same_bits_and_the_right_product() {
+        let fill = |seed, len| crate::check::normals(seed, len, 1.0).iter().map(|x| *x as f32).collect::<Vec<_>>();
+        let (a, b) = (fill(1, 56), fill(2, 280));
+        let found = dispatch(Products(&a, &b));
+        assert_eq!(found, Products(&a, &b).run());
+        for x in 0..8 * 40 {
+            let expected: f32 = (0..7).map(|k| a[x / 40 * 7 + k] * b[k * 40 + x % 40]).sum::<f32>() + 0.5;
+            assert!((f32::from_bits(found[x]) - expected).abs() < 1e-5);
+        }
+    }
+}
