@@ -8,7 +8,7 @@ use crate::{Buffer, Engine, Param, Real, Tape, Value};
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 use std::ops::Range;
-use std::rc::Rc;
+use std::sync::Arc;
 
 /// Which experts every token goes to: row t is `expert_ids_a[row_offsets_n1[t]..row_offsets_n1[t + 1]]`, of any length, also 0.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,7 +42,7 @@ pub fn experts<'a, T: Real>(
     tape: &mut Tape<'a, T>,
     x: &Value<T>,
     weights_a: &Value<T>,
-    routing: &Rc<Assignments>,
+    routing: &Arc<Assignments>,
     gate_up: Param,
     down: Param,
 ) -> Value<T> {
@@ -226,7 +226,7 @@ fn cpu<'a, T: Real>(
     tape: &mut Tape<'a, T>,
     x: &Value<T>,
     weights_a: &Value<T>,
-    routing: &Rc<Assignments>,
+    routing: &Arc<Assignments>,
     gate_up: Param,
     down: Param,
 ) -> Value<T> {
@@ -289,12 +289,12 @@ mod tests {
     use crate::ops::swiglu::swiglu;
     use crate::{Arena, Layout};
 
-    fn assignments(num_experts: usize, rows: &[&[u32]]) -> Rc<Assignments> {
+    fn assignments(num_experts: usize, rows: &[&[u32]]) -> Arc<Assignments> {
         let mut row_offsets_n1 = vec![0];
         for row in rows {
             row_offsets_n1.push(row_offsets_n1[row_offsets_n1.len() - 1] + row.len());
         }
-        Rc::new(Assignments { row_offsets_n1, expert_ids_a: rows.concat(), num_experts })
+        Arc::new(Assignments { row_offsets_n1, expert_ids_a: rows.concat(), num_experts })
     }
 
     fn setup(e: usize, d: usize, g: usize) -> (Param, Param, Vec<f64>) {
@@ -307,7 +307,7 @@ mod tests {
     }
 
     /// Many tokens with 0 to 3 experts each, some of them ids that compute nothing.
-    fn mixed(n: usize, num_experts: usize) -> Rc<Assignments> {
+    fn mixed(n: usize, num_experts: usize) -> Arc<Assignments> {
         let rows: Vec<Vec<u32>> = (0..n as u32).map(|t| (0..t % 4).map(|i| (t * 7 + i * 5) % 7).collect()).collect();
         assignments(num_experts, &rows.iter().map(Vec::as_slice).collect::<Vec<_>>())
     }
