@@ -138,14 +138,6 @@ def run_moe_lab(
     return answer
 
 
-def decode_with_moe_lab(case: Case, weights: Mapping[str, Array], prompt: list[int], n: int, folder: Path) -> list[int]:
-    """The n most likely next token ids by moe_lab's cached decoding, in single precision, without a stop token."""
-    native = importlib.import_module("moe_lab._native")
-    path = write_weights(weights, folder)
-    model = native.Model.from_weights(run_file(case, "cpu", "f32"), str(path), case.vocab_size)
-    return [int(token) for token in model.generate_ids(prompt, max_tokens=n, temperature=0.0)]
-
-
 def write_weights(weights: Mapping[str, Array], folder: Path) -> Path:
     """A model.safetensors of F32 tensors in the folder: length of the header, header (JSON), values, little-endian."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -159,6 +151,39 @@ def write_weights(weights: Mapping[str, Array], folder: Path) -> Path:
     path = folder / "model.safetensors"
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
     return path
+
+
+def read_weights(path: Path) -> dict[str, Array]:
+    """The F32 tensors of a model.safetensors."""
+    raw = path.read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:start])
+    header.pop("__metadata__", None)
+    assert {entry["dtype"] for entry in header.values()} == {"F32"}
+    weights: dict[str, Array] = {}
+    for name, entry in header.items():
+        begin, end = (start + offset for offset in entry["data_offsets"])
+        weights[name] = np.frombuffer(raw[begin:end], "<f4").reshape(entry["shape"]).copy()
+    return weights
+
+
+def train_on_text(case: Case, text: str, folder: Path) -> Any:
+    """Trains the case for some steps on the characters of a text, into `folder`/run; the model as moe_lab loads it."""
+    native = importlib.import_module("moe_lab._native")
+    path = folder / "text.txt"
+    path.write_text(text)
+    run: dict[str, Any] = {"name": "oracle", "seed": 1, "model": case.model, "losses": case.losses}
+    run["data"] = {"text": str(path), "tokenizer": "char", "block_size": 12}
+    run["train"] = {"max_steps": 60, "batch_size": 8, "learning_rate": 0.01, "lr_scale": "none"}
+    for _ in native.Trainer(native.Run.parse(toml_table(run)), out=str(folder / "run")):
+        pass
+    return native.Model.load(str(folder / "run"))
+
+
+def trained_weights(folder: Path) -> dict[str, Array]:
+    """The weights of the newest checkpoint in `folder`/run."""
+    checkpoints = (folder / "run" / "checkpoints").glob("checkpoint-*")
+    return read_weights(max(checkpoints, key=lambda path: int(path.name.split("-")[1])) / "model.safetensors")
 
 
 def difference(ours: Any, theirs: Any) -> float:

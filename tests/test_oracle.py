@@ -24,13 +24,14 @@ from oracle_case import (
     ROUTERS,
     Array,
     Case,
-    decode_with_moe_lab,
     difference,
     expert_sets,
     make_case,
     parameter_shapes,
     random_weights,
     run_moe_lab,
+    train_on_text,
+    trained_weights,
 )
 
 pytest.importorskip("torch", reason="the oracle needs torch: pip install torch==2.11.0")
@@ -40,6 +41,7 @@ import oracle
 
 pytestmark = pytest.mark.torch
 
+TEXT = "the cat sat on the mat. a dog ran to the log. the cat ran. a dog sat on the cat. " * 12
 NEAR_TIE = 1e-3  # a lead of one token over another below which decoding in f32 may differ
 DOCUMENT = [3, 7, 1, 9, 4, 4, 18, 2, 7, 3, 11, 0]
 FEW_TOKENS = [[5, 16], [2, 13, 17]]
@@ -144,7 +146,7 @@ def test_moe_lab_agrees(name: str, engine: str, dtype: str, bar: float, tmp_path
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("position", POSITIONS)
 def test_moe_lab_agrees_everywhere(router: str, position: str, tmp_path: Path) -> None:
-    for heads, kv, window, tied in itertools.product(MIXTURES, (1, 2, 4), (None, 4), (False, True)):
+    for heads, kv, window, tied in itertools.product(MIXTURES, (1, 2, 6), (None, 4), (False, True)):
         case = make_case(router, position, heads, kv, window, tied)
         weights, outcome, grads = solve(case)
         for engine, dtype, bar in ENGINES:
@@ -171,15 +173,24 @@ def test_moe_lab_agrees_on_its_own_initialisation(name: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("router", ["dense", "top_p", "top_k"])
 def test_decoding_agrees(router: str, position: str, window: int | None, tmp_path: Path) -> None:
+    """A model out of its run directory: logits of a text, and greedy text with and without a cache."""
     case = make_case(router, position, window=window)
-    prompt, n = [3, 7, 1, 9, 4], 11  # 15 inputs at most, within the 16 learned positions
-    for seed in range(100):
-        weights = random_weights(case, seed)
-        expected, lead = oracle.generate_greedy(oracle.as_tensors(weights), case.model, prompt, n)
-        if lead > NEAR_TIE and len(set(expected)) > 3:  # no tie, and not one token for ever
-            assert decode_with_moe_lab(case, weights, prompt, n, tmp_path) == expected
-            return
-    pytest.fail("every seed comes too near to a tie")
+    model = train_on_text(case, TEXT, tmp_path)
+    weights = oracle.as_tensors(trained_weights(tmp_path))
+    letters = sorted(set(TEXT))  # the ids of a character tokenizer
+    compared = 0
+    for prompt in ("the c", "a dog", "mat. ", "ran", "o"):
+        ids = [letters.index(letter) for letter in prompt]
+        with torch.no_grad():
+            logits = oracle.forward(weights, case.model, [torch.tensor(ids)])[0][0]
+        assert difference(model.logits(prompt), logits.numpy()) < 1e-4
+        expected, lead = oracle.generate_greedy(weights, case.model, ids, 11)  # within the 16 learned positions
+        if lead > NEAR_TIE:
+            compared += 1
+            for cache in (True, False):
+                text = model.generate(prompt, max_tokens=11, temperature=0.0, cache=cache)
+                assert text == "".join(letters[token] for token in expected)
+    assert compared >= 2  # not all of them ties
 
 
 # ------------------------------------------------------------------------------------------------- the oracle by itself
