@@ -1,1 +1,9 @@
+//! The transformer on one page, its configuration, and generation.
+#![forbid(unsafe_code)]
 
+pub mod config;
+pub mod generate;
+pub mod transformer;
+
+pub use config::Model;
+pub use transformer::{Context, Documents, Output, Transformer};

@@ -1,0 +1,89 @@
+//! The one way across: work without the GIL, errors by meaning, JSON values as Python objects.
+
+use crate::DivergedError;
+use pyo3::exceptions::{PyOSError, PyRuntimeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyList};
+use serde_json::{Map, Value};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use train::TrainError;
+
+/// Carries an error of `train` to Python (the orphan rule forbids a direct conversion).
+struct Raised(TrainError);
+
+impl From<Raised> for PyErr {
+    fn from(Raised(error): Raised) -> PyErr {
+        let text = error.to_string();
+        match error {
+            TrainError::Usage(_) => PyValueError::new_err(text),
+            TrainError::Io { source, .. } => match source.raw_os_error() {
+                // OSError(errno, text) becomes the right subclass: FileNotFoundError, PermissionError, ...
+                Some(code) => PyOSError::new_err((code, text)),
+                None => PyOSError::new_err(text),
+            },
+            TrainError::Diverged(_) => DivergedError::new_err(text),
+            TrainError::Failed(_) => PyRuntimeError::new_err(text),
+        }
+    }
+}
+
+/// Runs `work` without the GIL. A panic inside (a bug of ours) becomes a RuntimeError, so that `except Exception` catches it.
+pub fn enter<R: Send>(py: Python<'_>, work: impl FnOnce() -> Result<R, TrainError> + Send) -> PyResult<R> {
+    let done = py.detach(|| catch_unwind(AssertUnwindSafe(work)));
+    match done {
+        Ok(result) => result.map_err(|error| Raised(error).into()),
+        Err(_) => Err(PyRuntimeError::new_err("internal error of moe_lab (details on stderr); please report it with the run file")),
+    }
+}
+
+pub fn to_python<'py>(py: Python<'py>, value: &Value) -> PyResult<Bound<'py, PyAny>> {
+    Ok(match value {
+        Value::Null => py.None().into_bound(py),
+        Value::Bool(b) => b.into_pyobject(py)?.to_owned().into_any(),
+        Value::Number(n) => match n.as_i64() {
+            Some(i) => i.into_pyobject(py)?.into_any(),
+            None => n.as_f64().into_pyobject(py)?.into_any(),
+        },
+        Value::String(s) => s.into_pyobject(py)?.into_any(),
+        Value::Array(items) => {
+            let items = items.iter().map(|item| to_python(py, item)).collect::<PyResult<Vec<_>>>()?;
+            PyList::new(py, items)?.into_any()
+        }
+        Value::Object(map) => to_dict(py, map)?.into_any(),
+    })
+}
+
+pub fn to_dict<'py>(py: Python<'py>, map: &Map<String, Value>) -> PyResult<Bound<'py, PyDict>> {
+    let dict = PyDict::new(py);
+    for (key, value) in map {
+        dict.set_item(key, to_python(py, value)?)?;
+    }
+    Ok(dict)
+}
+
+/// A Python object as JSON (None, bool, int, float, str, list, tuple, dict with str keys).
+pub fn to_json(value: &Bound<'_, PyAny>) -> PyResult<Value> {
+    if value.is_none() {
+        return Ok(Value::Null);
+    }
+    if let Ok(b) = value.cast::<pyo3::types::PyBool>() {
+        return Ok(Value::Bool(b.is_true()));
+    }
+    if let Ok(i) = value.extract::<i64>() {
+        return Ok(i.into());
+    }
+    if let Ok(x) = value.extract::<f64>() {
+        return serde_json::Number::from_f64(x).map(Value::Number).ok_or_else(|| PyValueError::new_err(format!("{x} is not a finite number")));
+    }
+    if let Ok(s) = value.extract::<String>() {
+        return Ok(Value::String(s));
+    }
+    if let Ok(dict) = value.cast::<PyDict>() {
+        let entry = |(key, value): (Bound<'_, PyAny>, Bound<'_, PyAny>)| Ok((key.extract::<String>()?, to_json(&value)?));
+        return Ok(Value::Object(dict.iter().map(entry).collect::<PyResult<Map<_, _>>>()?));
+    }
+    if let Ok(items) = value.try_iter() {
+        return Ok(Value::Array(items.map(|item| to_json(&item?)).collect::<PyResult<_>>()?));
+    }
+    Err(PyValueError::new_err(format!("{} is not a value of a run file", value.get_type())))
+}

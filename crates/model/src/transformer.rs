@@ -1,0 +1,392 @@
+//! The transformer on one page: parameters, initialisation, embedding -> blocks -> final norm. Pre-LN, RMSNorm, SwiGLU or sparse experts, contextual
+//! (CoPE), rotary, learned or no positions, grouped queries, mixture of heads, window.
+//!
+//! n tokens of all documents of a batch one after the other (ragged, no padding), d width, h heads, e experts, v vocabulary.
+
+use crate::config::{Model, PositionKind};
+use moe_router::{Mode, Policy, RouterInput, Routing, node};
+use std::sync::Arc;
+use tensor::ops::attention::{Attention, Position, attention, decode};
+use tensor::ops::{combine::add, embedding::embedding, experts::experts, linear::linear, rms_norm::rms_norm};
+use tensor::ops::{scale_heads::scale_heads, swiglu::swiglu};
+use tensor::random::Purpose;
+use tensor::{Layout, Param, Random, Real, Tape, Value};
+
+/// Standard deviation of the mixture-of-heads routers at the start: logits near zero, all heads nearly alike.
+const HEAD_ROUTER_STD: f64 = 0.02;
+const ROPE_BASE: f64 = 10_000.0;
+
+/// The tokens of a batch: ids of all documents one after the other, and where each document starts (the last offset is n).
+#[derive(Clone, Debug)]
+pub struct Documents {
+    pub tokens_n: Arc<[u32]>,
+    pub offsets_b1: Arc<[usize]>,
+}
+
+impl Documents {
+    /// Panics unless offsets rise from 0 to the number of tokens.
+    pub fn new(tokens_n: Vec<u32>, offsets_b1: Vec<usize>) -> Self {
+        assert!(offsets_b1.first() == Some(&0) && offsets_b1.last() == Some(&tokens_n.len()));
+        assert!(offsets_b1.is_sorted());
+        Documents { tokens_n: tokens_n.into(), offsets_b1: offsets_b1.into() }
+    }
+
+    /// Position of every token in its document.
+    fn positions(&self) -> Vec<u32> {
+        self.offsets_b1.windows(2).flat_map(|w| 0..(w[1] - w[0]) as u32).collect()
+    }
+}
+
+/// Keys and values of one layer for decoding, one row per past token.
+#[derive(Clone, Debug, Default)]
+pub struct LayerCache<T> {
+    keys: Vec<T>,
+    values: Vec<T>,
+}
+
+/// What attention looks back on: the documents of the batch, or one growing document.
+pub enum Context<'c, T> {
+    Documents,
+    Cache(&'c mut [LayerCache<T>]),
+}
+
+/// What a sparse layer decided, for losses and statistics.
+#[derive(Clone, Debug)]
+pub struct ExpertTrace<T: Real> {
+    pub layer: usize,
+    pub scores_ne: Value<T>,
+    pub weights_a: Value<T>,
+    pub routing: Arc<Routing>,
+}
+
+/// What the mixture of heads of a layer decided.
+#[derive(Clone, Debug)]
+pub struct HeadTrace<T: Real> {
+    pub layer: usize,
+    pub routed_nh: Value<T>,
+    pub selection: Arc<moe_router::heads::Selection>,
+}
+
+/// Result of a forward pass: the final norm's output (logits are `linear` of it with `Transformer::output`) and every routing decision.
+pub struct Output<T: Real> {
+    pub hidden_nd: Value<T>,
+    pub experts: Vec<ExpertTrace<T>>,
+    pub heads: Vec<HeadTrace<T>>,
+}
+
+/// Called with (flat layer, value) at the input of each flat layer (0 embedding output, then per block: attention sublayer, normed input of
+/// attention, feed-forward sublayer, normed input of the feed-forward; final norm; output projection).
+pub type Watch<'w, 'a, T> = &'w mut dyn FnMut(&mut Tape<'a, T>, usize, &Value<T>);
+
+struct Heads {
+    shared: Option<Param>,
+    routed: Param,
+    split: Option<Param>,
+    active: usize,
+}
+
+enum FeedForward {
+    Dense { gate: Param, up: Param, down: Param },
+    Sparse { router: Param, gate_up: Param, down: Param },
+}
+
+struct Block {
+    attention_norm: Param,
+    query: Param,
+    key: Param,
+    value: Param,
+    output: Param,
+    position: Position,
+    heads: Option<Heads>,
+    feed_forward_norm: Param,
+    feed_forward: FeedForward,
+}
+
+/// The architecture over a parameter layout; holds no numbers.
+pub struct Transformer {
+    pub config: Model,
+    pub vocab_size: usize,
+    pub layout: Layout,
+    embedding: Param,
+    positions: Option<Param>,
+    blocks: Vec<Block>,
+    norm: Param,
+    pub output: Param,
+}
+
+/// Name, shape and trainability of every tensor.
+fn tensors(config: &Model, vocab_size: usize) -> Vec<(String, Vec<usize>, bool)> {
+    let (d, f) = (config.hidden_size, config.intermediate_size);
+    let width = d / config.num_heads;
+    let (q, kv) = (config.num_heads * width, config.num_kv_heads * width);
+    let mut list = vec![("model.embed_tokens.weight".to_string(), vec![vocab_size, d], true)];
+    let mut tensor = |name: String, shape: &[usize], trainable: bool| list.push((name, shape.to_vec(), trainable));
+    if config.position.kind == PositionKind::Learned {
+        tensor("model.embed_positions.weight".into(), &[config.position.max, d], true);
+    }
+    for i in 0..config.num_layers {
+        let layer = |part: &str| format!("model.layers.{i}.{part}");
+        tensor(layer("input_layernorm.weight"), &[d], true);
+        tensor(layer("self_attn.q_proj.weight"), &[q, d], true);
+        tensor(layer("self_attn.k_proj.weight"), &[kv, d], true);
+        tensor(layer("self_attn.v_proj.weight"), &[kv, d], true);
+        tensor(layer("self_attn.o_proj.weight"), &[d, q], true);
+        if config.position.kind == PositionKind::Cope {
+            tensor(layer("self_attn.cope.weight"), &[config.position.max + 1, width], true);
+        }
+        if config.heads.routed > 0 {
+            tensor(layer("self_attn.heads.routed.weight"), &[config.heads.routed, d], true);
+            if config.heads.shared > 0 {
+                tensor(layer("self_attn.heads.shared.weight"), &[config.heads.shared, d], true);
+                tensor(layer("self_attn.heads.split.weight"), &[2, d], true);
+            }
+        }
+        tensor(layer("post_attention_layernorm.weight"), &[d], true);
+        match config.router.experts() {
+            None => {
+                tensor(layer("mlp.gate_proj.weight"), &[f, d], true);
+                tensor(layer("mlp.up_proj.weight"), &[f, d], true);
+                tensor(layer("mlp.down_proj.weight"), &[d, f], true);
+            }
+            Some(e) => {
+                tensor(layer("mlp.gate.weight"), &[e.num_experts, d], !e.frozen);
+                tensor(layer("mlp.experts.gate_up_proj"), &[e.num_experts, 2 * e.expert_hidden_size, d], true);
+                tensor(layer("mlp.experts.down_proj"), &[e.num_experts, d, e.expert_hidden_size], true);
+            }
+        }
+    }
+    tensor("model.norm.weight".into(), &[d], true);
+    if !config.tie_word_embeddings {
+        tensor("lm_head.weight".into(), &[vocab_size, d], true);
+    }
+    list
+}
+
+impl Transformer {
+    /// `config` must have been validated.
+    pub fn new(config: &Model, vocab_size: usize) -> Self {
+        let layout = Layout::new(tensors(config, vocab_size));
+        let get = |name: &str| layout.get(name).expect("`tensors` lists every parameter of the page");
+        let block = |i: usize| {
+            let layer = |part: &str| get(&format!("model.layers.{i}.{part}"));
+            Block {
+                attention_norm: layer("input_layernorm.weight"),
+                query: layer("self_attn.q_proj.weight"),
+                key: layer("self_attn.k_proj.weight"),
+                value: layer("self_attn.v_proj.weight"),
+                output: layer("self_attn.o_proj.weight"),
+                position: match config.position.kind {
+                    PositionKind::Cope => Position::Cope { table: layer("self_attn.cope.weight") },
+                    PositionKind::Rope => Position::Rope { base: ROPE_BASE },
+                    PositionKind::None | PositionKind::Learned => Position::None,
+                },
+                heads: (config.heads.routed > 0).then(|| Heads {
+                    shared: (config.heads.shared > 0).then(|| layer("self_attn.heads.shared.weight")),
+                    routed: layer("self_attn.heads.routed.weight"),
+                    split: (config.heads.shared > 0).then(|| layer("self_attn.heads.split.weight")),
+                    active: config.heads.active,
+                }),
+                feed_forward_norm: layer("post_attention_layernorm.weight"),
+                feed_forward: match config.router.experts() {
+                    None => FeedForward::Dense {
+                        gate: layer("mlp.gate_proj.weight"),
+                        up: layer("mlp.up_proj.weight"),
+                        down: layer("mlp.down_proj.weight"),
+                    },
+                    Some(_) => FeedForward::Sparse {
+                        router: layer("mlp.gate.weight"),
+                        gate_up: layer("mlp.experts.gate_up_proj"),
+                        down: layer("mlp.experts.down_proj"),
+                    },
+                },
+            }
+        };
+        let embedding = get("model.embed_tokens.weight");
+        Transformer {
+            config: config.clone(),
+            vocab_size,
+            embedding,
+            positions: layout.get("model.embed_positions.weight"),
+            blocks: (0..config.num_layers).map(block).collect(),
+            norm: get("model.norm.weight"),
+            output: layout.get("lm_head.weight").unwrap_or(embedding),
+            layout,
+        }
+    }
+
+    /// Fresh parameters, a pure function of the seed: N(0, 2/fan_in) for weights, std 1/√d for embeddings, norms 1, CoPE tables 0, routers small.
+    /// Every tensor has a stream of its own (keyed by its name), so that models which share a tensor start with the same bytes in it.
+    pub fn initialise(&self, seed: u64) -> Vec<f32> {
+        let mut params = vec![0.0f32; self.layout.len()];
+        let random = Random::new(seed, Purpose::Init);
+        for (name, param) in self.layout.iter() {
+            let std = self.initial_std(name, param);
+            for m in 0..param.count {
+                for (j, x) in params[param.range(m)].iter_mut().enumerate() {
+                    *x = match std {
+                        None => 1.0,
+                        Some(std) => (std * random.normal(stream(name), (m * param.len() + j) as u64)) as f32,
+                    };
+                }
+            }
+        }
+        params
+    }
+
+    /// Standard deviation of a fresh tensor; `None` for norm gains, which start at one.
+    fn initial_std(&self, name: &str, param: Param) -> Option<f64> {
+        match name {
+            _ if name.ends_with("norm.weight") => None,
+            _ if name.starts_with("model.embed_") => Some((self.config.hidden_size as f64).powf(-0.5)),
+            _ if name.ends_with("cope.weight") => Some(0.0),
+            _ if name.contains("self_attn.heads.") => Some(HEAD_ROUTER_STD),
+            _ if name.ends_with("mlp.gate.weight") => self.config.router.experts().map(|e| e.init_std),
+            _ => Some((2.0 / param.width as f64).sqrt()),
+        }
+    }
+
+    /// The routing policies of the sparse layers, one per block; empty for a dense model.
+    pub fn policies(&self) -> Vec<Policy> {
+        (0..self.config.num_layers).filter_map(|i| Policy::new(&self.config.router, i)).collect()
+    }
+
+    /// Parameters that one token uses on average when `experts_per_token` experts are active in each sparse layer.
+    pub fn active_params(&self, experts_per_token: f64) -> f64 {
+        let dense =
+            self.layout.iter().filter(|(name, _)| !name.contains(".experts.")).map(|(_, p)| p.len()).sum::<usize>();
+        let expert =
+            self.layout.iter().filter(|(name, _)| name.contains(".experts.")).map(|(_, p)| p.len()).sum::<usize>();
+        dense as f64 + expert as f64 * experts_per_token
+    }
+
+    /// Empty caches for decoding one document.
+    pub fn empty_cache<T: Real>(&self) -> Vec<LayerCache<T>> {
+        (0..self.blocks.len()).map(|_| LayerCache { keys: Vec::new(), values: Vec::new() }).collect()
+    }
+
+    /// Embeds, runs the blocks and the final norm. Token ids must lie below `vocab_size`, positions below `position.max` for learned ones
+    /// (checked where data enters). With `Context::Cache`, `documents` holds the next tokens of the one cached document.
+    pub fn forward<'a, T: Real>(
+        &self,
+        tape: &mut Tape<'a, T>,
+        documents: &Documents,
+        policies: &[Policy],
+        mode: Mode,
+        mut context: Context<'_, T>,
+        watch: Watch<'_, 'a, T>,
+    ) -> Output<T> {
+        let mut trace = Trace { experts: Vec::new(), heads: Vec::new() };
+        let mut x = embedding(tape, &documents.tokens_n, self.embedding);
+        if let Some(table) = self.positions {
+            let past = match &context {
+                Context::Documents => 0,
+                Context::Cache(layers) => layers[0].keys.len() / self.blocks[0].key.rows,
+            };
+            let ids: Vec<u32> = documents.positions().into_iter().map(|p| p + past as u32).collect();
+            let positions = embedding(tape, &ids.into(), table);
+            x = add(tape, &x, &positions);
+        }
+        watch(tape, 0, &x);
+        for i in 0..self.blocks.len() {
+            x = self.block(tape, i, &x, documents, policies, mode, &mut context, &mut trace, watch);
+        }
+        watch(tape, 4 * self.blocks.len() + 1, &x);
+        let hidden_nd = rms_norm(tape, &x, self.norm, self.config.rms_norm_eps);
+        watch(tape, 4 * self.blocks.len() + 2, &hidden_nd);
+        Output { hidden_nd, experts: trace.experts, heads: trace.heads }
+    }
+
+    /// x += attention(norm(x)); x += feed_forward(norm(x)).
+    #[allow(clippy::too_many_arguments)] // the parts of one batch; bundling them would only rename them
+    fn block<'a, T: Real>(
+        &self,
+        tape: &mut Tape<'a, T>,
+        i: usize,
+        x: &Value<T>,
+        documents: &Documents,
+        policies: &[Policy],
+        mode: Mode,
+        context: &mut Context<'_, T>,
+        trace: &mut Trace<T>,
+        watch: Watch<'_, 'a, T>,
+    ) -> Value<T> {
+        let block = &self.blocks[i];
+        let epsilon = self.config.rms_norm_eps;
+        watch(tape, 4 * i + 1, x);
+        let normed = rms_norm(tape, x, block.attention_norm, epsilon);
+        watch(tape, 4 * i + 2, &normed);
+        let attended = self.attention(tape, i, &normed, documents, context, trace);
+        let x = add(tape, x, &attended);
+        watch(tape, 4 * i + 3, &x);
+        let normed = rms_norm(tape, &x, block.feed_forward_norm, epsilon);
+        watch(tape, 4 * i + 4, &normed);
+        let fed = match block.feed_forward {
+            FeedForward::Dense { gate, up, down } => swiglu(tape, &normed, gate, up, down),
+            FeedForward::Sparse { router, gate_up, down } => {
+                let scores_ne = linear(tape, &normed, router);
+                let input = RouterInput::new(&documents.offsets_b1, &documents.tokens_n, i);
+                let (weights_a, routing) = node::route(tape, &scores_ne, &policies[i], &input, mode);
+                let y = experts(tape, &normed, &weights_a, &routing.assignments, gate_up, down);
+                trace.experts.push(ExpertTrace { layer: i, scores_ne, weights_a, routing });
+                y
+            }
+        };
+        add(tape, &x, &fed)
+    }
+
+    /// Causal attention of the normed stream; every head's output is multiplied by its gate before the output projection.
+    fn attention<'a, T: Real>(
+        &self,
+        tape: &mut Tape<'a, T>,
+        i: usize,
+        x: &Value<T>,
+        documents: &Documents,
+        context: &mut Context<'_, T>,
+        trace: &mut Trace<T>,
+    ) -> Value<T> {
+        let block = &self.blocks[i];
+        let spec = Attention {
+            heads: self.config.num_heads,
+            kv_heads: self.config.num_kv_heads,
+            window: self.config.window,
+            position: block.position,
+        };
+        let q = linear(tape, x, block.query);
+        let k = linear(tape, x, block.key);
+        let v = linear(tape, x, block.value);
+        let mut o = match context {
+            Context::Documents => attention(tape, &q, &k, &v, &documents.offsets_b1, spec),
+            Context::Cache(layers) => {
+                let cache = &mut layers[i];
+                cache.keys.extend_from_slice(k.data());
+                cache.values.extend_from_slice(v.data());
+                let table: &[T] = match block.position {
+                    Position::Cope { table } => tape.param(&table),
+                    _ => &[],
+                };
+                let (m, t) = (q.rows(), cache.keys.len() / k.width());
+                let rows = decode(q.data(), &cache.keys, &cache.values, m, t, spec, table);
+                tape.constant(&rows, m, q.width())
+            }
+        };
+        if let Some(heads) = &block.heads {
+            let shared = heads.shared.map(|w| linear(tape, x, w));
+            let routed = linear(tape, x, heads.routed);
+            let split = heads.split.map(|w| linear(tape, x, w));
+            let (gates_nh, selection) = node::head_gates(tape, shared.as_ref(), &routed, split.as_ref(), heads.active);
+            o = scale_heads(tape, &o, &gates_nh);
+            trace.heads.push(HeadTrace { layer: i, routed_nh: routed, selection });
+        }
+        linear(tape, &o, block.output)
+    }
+}
+
+struct Trace<T: Real> {
+    experts: Vec<ExpertTrace<T>>,
+    heads: Vec<HeadTrace<T>>,
+}
+
+/// The random stream of a tensor (FNV-1a of its name).
+fn stream(name: &str) -> u64 {
+    u64::from(name.bytes().fold(0x811c_9dc5u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193)))
+}

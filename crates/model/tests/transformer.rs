@@ -1,0 +1,249 @@
+//! The whole page: gradients against differences, the CPU face against the reference, decoding against the full pass, isolation and causality.
+
+use model::config::{Model, PositionKind};
+use model::generate::{Sampling, Weights};
+use model::transformer::{Context, Documents, Transformer};
+use moe_router::{Config, Mode, Threshold};
+use tensor::ops::cross_entropy::{Targets, cross_entropy};
+use tensor::ops::linear::linear;
+use tensor::random::{Purpose, Random};
+use tensor::{Arena, Engine, Real, Tape};
+
+const VOCABULARY: usize = 13;
+
+fn top_p() -> Config {
+    Config::TopP {
+        p: Threshold::Same(0.4),
+        renormalize: false,
+        num_experts: 4,
+        expert_hidden_size: 6,
+        frozen: false,
+        init_std: 0.5,
+    }
+}
+
+fn config(kind: PositionKind, mixture: bool, router: Config) -> Model {
+    let mut config = Model {
+        hidden_size: 24,
+        num_layers: 2,
+        num_heads: 6,
+        num_kv_heads: 3,
+        intermediate_size: 10,
+        ..Model::default()
+    };
+    config.position.kind = kind;
+    config.position.max = if kind == PositionKind::Learned { 24 } else { 3 };
+    (config.heads.shared, config.heads.routed, config.heads.active) = if mixture { (2, 4, 2) } else { (0, 0, 0) };
+    config.router = router;
+    config.validate().unwrap();
+    config
+}
+
+fn kinds() -> [PositionKind; 4] {
+    [PositionKind::Cope, PositionKind::Rope, PositionKind::None, PositionKind::Learned]
+}
+
+fn all() -> Vec<Transformer> {
+    let mut models = Vec::new();
+    for kind in kinds() {
+        for mixture in [false, true] {
+            for router in [Config::Dense {}, top_p()] {
+                models.push(Transformer::new(&config(kind, mixture, router), VOCABULARY));
+            }
+        }
+    }
+    models
+}
+
+/// Initial values moved off their special points (zero tables, unit gains).
+fn params(model: &Transformer) -> Vec<f64> {
+    let random = Random::new(5, Purpose::Test);
+    let mut params: Vec<f64> = model.initialise(3).into_iter().map(f64::from).collect();
+    for (_, p) in model.layout.iter() {
+        for m in 0..p.count {
+            for j in p.range(m) {
+                params[j] += 0.2 * random.normal(0, j as u64);
+            }
+        }
+    }
+    params
+}
+
+fn documents() -> (Documents, Targets) {
+    let tokens: Vec<u32> = (0..11).map(|i| (i * 7 + 3) % VOCABULARY as u32).collect();
+    let targets: Vec<u32> = (0..11).map(|i| (i * 5 + 1) % VOCABULARY as u32).collect();
+    let weights: Vec<f64> = (0..11).map(|i| if i < 7 { 1.0 / 7.0 } else { 0.25 }).collect();
+    (Documents::new(tokens, vec![0, 7, 7, 11]), Targets { ids_n: targets.into(), weights_n: weights.into() })
+}
+
+fn loss_and_gradient<T: Real>(model: &Transformer, params: &[f64], engine: Engine) -> (f64, Vec<f64>, Vec<f64>) {
+    let params: Vec<T> = params.iter().map(|x| T::from_f64(*x)).collect();
+    let (documents, targets) = documents();
+    let arena = Arena::default();
+    let mut tape = Tape::new(engine, &params, &arena);
+    let output =
+        model.forward(&mut tape, &documents, &model.policies(), Mode::Train, Context::Documents, &mut |_, _, _| {});
+    let hidden = output.hidden_nd.data().iter().map(|x| x.to_f64()).collect();
+    let (loss, _) = cross_entropy(&mut tape, &output.hidden_nd, model.output, &targets);
+    drop(output);
+    let value = loss.scalar().to_f64();
+    let mut flat = vec![T::ZERO; params.len()];
+    tape.backward(&loss, &mut flat);
+    drop(loss);
+    assert_eq!(arena.live(), 0, "nothing may outlive a step");
+    (value, flat.iter().map(|g| g.to_f64()).collect(), hidden)
+}
+
+#[test]
+fn directional_derivatives_agree_with_differences() {
+    const STEP: f64 = 1e-5;
+    for model in all() {
+        let params = params(&model);
+        let (_, gradient, _) = loss_and_gradient::<f64>(&model, &params, Engine::Cpu);
+        for direction in 0..4 {
+            let random = Random::new(direction, Purpose::Test);
+            let mut vector = vec![0.0; params.len()];
+            for (_, p) in model.layout.iter() {
+                (0..p.count).flat_map(|m| p.range(m)).for_each(|j| vector[j] = 0.1 * random.normal(1, j as u64));
+            }
+            let at = |h: f64| {
+                let moved: Vec<f64> = params.iter().zip(&vector).map(|(x, v)| x + h * v).collect();
+                loss_and_gradient::<f64>(&model, &moved, Engine::Cpu).0
+            };
+            let expected = (at(STEP) - at(-STEP)) / (2.0 * STEP);
+            let found: f64 = gradient.iter().zip(&vector).map(|(g, v)| g * v).sum();
+            assert!((found - expected).abs() < 1e-6 * (1.0 + expected.abs()), "{:?}: {found} {expected}", model.config);
+        }
+    }
+}
+
+#[test]
+fn the_cpu_face_equals_the_reference() {
+    for model in all() {
+        let params = params(&model);
+        let (expected, reference, _) = loss_and_gradient::<f64>(&model, &params, Engine::Reference);
+        let scale = reference.iter().fold(1.0f64, |m, g| m.max(g.abs()));
+        for (bar, (found, gradient, _)) in [
+            (1e-11, loss_and_gradient::<f64>(&model, &params, Engine::Cpu)),
+            (1e-4, loss_and_gradient::<f32>(&model, &params, Engine::Cpu)),
+        ] {
+            assert!((found - expected).abs() < bar, "{:?}: {found} {expected}", model.config);
+            let worst = gradient.iter().zip(&reference).fold(0.0f64, |m, (a, b)| m.max((a - b).abs()));
+            assert!(worst < bar * scale, "{:?}: {worst}", model.config);
+        }
+    }
+}
+
+#[test]
+fn every_parameter_that_serves_the_batch_gets_a_gradient() {
+    for model in all() {
+        let (_, gradient, _) = loss_and_gradient::<f32>(&model, &params(&model), Engine::Cpu);
+        for (name, p) in model.layout.iter() {
+            let used = (0..p.count).any(|m| gradient[p.range(m)].iter().any(|g| *g != 0.0));
+            assert!(used, "{name} of {:?}", model.config);
+        }
+    }
+}
+
+#[test]
+fn cached_decoding_equals_the_full_pass() {
+    for model in all() {
+        let params: Vec<f32> = params(&model).iter().map(|x| *x as f32).collect();
+        let policies = model.policies();
+        let weights = Weights { transformer: &model, params: &params, policies: &policies, engine: Engine::Cpu };
+        let text: Vec<u32> = (0..12).map(|i| (i * 5 + 2) % VOCABULARY as u32).collect();
+        let full = weights.logits(&text);
+        let mut cache = model.empty_cache();
+        let mut fed = 0;
+        for chunk in [3, 1, 1, 4, 1, 2] {
+            let logits = weights.step(&mut cache, &text[fed..fed + chunk]);
+            fed += chunk;
+            let expected = &full[(fed - 1) * VOCABULARY..fed * VOCABULARY];
+            let worst = logits.iter().zip(expected).fold(0.0f32, |m, (a, b)| m.max((a - b).abs()));
+            assert!(worst < 1e-5, "{:?}: {worst}", model.config);
+        }
+        let greedy = |cached| weights.generate(&text[..4], 15, None, Sampling::GREEDY, cached);
+        assert_eq!(greedy(true), greedy(false));
+        assert_eq!(greedy(true).len(), 15);
+    }
+}
+
+#[test]
+fn documents_are_isolated_and_the_past_is_blind_to_the_future() {
+    for model in all() {
+        let params = params(&model);
+        let run = |tokens: Vec<u32>, offsets: Vec<usize>| {
+            let arena = Arena::default();
+            let mut tape = Tape::inference(Engine::Cpu, &params, &arena);
+            let documents = Documents::new(tokens, offsets);
+            let output = model.forward(
+                &mut tape,
+                &documents,
+                &model.policies(),
+                Mode::Evaluate,
+                Context::Documents,
+                &mut |_, _, _| {},
+            );
+            linear(&mut tape, &output.hidden_nd, model.output).data().to_vec()
+        };
+        let both = run(vec![1, 2, 3, 4, 5, 6, 7], vec![0, 3, 7]);
+        let alone = run(vec![9, 9, 9, 4, 5, 6, 7], vec![0, 3, 7]);
+        assert_eq!(both[3 * VOCABULARY..], alone[3 * VOCABULARY..], "another document leaked");
+        let later = run(vec![1, 2, 3, 4, 5, 6, 12], vec![0, 3, 7]);
+        assert_eq!(both[..6 * VOCABULARY], later[..6 * VOCABULARY], "a later token leaked");
+        assert_ne!(both[6 * VOCABULARY..], later[6 * VOCABULARY..]);
+    }
+}
+
+#[test]
+fn zero_output_projections_make_every_block_the_identity() {
+    let model = Transformer::new(&config(PositionKind::Cope, true, Config::Dense {}), VOCABULARY);
+    let mut params = params(&model);
+    for (name, p) in model.layout.iter() {
+        if name.contains("o_proj") || name.contains("down_proj") {
+            params[p.span()].fill(0.0);
+        }
+    }
+    let (_, _, hidden) = loss_and_gradient::<f64>(&model, &params, Engine::Cpu);
+    let embedding = model.layout.get("model.embed_tokens.weight").unwrap();
+    let gain = &params[model.layout.get("model.norm.weight").unwrap().span()];
+    let (documents, _) = documents();
+    for (t, id) in documents.tokens_n.iter().enumerate() {
+        let row = &params[embedding.range(0)][*id as usize * 24..(*id as usize + 1) * 24];
+        let r = (row.iter().map(|x| x * x).sum::<f64>() / 24.0 + 1e-6).sqrt();
+        for j in 0..24 {
+            assert!((hidden[t * 24 + j] - gain[j] * row[j] / r).abs() < 1e-12);
+        }
+    }
+}
+
+#[test]
+fn parameter_counts_of_the_baseline() {
+    let baseline = Model::default();
+    let model = Transformer::new(&baseline, 1000);
+    let count =
+        |part: &str| model.layout.iter().filter(|(name, _)| name.contains(part)).map(|(_, p)| p.len()).sum::<usize>();
+    assert_eq!(count("layers.0.mlp"), 98_304);
+    assert_eq!(
+        count("layers.0.self_attn") - count("layers.0.self_attn.cope") - count("layers.0.self_attn.heads"),
+        49_152
+    );
+    assert_eq!(count("layers.0.self_attn.heads"), 1_280);
+    assert_eq!(count("layers.0.self_attn.cope"), 65 * 16);
+    assert_eq!(count("norm"), 896);
+    assert_eq!(count("lm_head") + count("embed_tokens"), 2 * 128 * 1000);
+    assert_eq!(model.layout.count() as u64, baseline.num_parameters(1000).unwrap());
+}
+
+#[test]
+fn models_that_share_a_tensor_start_with_the_same_bytes_in_it() {
+    let dense = Transformer::new(&Model::default(), 50);
+    let sparse = Transformer::new(&Model { router: top_p(), ..Model::default() }, 50);
+    let (a, b) = (dense.initialise(1), sparse.initialise(1));
+    let range = |model: &Transformer| model.layout.get("model.layers.1.self_attn.q_proj.weight").unwrap().range(0);
+    assert_eq!(a[range(&dense)], b[range(&sparse)]);
+    assert_ne!(a, dense.initialise(2));
+    let gate = sparse.layout.get("model.layers.0.mlp.gate.weight").unwrap().range(0);
+    let std = (b[gate.clone()].iter().map(|x| f64::from(x * x)).sum::<f64>() / gate.len() as f64).sqrt();
+    assert!((std - 0.5).abs() < 0.05, "{std}");
+}
