@@ -1,10 +1,27 @@
+//! Documents in, metric rows out: configuration, data, the training loop, checkpoints, evaluation.
 #![forbid(unsafe_code)]
+
+pub mod checkpoint;
 pub mod clip;
 pub mod data;
+pub mod dataset;
+pub mod directory;
+pub mod epoch;
+pub mod error;
+pub mod evaluate;
 mod files;
+pub mod inspect;
 pub mod layers;
+pub mod learner;
 pub mod lock;
+pub mod loss;
 pub mod metrics;
 pub mod optimizers;
 pub mod record;
+pub mod run;
 pub mod schedule;
+pub mod trained;
+pub mod trainer;
+
+pub use error::TrainError;
+pub use trainer::Trainer;

@@ -236,6 +236,14 @@ mod tests {
     }
 
     #[test]
+    #[cfg(target_os = "linux")]
+    fn a_full_disk_is_an_error_that_names_the_stream() {
+        let error = Stream::open(Path::new("/dev/full")).unwrap().append(&row(1)).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::StorageFull);
+        assert!(error.to_string().starts_with("cannot write /dev/full: "), "{error}");
+    }
+
+    #[test]
     fn prune_cuts_the_stream_back_to_the_checkpoint_and_keeps_what_it_took() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("metrics.jsonl");
