@@ -23,6 +23,7 @@ class Story:
     status: str = "completed"
     quick: bool = False
     parent: str | None = None
+    data: str = "hash of the data"
     loss: float = 0.21
     results: dict[str, Any] = field(default_factory=dict)
     layer: Callable[[int, float], Layer] | None = None  # (block, progress 0..1) -> the moe measures of one layer
@@ -72,9 +73,10 @@ def _record(story: Story) -> dict[str, Any]:
         "eval_loss": 0.2, "seconds": 100.5, "tokens_per_second": 40000.0, "params": 900000, "active_params": 500000,
     }  # fmt: skip
     return {
-        "id": f"{story.name}-{story.seed}",
+        "id": story.name,
         "status": story.status,
         "parent": story.parent,
+        "data": {"chat": story.data},
         "results": {**results, **story.results},
     }
 

@@ -152,14 +152,28 @@ def test_the_parents_loss_is_kept_within_the_tolerance(tmp_path: Path) -> None:
 
 def test_the_parent_that_the_run_names_is_compared(tmp_path: Path) -> None:
     parent = write(tmp_path / "parent", Story(router=DENSE, loss=0.1))
-    assert failed(write(tmp_path / "run", Story(parent=str(parent)))) == {"no worse than parent"}
-    assert failed(write(tmp_path / "orphan", Story(parent=str(tmp_path / "gone")))) == set()
+    assert parent.name == "parent"
+    assert failed(write(tmp_path / "run", Story(parent="parent"))) == {"no worse than parent"}
+    assert failed(write(tmp_path / "orphan", Story(parent="gone"))) == set()
 
 
 def test_an_unfinished_parent_is_refused(tmp_path: Path) -> None:
     parent = write(tmp_path / "parent", Story(router=DENSE, results={"loss": None}))
     with pytest.raises(ValueError, match="has no loss yet"):
         gates.judge(write(tmp_path / "run", Story()), parent)
+
+
+def test_a_parent_with_other_data_is_refused(tmp_path: Path) -> None:
+    parent = write(tmp_path / "parent", Story(router=DENSE, data="another hash"))
+    with pytest.raises(ValueError, match="other data"):
+        gates.judge(write(tmp_path / "run", Story()), parent)
+
+
+def test_a_run_on_a_text_is_refused(tmp_path: Path) -> None:
+    run = write(tmp_path / "run", Story())
+    (run / "run.toml").write_text('[data]\ntext = "book.txt"\n')
+    with pytest.raises(ValueError, match="trains on a text"):
+        gates.judge(run)
 
 
 def test_quick_runs_are_not_judged(tmp_path: Path) -> None:
@@ -173,6 +187,7 @@ def test_the_paired_criterion_takes_the_mean_over_seeds() -> None:
     assert gates.paired([(0.22, 0.2), (0.2, 0.2)]).passed
     assert not gates.paired([(0.22, 0.2), (0.21, 0.2)]).passed
     assert not gates.paired([]).passed
+    assert not gates.paired([(0.2, 0.2), (None, 0.2)]).passed
 
 
 def test_the_first_and_the_last_word_need_files(tmp_path: Path) -> None:

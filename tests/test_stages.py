@@ -37,7 +37,7 @@ class FakeDivergedError(RuntimeError):
 class FakeLab:
     """Writes the run a story tells; `stop_at` names the run that a signal stops, `diverge` the one that diverges."""
 
-    losses: dict[str, float] = field(default_factory=dict)
+    losses: dict[str, float | None] = field(default_factory=dict)
     stop_at: str | None = None
     diverge: str | None = None
     trained: list[str] = field(default_factory=list)
@@ -66,7 +66,8 @@ class FakeLab:
         story = Story(
             routers[run.source], wanted["seed"], name, epochs, epochs, status, bool(wanted.get("quick")), parent
         )
-        write(Path(out), story.but(loss=self.losses.get(name, 0.21)))
+        loss = self.losses.get(name, 0.21)
+        write(Path(out), story.but(results={"loss": None}) if loss is None else story.but(loss=loss))
         (Path(out) / "overrides.json").write_text(json.dumps(wanted))
         if status == "diverged":
             raise FakeDivergedError("the loss is not finite")
@@ -99,7 +100,7 @@ def test_a_stage_trains_parent_model_and_control_of_every_p_and_seed(tmp_path: P
     result = stage(stages.Plan(p=(0.3, 0.4), seeds=(1, 2)), tmp_path / "s", lab)
     models = ["parent", "top_p-0.3", "top_p-0.4", "top_k-2"]
     assert lab.trained == [f"{model}-seed{seed}" for seed in (1, 2) for model in models]
-    assert lab.parents["top_p-0.3-seed2"] == str(tmp_path / "s" / "parent-seed2")
+    assert lab.parents["top_p-0.3-seed2"] == "parent-seed2"
     assert lab.parents["parent-seed1"] is None
     assert result.passed
     record = json.loads((tmp_path / "s" / "stage.json").read_text())
@@ -218,6 +219,17 @@ def test_a_diverged_run_is_a_result_that_fails(tmp_path: Path) -> None:
     assert result.diverged
     assert "top_k-2-seed1" in lab.trained
     assert [verdict.passed for verdict in result.verdicts] == [False, True]
+
+
+def test_a_diverged_parent_fails_the_comparison_and_not_the_program(tmp_path: Path) -> None:
+    result = stage(stages.Plan(), tmp_path / "s", FakeLab(diverge="parent-seed1", losses={"parent-seed1": None}))
+    assert [each.name for each in result.verdicts[0].criteria if not each.passed] == ["no worse than parent"]
+
+
+def test_a_parent_with_other_data_is_refused_at_the_latest_when_it_is_compared(tmp_path: Path) -> None:
+    parent = write(tmp_path / "base", Story(router=DENSE, data="another hash"))
+    with pytest.raises(ValueError, match="other data"):
+        stage(stages.Plan(parents=(str(parent),)), tmp_path / "s", FakeLab())
 
 
 def test_the_table_joins_seeds_as_mean_and_deviation(tmp_path: Path) -> None:

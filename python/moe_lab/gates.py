@@ -5,6 +5,7 @@ Pure functions over frames and dicts. The bounds are the roadmap's, except where
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -88,7 +89,9 @@ def judge(run: frames.Place, parent: frames.Place | None = None) -> Verdict:
     gate = gate_of(config)
     if is_quick(config):
         return Verdict(gate, str(run), judged=False, criteria=())
-    evidence = Evidence(record, config, frames.read_metrics(run), parent_loss(record, parent))
+    named = parent or named_parent(run, record)
+    kept = None if named is None else loss_of(parent_record(record, named))
+    evidence = Evidence(record, config, frames.read_metrics(run), kept)
     return Verdict(gate, str(run), judged=True, criteria=criteria(gate, evidence))
 
 
@@ -109,18 +112,32 @@ def is_quick(config: dict[str, Any]) -> bool:
     return bool(config.get("quick", False))
 
 
-def parent_loss(record: dict[str, Any], parent: frames.Place | None) -> float | None:
-    named = parent or record.get("parent")
-    if not named or (parent is None and not frames.is_run(named)):
-        return None
-    return loss_of(named)
+def named_parent(run: frames.Place, record: dict[str, Any]) -> Path | None:
+    """The run whose id run.json names as parent, where it lies beside this one and has a loss."""
+    named = record.get("parent")
+    beside = Path(run).resolve().parent / str(named)
+    there = bool(named) and frames.is_run(beside)
+    return beside if there and loss_of(frames.read_run(beside)) is not None else None
 
 
-def loss_of(run: frames.Place) -> float:
-    loss = (frames.read_run(run).get("results") or {}).get("loss")
-    if loss is None:
-        raise ValueError(f"the run '{run}' has no loss yet: finish it first (python -m moe_lab resume {run})")
-    return float(loss)
+def parent_record(record: dict[str, Any], parent: frames.Place) -> dict[str, Any]:
+    """run.json of the parent. Raises ValueError when it is unfinished or was trained on other data."""
+    before = finished(parent)
+    if before.get("data") != record.get("data"):
+        raise ValueError(f"the parent '{parent}' was trained on other data: the losses cannot be compared")
+    return before
+
+
+def finished(run: frames.Place) -> dict[str, Any]:
+    record = frames.read_run(run)
+    if loss_of(record) is None:
+        raise ValueError(f"the parent '{run}' has no loss yet: finish it first (python -m moe_lab resume {run})")
+    return record
+
+
+def loss_of(record: dict[str, Any]) -> float | None:
+    loss = (record.get("results") or {}).get("loss")
+    return None if loss is None else float(loss)
 
 
 def completes(evidence: Evidence) -> Criterion:
@@ -268,9 +285,12 @@ def show(value: float | str | None) -> str:
     return value if isinstance(value, str) else f"{value:.4g}"
 
 
-def paired(losses: list[tuple[float, float]]) -> Criterion:
-    """The parent criterion of a stage: the mean over seeds of (loss minus the parent's loss of the same seed)."""
-    differences = [loss - parent for loss, parent in losses]
-    mean = sum(differences) / len(differences) if differences else None
-    each = ", ".join(f"{difference:+.4f}" for difference in differences)
+def paired(losses: list[tuple[float | None, float | None]]) -> Criterion:
+    """The parent criterion of a stage: the mean over seeds of (loss minus the parent's loss of the same seed).
+
+    A pair with an unknown loss (a run diverged) leaves the mean unknown, which fails.
+    """
+    known = [loss - parent for loss, parent in losses if loss is not None and parent is not None]
+    mean = sum(known) / len(known) if known and len(known) == len(losses) else None
+    each = ", ".join(f"{difference:+.4f}" for difference in known)
     return at_most(PARENT, mean, TOLERANCE, f"mean over seeds of loss minus the parent's: {each}")

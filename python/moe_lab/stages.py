@@ -122,7 +122,7 @@ def prepare(plan: Plan, lab: Lab) -> list[tuple[Cell, "Run"]]:
     if (ROUTER + "p") in plan.overrides:
         raise ValueError("give p with --p instead of --set model.router.p: the stage names its runs by it")
     for parent in plan.parents:
-        gates.loss_of(parent)
+        gates.finished(parent)
         if gates.is_quick(frames.settings(parent)) != plan.quick:
             raise ValueError(f"--parent {parent} and this stage must both be --quick or neither: their epochs differ")
     return [(cell, lab.load_run(cell.source, cell.overrides, plan.quick)) for cell in cells(plan)]
@@ -185,7 +185,7 @@ def _train_cell(cell: Cell, run: "Run", out: Path, parent: str | None, lab: Lab,
             say(f"  given: {path}")
             return str(path), None
         if not frames.is_run(path):
-            outcome = lab.run_training(run, str(path), parent)
+            outcome = lab.run_training(run, str(path), None if parent is None else frames.read_run(parent).get("id"))
         else:
             _must_match(path, run, lab)
             status = frames.read_run(path).get("status")
@@ -249,9 +249,16 @@ def _verdict_of_p(
     judged = all(verdict.judged for verdict in own)
     criteria = [] if not judged else [_over_seeds(same) for same in zip(*(v.criteria for v in own), strict=True)]
     if judged:
-        pairs = [(row["loss"], gates.loss_of(parents[row["seed"]])) for row in rows if row["loss"] is not None]
-        criteria.append(gates.paired(pairs))
+        criteria.append(gates.paired([_losses(row["run"], parents[row["seed"]]) for row in rows]))
     return gates.Verdict("stage1", f"top_p {p:g}", judged, tuple(criteria))
+
+
+def _losses(run: str, parent: str) -> tuple[float | None, float | None]:
+    """Of a run and of its parent; refuses a parent with other data. A parent that diverged in this stage has none."""
+    record, before = frames.read_run(run), frames.read_run(parent)
+    if before.get("status") != "diverged":
+        before = gates.parent_record(record, parent)
+    return gates.loss_of(record), gates.loss_of(before)
 
 
 def _over_seeds(same: tuple[gates.Criterion, ...]) -> gates.Criterion:

@@ -197,4 +197,4 @@ class _Plain:
 
 def default_out(name: str) -> Path:
     """runs/<time>-<name>, as the engine names the directory of a single run."""
-    return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+    return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{name}"
