@@ -1,0 +1,385 @@
+//! The configuration of a run: one schema, read strictly, every default written down. What it holds stands here. In `run/`: how files,
+//! `extends` and `--set` become one `Run` (resolve, merge), what makes keys and values good (schema, validate), words about it (describe).
+
+mod defaults;
+mod describe;
+mod error;
+mod merge;
+mod resolve;
+mod schema;
+#[cfg(test)]
+mod tests;
+mod validate;
+
+pub use describe::Change;
+pub use error::{ConfigError, Problem};
+
+use crate::{optimizers, schedule};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+use tensor::Engine;
+use toml::Table;
+
+/// Epochs that a quick run leaves of each phase.
+const QUICK_EPOCHS: u64 = 10;
+
+/// Everything that decides what a training run computes.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Run {
+    /// Names the run directory; the name of the run file where it is not written. Never inherited through `extends`.
+    pub name: String,
+    /// Key of every random number of the run, from 0 to 2^63 - 1.
+    pub seed: u64,
+    /// Who computes: `cpu` is fast, `reference` is plain and slow, `torch` needs a build with that feature.
+    pub engine: Engine,
+    /// Where it computes; `cpu` and `reference` know only "cpu".
+    pub device: String,
+    /// Type of parameters and arithmetic; `f64` with `engine = "reference"` alone.
+    pub dtype: Dtype,
+    /// Threads of the trainer, more than the cores allowed; 0 = one for each core. Results do not depend on it.
+    pub threads: usize,
+    /// Train 10 epochs a phase, or a tenth of `train.max_steps`, and change nothing else: a look, not a result.
+    pub quick: bool,
+    /// What is learnt.
+    pub data: Data,
+    /// The transformer.
+    pub model: model::Model,
+    /// How it is trained, in every phase.
+    pub train: Train,
+    /// Auxiliary losses: total = cross-entropy + Σ coefficient · mean over layers.
+    pub losses: Losses,
+    /// What is measured on the way.
+    pub eval: Eval,
+    /// What is kept on the way.
+    pub checkpoint: Checkpoint,
+    /// What one phase does otherwise than `[train]` says.
+    #[serde(skip_serializing_if = "Phases::is_empty")]
+    pub phase: Phases,
+}
+
+/// Type of parameters and arithmetic.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Dtype {
+    #[default]
+    F32,
+    F64,
+}
+
+/// Two files of documents (facts, then chat), or one running text. Relative paths are relative to the file that says them, in `--set` to the
+/// current folder; a loaded `Run` has absolute ones.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Data {
+    /// JSON list of strings, the documents of the phase `facts`; absent = the shipped file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub facts: Option<PathBuf>,
+    /// JSON list of strings `User: … Assistant: …`, the documents of the phase `chat`; absent = the shipped file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub chat: Option<PathBuf>,
+    /// Held-out rewordings of the chat questions, same form; absent = the shipped file, only with the shipped chat.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub paraphrases: Option<PathBuf>,
+    /// Plain text for one phase `text` in place of facts and chat.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub text: Option<PathBuf>,
+    /// How text is cut: "word", "char", "byte" or the path of a tokenizer.json; "char" where a text run does not say. Facts and chat are words.
+    pub tokenizer: String,
+    /// Tokens kept of each document, from its start; answers and samples end after as many.
+    pub max_length: usize,
+    /// Tokens of each random piece of the text (text).
+    pub block_size: usize,
+    /// Share of the data held out for evaluation, from 0 to below 1.
+    pub val_fraction: f64,
+    /// Draw a new order of the documents every epoch; false = file order (facts and chat).
+    pub shuffle: bool,
+}
+
+/// How the parameters are updated.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Train {
+    /// Peak learning rate, 0 or more.
+    pub learning_rate: f64,
+    /// Factor on the rate of each layer; `grad_norm` = clamp(sqrt(3 / norm of its gradient), 0.3, 3).
+    pub lr_scale: LrScale,
+    /// Documents, or pieces of text, in a batch.
+    pub batch_size: usize,
+    /// Parts that a batch is computed in, one after the other, to save memory; from 1 to `batch_size`. Their gradients add up to the batch's.
+    pub accumulate: usize,
+    /// Passes over the documents (facts and chat).
+    pub epochs: u64,
+    /// Updates (text).
+    pub max_steps: u64,
+    /// How a gradient becomes an update.
+    pub optimizer: Optimizer,
+    /// Course of the rate after the warm-up.
+    pub schedule: Schedule,
+    /// Epochs over which the rate rises in equal stairs to its peak (facts and chat).
+    pub warmup_epochs: u64,
+    /// Updates over which the rate rises evenly to its peak (text).
+    pub warmup_steps: u64,
+    /// Where the cosine ends, as a share of the peak rate (cosine).
+    pub min_lr_ratio: f64,
+    /// Largest L2 norm of the whole gradient, above 0; a longer gradient is shortened to it.
+    pub clip: f64,
+    /// Decay λ of matrices: w ← w - rate·λ·w (adamw), or λ·w added to the gradient (adam, sgd, lars).
+    pub weight_decay: f64,
+    /// Memory of the mean of gradients, in [0, 1) (adam, adamw).
+    pub beta1: f64,
+    /// Memory of the mean of squared gradients, in [0, 1) (adam, adamw).
+    pub beta2: f64,
+    /// Added to the divisor of the update (adam, adamw, lars).
+    pub eps: f64,
+    /// Share of the last update that goes on, in [0, 1) (sgd, lars).
+    pub momentum: f64,
+    /// Trust coefficient η of the layer-wise rate η·‖w‖ / (‖g‖ + λ‖w‖) (lars).
+    pub trust: f64,
+}
+
+/// What scales the learning rate of each layer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum LrScale {
+    /// By the norm of the layer's gradient.
+    #[default]
+    GradNorm,
+    /// Nothing.
+    None,
+}
+
+/// Update rules.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Optimizer {
+    /// Adam (Kingma 2014).
+    #[default]
+    Adam,
+    /// Adam with decoupled weight decay (Loshchilov 2017).
+    Adamw,
+    /// Stochastic gradient descent with momentum.
+    Sgd,
+    /// Layer-wise adaptive rate scaling (You 2017).
+    Lars,
+}
+
+/// Courses of the learning rate.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Schedule {
+    /// Half a cosine from the peak down to `min_lr_ratio` of it.
+    #[default]
+    Cosine,
+    /// The peak to the end.
+    Constant,
+}
+
+/// Coefficients of the auxiliary losses, 0 or more; 0 = measured only.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Losses {
+    /// Even use of the experts.
+    pub balance: f64,
+    /// Entropy of the router of experts, nats a token.
+    pub entropy: f64,
+    /// Squared log-sum-exp of the router's logits (ST-MoE).
+    pub z: f64,
+    /// Even use of the routed heads.
+    pub heads: f64,
+}
+
+/// What is measured on the way.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Eval {
+    /// Epochs (text: updates) between evaluations; 0 = only at the end of the run.
+    pub every: u64,
+    /// Batches of held-out text that an evaluation reads, the same at every one (text).
+    pub batches: usize,
+    /// Prompts continued at every evaluation, written to samples.jsonl; none = the first chat questions.
+    pub samples: Vec<String>,
+}
+
+/// What is kept on the way.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Checkpoint {
+    /// Updates between checkpoints; 0 = only the one that every run ends with.
+    pub every: u64,
+    /// Newest checkpoints kept, beside the best.
+    pub keep: usize,
+}
+
+/// Changes to `[train]`, phase by phase.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Phases {
+    /// The facts phase.
+    #[serde(skip_serializing_if = "Phase::is_empty")]
+    pub facts: Phase,
+    /// The chat phase.
+    #[serde(skip_serializing_if = "Phase::is_empty")]
+    pub chat: Phase,
+    /// The one phase of a text run.
+    #[serde(skip_serializing_if = "Phase::is_empty")]
+    pub text: Phase,
+}
+
+/// Changes for one phase.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Phase {
+    /// Any keys of `[train]`; the others stay as `[train]` says.
+    #[schemars(with = "Train")]
+    pub train: Overrides,
+}
+
+/// A part of a `[train]` table, known to be well-typed.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "Table")]
+pub struct Overrides(Table);
+
+impl TryFrom<Table> for Overrides {
+    type Error = toml::de::Error;
+
+    fn try_from(table: Table) -> Result<Self, Self::Error> {
+        Train::deserialize(table.clone()).map(|_| Self(table))
+    }
+}
+
+impl Phases {
+    fn of(&self, name: &str) -> Option<&Phase> {
+        match name {
+            "facts" => Some(&self.facts),
+            "chat" => Some(&self.chat),
+            "text" => Some(&self.text),
+            _ => None,
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+impl Phase {
+    fn is_empty(&self) -> bool {
+        self.train.0.is_empty()
+    }
+}
+
+impl Run {
+    /// The run of a TOML file, or of a standard run by its name (see [`Run::standard`]), with each "key=value" of `sets` put in last.
+    pub fn load(source: &str, sets: &[String]) -> Result<Run, ConfigError> {
+        resolve::load(source, sets)
+    }
+
+    /// The run of a TOML text whose relative paths are relative to `base_dir`.
+    pub fn from_toml_str(text: &str, base_dir: &Path, sets: &[String]) -> Result<Run, ConfigError> {
+        resolve::from_text(text, base_dir, sets)
+    }
+
+    /// The run of a resolved TOML text, such as a run directory's run.toml.
+    pub fn parse(text: &str) -> Result<Run, ConfigError> {
+        Self::parse_with(text, &[])
+    }
+
+    /// As [`Run::load`] with values in place of texts; null takes a key out of the file, so that its default holds.
+    pub fn load_with(source: &str, sets: &[(String, serde_json::Value)]) -> Result<Run, ConfigError> {
+        resolve::load_with(source, sets)
+    }
+
+    /// The run of a TOML text whose relative paths are relative to the current folder, with values as in [`Run::load_with`].
+    pub fn parse_with(text: &str, sets: &[(String, serde_json::Value)]) -> Result<Run, ConfigError> {
+        resolve::parse_with(text, sets)
+    }
+
+    /// Names of the runs that are built in.
+    pub fn standard() -> Vec<&'static str> {
+        resolve::STANDARD.iter().map(|(name, _)| *name).collect()
+    }
+
+    /// The phases in their order.
+    pub fn phases(&self) -> &'static [&'static str] {
+        if self.data.text.is_some() { &["text"] } else { &["facts", "chat"] }
+    }
+
+    /// `[train]` as it holds in a phase: with that phase's changes, and cut short in a quick run.
+    pub fn phase(&self, name: &str) -> Train {
+        let changes = self.phase.of(name).map(|phase| &phase.train);
+        let mut train = changes.map_or_else(|| self.train.clone(), |changes| merge::overridden(&self.train, changes));
+        if self.quick {
+            train.epochs = train.epochs.min(QUICK_EPOCHS);
+            train.max_steps = train.max_steps.div_ceil(10);
+        }
+        train
+    }
+
+    /// The learning-rate schedule of a phase, over its updates in a text run and over its epochs otherwise.
+    pub fn schedule(&self, phase: &str) -> schedule::Schedule {
+        let train = self.phase(phase);
+        let (warmup, total) = match phase {
+            "text" => (train.warmup_steps, train.max_steps),
+            _ => (train.warmup_epochs, train.epochs),
+        };
+        let shape = match train.schedule {
+            Schedule::Cosine => schedule::Shape::Cosine,
+            Schedule::Constant => schedule::Shape::Constant,
+        };
+        schedule::Schedule { shape, warmup, total, min_ratio: train.min_lr_ratio }
+    }
+
+    /// Makes this a quick run: 10 epochs a phase, or a tenth of the updates of a text run.
+    pub fn quick(&mut self) {
+        self.quick = true;
+    }
+
+    /// Every problem of the values, an empty error being none; files are checked by `load`, this is for values changed in code.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        validate::validate(self)
+    }
+
+    /// The whole configuration as TOML, every default written; loading it gives the same run.
+    pub fn to_toml(&self) -> String {
+        toml::to_string(self)
+            .expect("counts of a validated run fit into TOML's 64-bit integers and its paths are UTF-8")
+    }
+
+    /// The JSON Schema of a run file.
+    pub fn schema_json() -> String {
+        schema::json()
+    }
+
+    /// A Markdown table of every key: type, default, meaning.
+    pub fn docs() -> String {
+        describe::docs()
+    }
+
+    /// The dotted keys whose values differ, with both values.
+    pub fn diff(a: &Run, b: &Run) -> Vec<Change> {
+        describe::diff(a, b)
+    }
+}
+
+impl Train {
+    pub fn optimizer_kind(&self) -> optimizers::Kind {
+        match self.optimizer {
+            Optimizer::Adam => optimizers::Kind::Adam,
+            Optimizer::Adamw => optimizers::Kind::AdamW,
+            Optimizer::Sgd => optimizers::Kind::Sgd,
+            Optimizer::Lars => optimizers::Kind::Lars,
+        }
+    }
+
+    pub fn optimizer_settings(&self) -> optimizers::Settings {
+        let Train { beta1, beta2, eps, weight_decay, momentum, trust, .. } = *self;
+        optimizers::Settings { beta1, beta2, eps, weight_decay, momentum, trust }
+    }
+
+    /// Whether the rate of a layer depends on the norm of its gradient.
+    pub fn scales_by_norm(&self) -> bool {
+        self.lr_scale == LrScale::GradNorm
+    }
+}

@@ -1,0 +1,84 @@
+//! The default of every value: the baseline's, where it has one.
+
+use super::{Checkpoint, Data, Dtype, Eval, Losses, LrScale, Optimizer, Phases, Run, Schedule, Train};
+use tensor::Engine;
+
+impl Default for Run {
+    fn default() -> Self {
+        Self {
+            name: "run".into(),
+            seed: 0,
+            engine: Engine::default(),
+            device: "cpu".into(),
+            dtype: Dtype::default(),
+            threads: 0,
+            quick: false,
+            data: Data::default(),
+            model: model::Model::default(),
+            train: Train::default(),
+            losses: Losses::default(),
+            eval: Eval::default(),
+            checkpoint: Checkpoint::default(),
+            phase: Phases::default(),
+        }
+    }
+}
+
+impl Default for Data {
+    fn default() -> Self {
+        Self {
+            facts: None,
+            chat: None,
+            paraphrases: None,
+            text: None,
+            tokenizer: "word".into(),
+            max_length: 80,
+            block_size: 64,
+            val_fraction: 0.0,
+            shuffle: false,
+        }
+    }
+}
+
+impl Default for Train {
+    fn default() -> Self {
+        Self {
+            learning_rate: 1e-4,
+            lr_scale: LrScale::default(),
+            batch_size: 8,
+            accumulate: 1,
+            epochs: 100,
+            max_steps: 2000,
+            optimizer: Optimizer::default(),
+            schedule: Schedule::default(),
+            warmup_epochs: 15,
+            warmup_steps: 100,
+            min_lr_ratio: 0.1,
+            clip: 100.0,
+            weight_decay: 0.0,
+            beta1: 0.9,
+            beta2: 0.999,
+            eps: 1e-8,
+            momentum: 0.9,
+            trust: 1e-3,
+        }
+    }
+}
+
+impl Default for Losses {
+    fn default() -> Self {
+        Self { balance: 0.01, entropy: 1e-4, z: 0.0, heads: 0.01 }
+    }
+}
+
+impl Default for Eval {
+    fn default() -> Self {
+        Self { every: 0, batches: 100, samples: Vec::new() }
+    }
+}
+
+impl Default for Checkpoint {
+    fn default() -> Self {
+        Self { every: 0, keep: 3 }
+    }
+}

@@ -1,0 +1,213 @@
+//! What makes the values of a run good: ranges and combinations, all problems at once.
+
+use super::merge::{CHOICES, OF_DOCUMENTS, OF_TEXT, overridden};
+use super::{ConfigError, Dtype, Problem, Run, Train, schema};
+use model::config::MAX_NUMBERS;
+use tensor::Engine;
+use toml::{Table, Value};
+
+/// Counts above this are slips of the keyboard; the products of two fit into 64 bits.
+const MAX_COUNT: u64 = 1_000_000_000;
+const MAX_THREADS: usize = 1024;
+const MAX_NAME: usize = 100;
+
+/// Problems as (dotted key, message).
+#[derive(Default)]
+struct Found(Vec<(String, String)>);
+
+impl Found {
+    fn require(&mut self, good: bool, key: impl Into<String>, message: impl Into<String>) {
+        if !good {
+            self.0.push((key.into(), message.into()));
+        }
+    }
+
+    fn count(&mut self, key: &str, count: u64, least: u64) {
+        self.require((least..=MAX_COUNT).contains(&count), key, format!("must be from {least} to {MAX_COUNT}"));
+    }
+}
+
+/// Values that no file can hold, so that everything after can be written as TOML.
+fn unwritable(run: &Run) -> Option<(String, String)> {
+    if i64::try_from(run.seed).is_err() {
+        return Some(("seed".into(), "must be at most 2^63 - 1".into()));
+    }
+    Table::try_from(run).err().map(|error| (String::new(), format!("cannot be written as TOML: {error}")))
+}
+
+pub(super) fn validate(run: &Run) -> Result<(), ConfigError> {
+    let problem = |key, value, message| Problem { key, value, message, ..Problem::default() };
+    if let Some((key, message)) = unwritable(run) {
+        return Err(ConfigError { problems: vec![problem(key, None, message)] });
+    }
+    let table = Table::try_from(run).unwrap_or_default();
+    let mut found = Found::default();
+    general(run, &mut found);
+    data(run, &mut found);
+    found.0.extend(run.model.problems().into_iter().map(|p| (format!("model.{}", p.key), p.message)));
+    phases(run, &mut found);
+    measures(run, &mut found);
+    unused(run, &table, &mut found);
+    size(run, &mut found);
+    let value = |key: &str| schema::lookup(&table, key).filter(|value| !value.is_table()).map(schema::shown);
+    let mut problems: Vec<Problem> = Vec::new();
+    for (key, message) in found.0 {
+        let next = problem(key.clone(), value(&key), message);
+        if !problems.contains(&next) {
+            problems.push(next);
+        }
+    }
+    if problems.is_empty() { Ok(()) } else { Err(ConfigError { problems }) }
+}
+
+fn general(run: &Run, found: &mut Found) {
+    let length = run.name.chars().count();
+    let plain = !run.name.starts_with('.') && !run.name.contains(|c: char| c == '/' || c == '\\' || c.is_control());
+    found.require(
+        (1..=MAX_NAME).contains(&length) && plain,
+        "name",
+        "must be a plain file name of up to 100 characters",
+    );
+    if let Err(error) = run.engine.check() {
+        let message = error.to_string();
+        found.require(false, "engine", message.trim_start_matches("engine = \"torch\" "));
+    }
+    let (engine, device) = (run.engine, run.device.as_str());
+    found.require(device == "cpu", "device", "must be \"cpu\"; no other device is in this build");
+    let exact = run.dtype == Dtype::F64 && engine != Engine::Reference;
+    found.require(!exact, "dtype", "is for engine = \"reference\" alone; set dtype = \"f32\"");
+    found.require(run.threads <= MAX_THREADS, "threads", "must be at most 1024; 0 takes every core");
+}
+
+fn data(run: &Run, found: &mut Found) {
+    let data = &run.data;
+    let message = "excludes data.text: a run learns documents or one text; take one of them out";
+    for (key, path) in [("facts", &data.facts), ("chat", &data.chat), ("paraphrases", &data.paraphrases)] {
+        found.require(path.is_none() || data.text.is_none(), format!("data.{key}"), message);
+    }
+    let words = data.text.is_some() || data.tokenizer == "word";
+    found.require(words, "data.tokenizer", "is for data.text alone; facts and chat are cut into words");
+    found.require(data.max_length >= 2, "data.max_length", "must be at least 2: a token and the one to predict");
+    found.count("data.max_length", data.max_length as u64, 0);
+    found.count("data.block_size", data.block_size as u64, 1);
+    let share = (0.0..1.0).contains(&data.val_fraction);
+    found.require(share, "data.val_fraction", "must be in [0, 1); set it to 0.1, say");
+}
+
+fn phases(run: &Run, found: &mut Found) {
+    train(&run.train, &|key| format!("train.{key}"), found);
+    for name in ["facts", "chat", "text"] {
+        let Some(phase) = run.phase.of(name).filter(|phase| !phase.is_empty()) else { continue };
+        let kind = if run.data.text.is_some() { "a text run" } else { "a run on documents" };
+        let phases = run.phases().join(" and ");
+        found.require(
+            run.phases().contains(&name),
+            format!("phase.{name}"),
+            format!("{kind} has only the phase {phases}"),
+        );
+        let own = |key: &str| match phase.train.0.contains_key(key) {
+            true => format!("phase.{name}.train.{key}"),
+            false => format!("train.{key}"),
+        };
+        train(&overridden(&run.train, &phase.train), &own, found);
+    }
+}
+
+/// The ranges of `[train]`; `name` gives the dotted key of a field.
+fn train(train: &Train, name: &dyn Fn(&str) -> String, found: &mut Found) {
+    let t = train;
+    let zero_or_more = |number: f64| number.is_finite() && number >= 0.0;
+    let rate = "must be a finite number, 0 or more; set it to 1e-4, say";
+    found.require(zero_or_more(t.learning_rate), name("learning_rate"), rate);
+    for (key, count, least) in [
+        ("batch_size", t.batch_size as u64, 1),
+        ("accumulate", t.accumulate as u64, 1),
+        ("epochs", t.epochs, 1),
+        ("max_steps", t.max_steps, 1),
+        ("warmup_epochs", t.warmup_epochs, 0),
+        ("warmup_steps", t.warmup_steps, 0),
+    ] {
+        found.count(&name(key), count, least);
+    }
+    let parts = t.accumulate <= t.batch_size.max(1);
+    found.require(parts, name("accumulate"), format!("must be at most train.batch_size = {}", t.batch_size));
+    let ratio = (0.0..=1.0).contains(&t.min_lr_ratio);
+    found.require(ratio, name("min_lr_ratio"), "must be in [0, 1]; set it to 0.1, say");
+    found.require(zero_or_more(t.weight_decay), name("weight_decay"), "must be a finite number, 0 or more");
+    for (key, share) in [("beta1", t.beta1), ("beta2", t.beta2), ("momentum", t.momentum)] {
+        found.require((0.0..1.0).contains(&share), name(key), "must be in [0, 1); set it to 0.9, say");
+    }
+    for (key, number, say) in [("eps", t.eps, "1e-8"), ("trust", t.trust, "0.001"), ("clip", t.clip, "100")] {
+        let good = number.is_finite() && number > 0.0;
+        found.require(good, name(key), format!("must be a finite number above 0; set it to {say}, say"));
+    }
+}
+
+fn measures(run: &Run, found: &mut Found) {
+    let losses = &run.losses;
+    for (key, number) in
+        [("balance", losses.balance), ("entropy", losses.entropy), ("z", losses.z), ("heads", losses.heads)]
+    {
+        let good = number.is_finite() && number >= 0.0;
+        found.require(good, format!("losses.{key}"), "must be a finite number, 0 or more; 0 only measures it");
+    }
+    found.count("eval.every", run.eval.every, 0);
+    found.count("eval.batches", run.eval.batches as u64, 1);
+    let prompts = run.eval.samples.iter().all(|prompt| !prompt.trim().is_empty());
+    found.require(prompts, "eval.samples", "must hold prompts of at least one word");
+    found.count("checkpoint.every", run.checkpoint.every, 0);
+    found.count("checkpoint.keep", run.checkpoint.keep as u64, 1);
+}
+
+/// A value that was changed and has no effect is a misunderstanding, so it is refused rather than ignored.
+fn unused(run: &Run, table: &Table, found: &mut Found) {
+    let defaults = Table::try_from(Run::default()).unwrap_or_default();
+    let changed = |path: &str| schema::lookup(table, path).is_some_and(|v| Some(v) != schema::lookup(&defaults, path));
+    let chosen = |path: &str| schema::lookup(table, path).and_then(Value::as_str).unwrap_or_default().to_string();
+    for choice in &CHOICES {
+        let (key, selector) =
+            (format!("{}.{}", choice.table, choice.key), format!("{}.{}", choice.table, choice.selector));
+        let message = |chosen: &str| {
+            let users: Vec<String> = choice.used_by.iter().map(|user| format!("{user:?}")).collect();
+            format!("has no effect with {} = {chosen:?}, only with {}", choice.selector, users.join(", "))
+        };
+        let own = chosen(&selector);
+        found.require(choice.used_by.contains(&own.as_str()) || !changed(&key), key, message(&own));
+        for name in run.phases().iter().filter(|_| choice.table == "train") {
+            let own = schema::lookup(table, &format!("phase.{name}.train.{}", choice.selector)).and_then(Value::as_str);
+            let own = own.map_or_else(|| chosen(&selector), str::to_string);
+            let key = format!("phase.{name}.train.{}", choice.key);
+            let written = schema::lookup(table, &key).is_some();
+            found.require(choice.used_by.contains(&own.as_str()) || !written, key, message(&own));
+        }
+    }
+    let (others, message) = match run.data.text {
+        Some(_) => (&OF_DOCUMENTS[..], "has no effect in a text run, only with facts and chat"),
+        None => (&OF_TEXT[..], "has no effect with facts and chat, only with data.text"),
+    };
+    let plain = |path: &&&str| !["data.facts", "data.chat", "data.paraphrases", "data.tokenizer"].contains(*path);
+    for path in others.iter().filter(plain) {
+        let Some((section, key)) = path.split_once('.').filter(|(section, _)| *section != "phase") else { continue };
+        found.require(!changed(path), *path, message);
+        for name in run.phases().iter().filter(|_| section == "train") {
+            let key = format!("phase.{name}.train.{key}");
+            found.require(schema::lookup(table, &key).is_none(), key, message);
+        }
+    }
+}
+
+/// A batch must fit into memory that exists.
+fn size(run: &Run, found: &mut Found) {
+    let length = if run.data.text.is_some() { run.data.block_size } else { run.data.max_length };
+    let width = run.model.hidden_size.max(run.model.intermediate_size);
+    for name in run.phases() {
+        let batch = run.phase(name).batch_size;
+        let numbers = batch.checked_mul(length).and_then(|tokens| tokens.checked_mul(width));
+        let fits = numbers.is_some_and(|numbers| numbers as u64 <= MAX_NUMBERS);
+        found.require(
+            fits,
+            "train.batch_size",
+            "makes batches of more than 2^40 numbers with the length and the width",
+        );
+    }
+}
