@@ -37,7 +37,8 @@ impl Run {
     }
 
     fn diff(&self, other: &Run) -> Vec<(String, String, String)> {
-        train::run::Run::diff(&self.inner, &other.inner)
+        let changes = train::run::Run::diff(&self.inner, &other.inner);
+        changes.into_iter().map(|change| (change.key, change.a, change.b)).collect()
     }
 
     fn quick(&self) -> Run {

@@ -75,6 +75,12 @@ impl Deref for Routing {
 }
 
 impl Routing {
+    /// Mean number of experts (not ids that compute nothing) per token; 0 without tokens.
+    pub fn active_per_token(&self) -> f64 {
+        let active = self.expert_ids_a.iter().filter(|id| (**id as usize) < self.num_experts).count();
+        active as f64 / self.num_tokens().max(1) as f64
+    }
+
     /// Assignments of every id, also those that compute nothing.
     pub fn counts(&self) -> Vec<u64> {
         let mut counts = vec![0; self.num_ids];

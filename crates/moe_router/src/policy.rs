@@ -74,6 +74,14 @@ impl Policy {
         }
     }
 
+    pub fn num_experts(&self) -> usize {
+        match self {
+            Policy::TopP(policy) => policy.num_experts,
+            Policy::TopK(policy) => policy.num_experts,
+            Policy::ExpertChoice(policy) => policy.num_experts,
+        }
+    }
+
     /// Assignments and their weights. Pure: the control state only moves in `step`.
     pub fn route<T: Real>(&self, input: &RouterInput<'_, T>, mode: Mode) -> (Routing, Vec<T>) {
         match self {

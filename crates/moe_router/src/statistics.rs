@@ -18,7 +18,7 @@ const SHUFFLES: u64 = 4;
 const DEAD: f64 = 0.1;
 
 /// Accumulates over batches of one layer. Assignments to ids that compute nothing count nowhere.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Statistics {
     num_experts: usize,
     tokens: u64,

@@ -1,1 +1,226 @@
-fn main() {}
+//! `moe-lab`: trains a run file (the baseline without one) and prints its table. Results go to stdout, progress to stderr.
+
+use clap::{Args, Parser, Subcommand};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Map, Value, json};
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+use train::metrics::Row;
+use train::run::Run;
+use train::{TrainError, Trainer};
+
+/// Trains adaptive sparse transformers. Without arguments: the baseline on the shipped data.
+#[derive(Parser)]
+#[command(name = "moe-lab", version, args_conflicts_with_subcommands = true)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Option<Verb>,
+    #[command(flatten)]
+    train: TrainArgs,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Go on where a run stopped.
+    Resume {
+        /// The run directory.
+        run: PathBuf,
+        /// One JSON object on the last line of stdout.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+#[derive(Args)]
+struct TrainArgs {
+    /// A run file, or the name of a shipped one (baseline, stage1, stage1_top2).
+    #[arg(default_value = "baseline")]
+    run: String,
+    /// Set a key of the run file, dotted: --set train.learning_rate=3e-4 (repeatable).
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    sets: Vec<String>,
+    /// Seed of initial values, order and sampling.
+    #[arg(long)]
+    seed: Option<u64>,
+    /// The run directory (default: runs/<time>-<name>).
+    #[arg(long)]
+    out: Option<PathBuf>,
+    /// 10 epochs a phase: a first look in well under a minute.
+    #[arg(long)]
+    quick: bool,
+    /// Validate the run file and the data, print the plan, train nothing.
+    #[arg(long)]
+    check: bool,
+    /// Threads of the trainer (0 = all cores).
+    #[arg(long)]
+    threads: Option<usize>,
+    #[arg(long)]
+    engine: Option<String>,
+    #[arg(long)]
+    device: Option<String>,
+    #[arg(long)]
+    dtype: Option<String>,
+    /// One JSON object on the last line of stdout.
+    #[arg(long)]
+    json: bool,
+}
+
+impl TrainArgs {
+    /// The flags as `--set` pairs, after the explicit ones: a flag beats the file.
+    fn sets(&self) -> Vec<String> {
+        let mut sets = self.sets.clone();
+        sets.extend(self.seed.map(|seed| format!("seed={seed}")));
+        sets.extend(self.threads.map(|threads| format!("threads={threads}")));
+        for (key, value) in [("engine", &self.engine), ("device", &self.device), ("dtype", &self.dtype)] {
+            sets.extend(value.as_ref().map(|value| format!("{key}={}", json!(value))));
+        }
+        sets
+    }
+
+    fn load(&self) -> Result<Run, TrainError> {
+        let mut run = Run::load(&self.run, &self.sets()).map_err(|error| TrainError::Usage(error.to_string()))?;
+        if self.quick {
+            run.quick();
+        }
+        Ok(run)
+    }
+}
+
+fn main() -> ExitCode {
+    std::panic::set_hook(Box::new(|info| eprintln!("error: internal error ({info}); please report it with the run file")));
+    let cli = Cli::parse();
+    match std::panic::catch_unwind(|| run(cli)) {
+        Ok(Ok(status)) => ExitCode::from(status),
+        Ok(Err(error)) => {
+            for line in error.to_string().lines() {
+                eprintln!("error: {line}");
+            }
+            ExitCode::from(error.exit_status())
+        }
+        Err(_) => ExitCode::from(1),
+    }
+}
+
+fn run(cli: Cli) -> Result<u8, TrainError> {
+    if let Some(Verb::Resume { run, json }) = cli.verb {
+        return train(Trainer::resume(&run)?, json);
+    }
+    let run = cli.train.load()?;
+    if cli.train.check {
+        let plan = train::trainer::plan(&run)?;
+        match cli.train.json {
+            true => println!("{}", Value::Object(plan)),
+            false => print_table(&plan),
+        }
+        return Ok(0);
+    }
+    train(Trainer::new(run, cli.train.out.as_deref(), None)?, cli.train.json)
+}
+
+/// Runs to the end, or to the end of the step after SIGINT or SIGTERM; a second signal ends the process at once.
+fn train(mut trainer: Trainer, json: bool) -> Result<u8, TrainError> {
+    let signal = Arc::new(AtomicUsize::new(0));
+    for number in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        let again = Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let register = || -> std::io::Result<()> {
+            signal_hook::flag::register_conditional_shutdown(number, 128 + number, again.clone())?;
+            signal_hook::flag::register(number, again.clone())?;
+            signal_hook::flag::register_usize(number, signal.clone(), number as usize)?;
+            Ok(())
+        };
+        register().map_err(|error| TrainError::Failed(format!("the system refused a signal handler: {error}")))?;
+    }
+    for note in trainer.notes() {
+        eprintln!("{note}");
+    }
+    eprintln!("run {} in {}", trainer.id(), trainer.out().display());
+    let mut progress = Progress::new(&trainer);
+    while let Some(row) = trainer.next_row()? {
+        progress.show(&row);
+        let number = signal.load(Ordering::Relaxed);
+        if number != 0 {
+            progress.bar.finish_and_clear();
+            trainer.stop("interrupted")?;
+            eprintln!("checkpoint at step {} is complete; go on with: moe-lab resume {}", trainer.step_count(), trainer.out().display());
+            return Ok(128 + number as u8);
+        }
+    }
+    progress.bar.finish_and_clear();
+    let results = trainer.results().clone();
+    if json {
+        println!("{}", Value::Object(results));
+    } else {
+        print_results(&trainer, &results);
+    }
+    Ok(0)
+}
+
+/// A bar on a terminal, a line now and then elsewhere.
+struct Progress {
+    bar: ProgressBar,
+    terminal: bool,
+    last: Instant,
+    latest: String,
+}
+
+impl Progress {
+    fn new(trainer: &Trainer) -> Self {
+        let terminal = std::io::stderr().is_terminal();
+        let bar = if terminal { ProgressBar::new(trainer.total_steps()) } else { ProgressBar::hidden() };
+        let style = ProgressStyle::with_template("{bar:24} {percent:>3} %  eta {eta}  step {pos}/{len}  {msg}");
+        bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+        bar.set_position(trainer.step_count());
+        bar.reset_eta();
+        Progress { bar, terminal, last: Instant::now(), latest: String::new() }
+    }
+
+    fn show(&mut self, row: &Row) {
+        let fields = row.fields();
+        let number = |name: &str| fields.get(name).and_then(Value::as_f64);
+        let text = |name: &str| fields.get(name).and_then(Value::as_str).unwrap_or_default();
+        if let Some(step) = fields.get("step").and_then(Value::as_u64) {
+            self.bar.set_position(step);
+        }
+        if text("kind") == "event" && text("event") == "collapse" {
+            self.bar.suspend(|| eprintln!("warning: {}", text("message")));
+        }
+        if let Some(loss) = number("epoch/loss").or(number("eval/loss")) {
+            let epoch = fields.get("epoch").and_then(Value::as_u64).unwrap_or_default();
+            let floor = number("epoch/floor").map(|floor| format!(" (floor {floor:.4})")).unwrap_or_default();
+            self.latest = format!("{} epoch {epoch}: loss {loss:.4}{floor}", text("phase"));
+            self.bar.set_message(self.latest.clone());
+            if !self.terminal && self.last.elapsed() > Duration::from_secs(5) {
+                self.last = Instant::now();
+                eprintln!("{}", self.latest);
+            }
+        }
+    }
+}
+
+fn print_results(trainer: &Trainer, results: &Map<String, Value>) {
+    print_table(results);
+    if let Some((prompt, answer)) = trainer.first_answer() {
+        println!("\n{prompt}\n  -> {answer}");
+    }
+    println!("\nrun directory: {}", trainer.out().display());
+}
+
+/// Two columns; unknown values are left out.
+fn print_table(values: &Map<String, Value>) {
+    let width = values.keys().map(String::len).max().unwrap_or(0);
+    for (name, value) in values.iter().filter(|(_, value)| !value.is_null()) {
+        let shown = match value {
+            Value::Number(n) if n.is_f64() => {
+                let x = n.as_f64().unwrap_or(f64::NAN);
+                if x.abs() >= 1e5 || x == x.trunc() { format!("{x:.0}") } else { format!("{x:.4}") }
+            }
+            Value::String(text) => text.clone(),
+            other => other.to_string(),
+        };
+        println!("{name:width$}  {shown}");
+    }
+}

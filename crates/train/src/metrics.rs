@@ -7,9 +7,6 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// Where the lines that a resume takes out are kept.
-const PRUNED: &str = "metrics.pruned.jsonl";
-
 /// One line: names and values in the order they were put in. A number that is not finite becomes null and its name joins `nonfinite`.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Row {
@@ -116,7 +113,7 @@ impl Stream {
 }
 
 /// For a resume at `step`: takes out of the stream at `path` a torn last line, lines that are no JSON object and every line of a later step,
-/// and keeps them in metrics.pruned.jsonl beside it. Atomic; call it before the
+/// and keeps them beside it (metrics.jsonl: in metrics.pruned.jsonl). Atomic; call it before the
 /// stream is opened. Returns the number of lines taken out; a missing stream has none.
 pub fn prune(path: &Path, step: u64) -> io::Result<usize> {
     let bytes = match fs::read(path) {
@@ -136,7 +133,7 @@ pub fn prune(path: &Path, step: u64) -> io::Result<usize> {
     }
     if lines > 0 {
         // First to safety, then out of the stream: a crash between the two keeps them twice rather than not at all.
-        let aside = path.with_file_name(PRUNED);
+        let aside = path.with_extension("pruned.jsonl");
         let mut file = OpenOptions::new().append(true).create(true).open(&aside).map_err(explain("open", &aside))?;
         file.write_all(&out).and_then(|()| file.sync_all()).map_err(explain("write", &aside))?;
         replace(path, &kept)?;
@@ -257,11 +254,11 @@ mod tests {
         assert_eq!(prune(&path, 4).unwrap(), 3);
         let kept: Vec<&str> = whole.lines().take(4).collect();
         assert_eq!(fs::read_to_string(&path).unwrap(), kept.join("\n") + "\n");
-        let aside = fs::read_to_string(folder.path().join(PRUNED)).unwrap();
+        let aside = fs::read_to_string(folder.path().join("metrics.pruned.jsonl")).unwrap();
         let taken: Vec<&str> = whole.lines().skip(4).chain(["{\"step\":7,"]).collect();
         assert_eq!(aside, taken.join("\n") + "\n");
         assert_eq!(prune(&path, 2).unwrap(), 2);
-        assert_eq!(fs::read_to_string(folder.path().join(PRUNED)).unwrap().lines().count(), 5);
+        assert_eq!(fs::read_to_string(folder.path().join("metrics.pruned.jsonl")).unwrap().lines().count(), 5);
     }
 
     #[test]

@@ -103,50 +103,16 @@ pub fn narrow<T: Real>(x: f64) -> T {
     }
 }
 
+/// Copies `from` to the front of `to`; for rows too short to be worth a call of memcpy.
 #[inline(always)]
-fn lanes<T: Real>(x: &[T]) -> impl Iterator<Item = &[T; LANES]> {
-    x.as_chunks::<LANES>().0.iter()
-}
-
-#[inline(always)]
-fn join<T: Copy>(x: [T; LANES], f: impl Fn(T, T) -> T) -> T {
-    f(f(f(x[0], x[4]), f(x[2], x[6])), f(f(x[1], x[5]), f(x[3], x[7])))
-}
-
-/// The largest number of a padded row; -∞ if there is none.
-#[inline(always)]
-pub fn max<T: Real>(x: &[T]) -> T {
-    let mut m = [-T::INFINITY; LANES];
-    for x in lanes(x) {
-        for l in 0..LANES {
-            m[l] = if x[l] > m[l] { x[l] } else { m[l] };
-        }
+pub fn copy<T: Copy>(to: &mut [T], from: &[T]) {
+    let (lanes, rest) = from.as_chunks::<LANES>();
+    let (to_lanes, _) = to.as_chunks_mut::<LANES>();
+    for (to, from) in to_lanes.iter_mut().zip(lanes) {
+        *to = *from;
     }
-    join(m, |a, b| if a > b { a } else { b })
-}
-
-/// The sum of a padded row, in lanes.
-#[inline(always)]
-pub fn sum<T: Real>(x: &[T]) -> T {
-    let mut s = [T::ZERO; LANES];
-    for x in lanes(x) {
-        for l in 0..LANES {
-            s[l] += x[l];
-        }
-    }
-    join(s, |a, b| a + b)
-}
-
-/// Σ a·b of two padded rows, in lanes.
-#[inline(always)]
-pub fn dot<T: Real>(a: &[T], b: &[T]) -> T {
-    let mut s = [T::ZERO; LANES];
-    for (a, b) in lanes(a).zip(lanes(b)) {
-        for l in 0..LANES {
-            s[l] += a[l] * b[l];
-        }
-    }
-    join(s, |a, b| a + b)
+    let at = from.len() - rest.len();
+    to[at..from.len()].copy_from_slice(rest);
 }
 
 /// The left side of a small product: number (i, k) lies at i·row + k·col.
@@ -159,67 +125,109 @@ pub struct Left<'a, T> {
 
 /// dst [m, n] (rows `stride` apart) = a [m, depth] · b [depth, n] (rows `b_stride` apart), or += when `accumulate`; summed over the depth in order.
 /// m is a multiple of `ROWS` and n of `LANES`: the buffers are padded.
-#[inline(always)]
 pub fn product<T: Real>(
     dst: &mut [T],
     stride: usize,
-    (m, depth, n): (usize, usize, usize),
+    shape: (usize, usize, usize),
     a: Left<'_, T>,
-    (b, b_stride): (&[T], usize),
+    b: (&[T], usize),
     accumulate: bool,
 ) {
-    if m == 0 || n == 0 {
-        return;
-    }
-    assert!(m.is_multiple_of(ROWS) && n.is_multiple_of(LANES) && (m - 1) * stride + n <= dst.len());
-    assert!(
-        depth == 0 || (m - 1) * a.row + (depth - 1) * a.col < a.data.len() && (depth - 1) * b_stride + n <= b.len()
-    );
-    for i in (0..m).step_by(ROWS) {
+    dispatch(Product { dst, stride, shape, a, b, accumulate });
+}
+
+struct Product<'a, T> {
+    dst: &'a mut [T],
+    stride: usize,
+    shape: (usize, usize, usize),
+    a: Left<'a, T>,
+    b: (&'a [T], usize),
+    accumulate: bool,
+}
+
+impl<T: Real> Kernel for Product<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(mut self) {
+        let ((m, depth, n), a, (b, b_stride)) = (self.shape, self.a, self.b);
+        if m == 0 || n == 0 {
+            return;
+        }
+        assert!(m.is_multiple_of(ROWS) && n.is_multiple_of(LANES) && (m - 1) * self.stride + n <= self.dst.len());
+        assert!(depth == 0 || (m - 1) * a.row + (depth - 1) * a.col < a.data.len());
+        assert!(depth == 0 || (depth - 1) * b_stride + n <= b.len());
         let mut j = 0;
-        // SAFETY: the assertions above bound every (row, column) that the tiles i..i + ROWS, j..j + C·LANES touch.
+        // SAFETY: the assertions above bound every (row, column) that the tiles i..i + R, j..j + C·LANES touch, for i + R ≤ m, j + C·LANES ≤ n.
         unsafe {
             while j + 2 * LANES <= n {
-                tile::<T, 2>(dst, stride, (i, j), depth, a, (b, b_stride), accumulate);
+                (0..m).step_by(ROWS).for_each(|i| self.tile::<ROWS, 2>(i, j));
                 j += 2 * LANES;
             }
             if j < n {
-                tile::<T, 1>(dst, stride, (i, j), depth, a, (b, b_stride), accumulate);
+                let mut i = 0;
+                while i + 2 * ROWS <= m {
+                    self.tile::<{ 2 * ROWS }, 1>(i, j);
+                    i += 2 * ROWS;
+                }
+                if i < m {
+                    self.tile::<ROWS, 1>(i, j);
+                }
             }
         }
     }
 }
 
-/// # Safety
-/// Rows i..i + ROWS and columns j..j + C·LANES must lie inside `dst`, `a` and `b` for the given strides and depth.
-#[inline(always)]
-unsafe fn tile<T: Real, const C: usize>(
-    dst: &mut [T],
-    stride: usize,
-    (i, j): (usize, usize),
-    depth: usize,
-    a: Left<'_, T>,
-    (b, b_stride): (&[T], usize),
-    accumulate: bool,
-) {
-    let mut sum = [[[T::ZERO; LANES]; C]; ROWS];
-    for k in 0..depth {
-        for c in 0..C {
-            let b = unsafe { &*b.as_ptr().add(k * b_stride + j + c * LANES).cast::<[T; LANES]>() };
-            for r in 0..ROWS {
-                let x = unsafe { *a.data.get_unchecked((i + r) * a.row + k * a.col) };
+impl<T: Real> Product<'_, T> {
+    /// # Safety
+    /// Rows i..i + R and columns j..j + C·LANES must lie inside dst, a and b for their strides and the depth.
+    #[inline(always)]
+    unsafe fn tile<const R: usize, const C: usize>(&mut self, i: usize, j: usize) {
+        let (a, (b, b_stride)) = (self.a, self.b);
+        let mut sum = [[[T::ZERO; LANES]; R]; C];
+        for k in 0..self.shape.1 {
+            for (c, sum) in sum.iter_mut().enumerate() {
+                let b: [T; LANES] = unsafe { *b.as_ptr().add(k * b_stride + j + c * LANES).cast() };
+                for (r, sum) in sum.iter_mut().enumerate() {
+                    let x = unsafe { *a.data.get_unchecked((i + r) * a.row + k * a.col) };
+                    let mut next = *sum;
+                    for l in 0..LANES {
+                        next[l] += x * b[l];
+                    }
+                    *sum = next;
+                }
+            }
+        }
+        for (c, sum) in sum.iter().enumerate() {
+            for (r, sum) in sum.iter().enumerate() {
+                let at = (i + r) * self.stride + j + c * LANES;
+                let d = unsafe { &mut *self.dst.as_mut_ptr().add(at).cast::<[T; LANES]>() };
                 for l in 0..LANES {
-                    sum[r][c][l] += x * b[l];
+                    d[l] = if self.accumulate { d[l] + sum[l] } else { sum[l] };
                 }
             }
         }
     }
-    for r in 0..ROWS {
-        for c in 0..C {
-            let d = unsafe { &mut *dst.as_mut_ptr().add((i + r) * stride + j + c * LANES).cast::<[T; LANES]>() };
-            for l in 0..LANES {
-                d[l] = if accumulate { d[l] + sum[r][c][l] } else { sum[r][c][l] };
-            }
+}
+
+/// For each lane l the numbers at rows n[l] and n[l] + 1.
+#[inline(always)]
+pub fn gather<T: Real>(from: &[[T; LANES]], n: &[u32; LANES]) -> ([T; LANES], [T; LANES]) {
+    assert!(n.iter().fold(true, |all, n| all & ((*n as usize) + 1 < from.len())), "gather out of bounds");
+    // SAFETY: every row was compared with the length.
+    let at = |l: usize, step: usize| unsafe { from.get_unchecked(n[l] as usize + step)[l] };
+    (std::array::from_fn(|l| at(l, 0)), std::array::from_fn(|l| at(l, 1)))
+}
+
+/// Adds for each lane l low[l] to row n[l] and high[l] to row n[l] + 1.
+#[inline(always)]
+pub fn scatter<T: Real>(to: &mut [[T; LANES]], n: &[u32; LANES], low: &[T; LANES], high: &[T; LANES]) {
+    assert!(n.iter().fold(true, |all, n| all & ((*n as usize) + 1 < to.len())), "scatter out of bounds");
+    for l in 0..LANES {
+        // SAFETY: every row was compared with the length.
+        unsafe {
+            to.get_unchecked_mut(n[l] as usize)[l] += low[l];
+            to.get_unchecked_mut(n[l] as usize + 1)[l] += high[l];
         }
     }
 }
@@ -251,10 +259,24 @@ mod tests {
             let mut dst = vec![0.5f32; 8 * 40];
             let left = Left { data: self.0, row: 7, col: 1 };
             product(&mut dst, 40, (8, 7, 40), left, (self.1, 40), true);
-            dst.push(sum(self.1) + dot(self.0, self.1) + max(self.1));
             dst.extend(self.1.iter().map(|x| sigmoid(*x)));
             dst.iter().map(|x| x.to_bits()).collect()
         }
+    }
+
+    #[test]
+    fn gather_and_scatter_touch_a_row_and_the_next_in_each_lane() {
+        let rows: Vec<[f64; LANES]> = (0..4).map(|n| std::array::from_fn(|l| (10 * n + l) as f64)).collect();
+        let n = [0, 2, 1, 0, 2, 2, 1, 0];
+        let (low, high) = gather(&rows, &n);
+        assert_eq!((low[1], high[1], low[3], high[6]), (21.0, 31.0, 3.0, 26.0));
+        let mut sums = vec![[0.0; LANES]; 4];
+        scatter(&mut sums, &n, &[1.0; LANES], &[2.0; LANES]);
+        assert_eq!(
+            [sums[0][1], sums[1][1], sums[2][1], sums[3][1], sums[0][0], sums[1][0]],
+            [0.0, 0.0, 1.0, 2.0, 1.0, 2.0]
+        );
+        assert!(std::panic::catch_unwind(|| gather(&rows, &[3; LANES])).is_err());
     }
 
     #[test]

@@ -1,6 +1,9 @@
 //! Streaming forward and backward. A work item is a run of query rows of one document; inside it the query heads that share a key/value head are
-//! stacked (row = position · group + head), so that a tile of a few rows meets the same keys. A tile keeps its scores, nothing larger; backward
-//! computes them again, in the very same order and therefore to the same bits, from the saved maximum and sum of each row.
+//! stacked (row = position · group + head). Eight stacked rows make a tile: each is one lane of the vectors, keys follow one another, so that
+//! every loop over keys serves eight rows. A tile keeps its own scores, nothing larger; backward computes them again, in the very same order and
+//! therefore to the same bits, from the saved maximum and sum of each row.
+
+#![allow(clippy::needless_range_loop)] // lanes of several arrays side by side
 
 use super::{Attention, Position};
 use crate::kernels::simd::{self, Kernel, LANES, Left, ROWS, exp, narrow, padded, product, sigmoid, widen};
@@ -8,10 +11,7 @@ use crate::tape::add;
 use crate::{Buffer, Param, Real, Tape, Value};
 use rayon::prelude::*;
 use std::ops::Range;
-use std::rc::Rc;
-
-/// Stacked rows of a tile.
-const TILE: usize = 8;
+use std::sync::Arc;
 
 /// Long documents are cut into at most `CHUNKS` items of at least `CHUNK` positions: fixed, because it decides the order of summation.
 const CHUNK: usize = 64;
@@ -23,7 +23,7 @@ const SMALL: usize = 8192;
 pub(super) fn attention<'a, T: Real>(
     tape: &mut Tape<'a, T>,
     [q, k, v]: [&Value<T>; 3],
-    offsets_b1: &Rc<[usize]>,
+    offsets_b1: &Arc<[usize]>,
     spec: Attention,
     table: &'a [T],
 ) -> Value<T> {
@@ -210,156 +210,143 @@ impl<T: Real> Rope<T> {
     }
 }
 
-/// The rows of the CoPE table that positions can reach, padded, by row and by column.
+/// The rows of the CoPE table that positions can reach.
 struct Cope<T> {
     /// P, the largest position.
     last: usize,
     /// The most keys a query has.
     keys: usize,
-    /// [stride, wide] and [dh, stride].
-    rows: Vec<T>,
-    cols: Vec<T>,
-    stride: usize,
+    /// [rows, wide], padded with zeros.
+    table: Vec<T>,
 }
 
 impl<T: Real> Cope<T> {
     fn new(table: &[T], dh: usize, keys: usize) -> Self {
-        let last = table.len() / dh - 1;
-        let (reach, wide) = (last.min(keys + 1) + 1, padded(dh));
-        let stride = padded(reach);
-        let (mut rows, mut cols) = (vec![T::ZERO; stride * wide], vec![T::ZERO; dh * stride]);
-        for (n, row) in table.chunks_exact(dh).take(reach).enumerate() {
-            rows[n * wide..n * wide + dh].copy_from_slice(row);
-            row.iter().enumerate().for_each(|(d, x)| cols[d * stride + n] = *x);
+        let mut cope = Cope { last: table.len() / dh - 1, keys, table: Vec::new() };
+        cope.table = vec![T::ZERO; cope.reach(keys) * padded(dh)];
+        for (to, row) in cope.table.chunks_exact_mut(padded(dh)).zip(table.chunks_exact(dh)) {
+            to[..dh].copy_from_slice(row);
         }
-        Cope { last, keys, rows, cols, stride }
+        cope
     }
 
     /// Rows of the table, padded, that queries with up to `keys` keys can touch: a position is at most `keys`, and the row above it is read too.
     #[inline(always)]
     fn reach(&self, keys: usize) -> usize {
-        padded(self.last.min(keys.min(self.keys) + 1) + 1)
+        (self.last.min(keys.min(self.keys) + 1) + 1).next_multiple_of(ROWS)
     }
 }
 
+/// Eight numbers, one for each stacked row of a tile.
+type Lanes<T> = [T; LANES];
+
 /// Working memory of a thread: packed operands of one item and key/value head, and one tile of scores.
 struct Scratch<T> {
-    /// Stacked queries [rows, wide].
+    /// Stacked queries and their upstream gradients [rows, wide].
     q: Vec<T>,
-    /// Keys [keys, wide] and [dh, keys]; values likewise.
-    k: Vec<T>,
-    k_cols: Vec<T>,
-    v: Vec<T>,
-    v_cols: Vec<T>,
-    /// Upstream gradient, stacked; gradients of packed q (a tile), k, v and table.
     d_out: Vec<T>,
-    dq: Vec<T>,
+    /// Keys and values [keys, wide], and the gradients of keys, values and table rows.
+    k: Vec<T>,
+    v: Vec<T>,
     dk: Vec<T>,
     dv: Vec<T>,
     d_table: Vec<T>,
     tile: Tile<T>,
 }
 
-/// One tile of `TILE` stacked rows; [TILE, cols] unless noted.
+/// One tile; [keys, LANES] unless noted.
 struct Tile<T> {
+    /// Queries and upstream gradients by column [dh, LANES].
+    q: Vec<Lanes<T>>,
+    d_out: Vec<Lanes<T>>,
     /// Scores, then weights.
-    s: Vec<T>,
-    gate: Vec<T>,
+    s: Vec<Lanes<T>>,
+    gate: Vec<Lanes<T>>,
     /// Upstream gradient of the weights, then gradient of the scaled products.
-    d: Vec<T>,
-    /// Where in the table a pair lies: row below and fraction above it.
-    below: Vec<u32>,
-    fraction: Vec<T>,
-    /// q · table and its gradient [TILE, reach].
-    z: Vec<T>,
-    dz: Vec<T>,
-    /// [TILE, wide].
+    d: Vec<Lanes<T>>,
+    /// Where in the table a pair lies: row below, fraction above it, and the step of z there (0 where the position is clamped).
+    below: Vec<Lanes<u32>>,
+    fraction: Vec<Lanes<T>>,
+    slope: Vec<Lanes<T>>,
+    /// q · table and its gradient [reach, LANES].
+    z: Vec<Lanes<T>>,
+    dz: Vec<Lanes<T>>,
+    /// Result, or gradient of the queries [LANES, wide].
     out: Vec<T>,
 }
 
 impl<T> Scratch<T> {
     fn new() -> Self {
-        let [q, k, k_cols, v, v_cols, d_out, dq, dk, dv, d_table] = [(); 10].map(|()| Vec::new());
-        let [s, gate, d, fraction, z, dz, out] = [(); 7].map(|()| Vec::new());
-        let tile = Tile { s, gate, d, below: Vec::new(), fraction, z, dz, out };
-        Scratch { q, k, k_cols, v, v_cols, d_out, dq, dk, dv, d_table, tile }
+        let [q, d_out, k, v, dk, dv, d_table] = [(); 7].map(|()| Vec::new());
+        let [s, gate, d, fraction, slope, z, dz] = [(); 7].map(|()| Vec::new());
+        let (columns, d_columns) = (Vec::new(), Vec::new());
+        let (below, out) = (Vec::new(), Vec::new());
+        let tile = Tile { q: columns, d_out: d_columns, s, gate, d, below, fraction, slope, z, dz, out };
+        Scratch { q, d_out, k, v, dk, dv, d_table, tile }
     }
 }
 
 #[inline(always)]
-fn zeros<T: Real>(x: &mut Vec<T>, len: usize) {
+fn zeros<T: Copy>(x: &mut Vec<T>, len: usize, zero: T) {
     x.clear();
-    x.resize(len, T::ZERO);
+    x.resize(len, zero);
 }
 
-/// Grows `x` to at least `len`; what is in it does not matter.
+/// Makes `x` exactly `len` long; what is in it does not matter.
 #[inline(always)]
-fn room<T: Copy>(x: &mut Vec<T>, len: usize, fill: T) {
-    if x.len() < len {
-        x.resize(len, fill);
-    }
+fn sized<T: Copy>(x: &mut Vec<T>, len: usize, fill: T) {
+    x.resize(len, fill);
 }
 
-/// The keys of an item: packed rows 0..keys stand for positions first..rows.end, `stride` leaves room to read a padded row from anywhere.
+/// Positions first..first + len, the keys of an item. They are packed with `ROWS` rows of zeros behind them.
 #[derive(Clone, Copy)]
 struct Keys {
     first: usize,
     len: usize,
-    stride: usize,
 }
 
 impl Keys {
     #[inline(always)]
     fn new<T: Real>(plan: &Plan<'_, T>, item: &Item) -> Self {
         let first = plan.spec.first_key(item.rows.start);
-        let len = item.rows.end - first;
-        Keys { first, len, stride: padded(len + LANES - 1) }
+        Keys { first, len: item.rows.end - first }
     }
 }
 
-/// Copies keys or values of one head into padded rows, columns, or both.
+/// Copies keys or values of one head into padded rows.
 #[inline(always)]
 fn pack<T: Real>(
     plan: &Plan<'_, T>,
     (from, item, kv): (&[T], &Item, usize),
     keys: Keys,
     rope: Option<&Rope<T>>,
-    rows: &mut Vec<T>,
-    cols: &mut Vec<T>,
+    to: &mut Vec<T>,
 ) {
-    let width = plan.spec.kv_heads * plan.dh;
-    zeros(rows, keys.stride * plan.wide);
-    zeros(cols, plan.dh * keys.stride);
-    for (j, row) in rows.chunks_exact_mut(plan.wide).take(keys.len).enumerate() {
-        let at = (item.keys_at + keys.first + j) * width + kv * plan.dh;
-        row[..plan.dh].copy_from_slice(&from[at..at + plan.dh]);
+    zeros(to, (keys.len + ROWS) * plan.wide, T::ZERO);
+    let from = &from[(item.keys_at + keys.first) * plan.spec.kv_heads * plan.dh..];
+    let rows = from.chunks(plan.spec.kv_heads * plan.dh).take(keys.len);
+    for (j, (row, from)) in to.chunks_exact_mut(plan.wide).zip(rows).enumerate() {
+        simd::copy(row, &from[kv * plan.dh..(kv + 1) * plan.dh]);
         if let Some(rope) = rope {
             rope.turn(row, keys.first + j, false);
-        }
-        for (col, x) in cols.chunks_exact_mut(keys.stride).zip(row.iter()) {
-            col[j] = *x;
         }
     }
 }
 
-/// Copies the queries (or their upstream gradients) of a group into stacked padded rows.
+/// Copies the queries (or their upstream gradients) of a group, rows `first`.. of `from`, into stacked padded rows.
 #[inline(always)]
-fn stack<T: Real>(
-    plan: &Plan<'_, T>,
-    (from, first_row): (&[T], usize),
-    rows: &Range<usize>,
-    kv: usize,
-    rope: Option<&Rope<T>>,
-    to: &mut Vec<T>,
-) {
-    zeros(to, (rows.len() * plan.group).next_multiple_of(TILE) * plan.wide);
+fn stack<T: Real>(plan: &Plan<'_, T>, (from, item, kv): (&[T], &Item, usize), rope: Option<&Rope<T>>, to: &mut Vec<T>) {
+    zeros(to, (item.rows.len() * plan.group).next_multiple_of(LANES) * plan.wide, T::ZERO);
     let width = plan.spec.heads * plan.dh;
-    for (r, row) in to.chunks_exact_mut(plan.wide).take(rows.len() * plan.group).enumerate() {
-        let (i, h) = (r / plan.group, kv * plan.group + r % plan.group);
-        let at = (first_row + i) * width + h * plan.dh;
-        row[..plan.dh].copy_from_slice(&from[at..at + plan.dh]);
-        if let Some(rope) = rope {
-            rope.turn(row, rows.start + i, false);
+    let from = &from[item.queries_at * width..];
+    let positions = item.rows.clone().zip(from.chunks(width));
+    for ((i, from), rows) in positions.zip(to.chunks_exact_mut(plan.group * plan.wide)) {
+        let heads = from[kv * plan.group * plan.dh..].chunks_exact(plan.dh);
+        for (row, head) in rows.chunks_exact_mut(plan.wide).zip(heads) {
+            simd::copy(row, head);
+            if let Some(rope) = rope {
+                rope.turn(row, i, false);
+            }
         }
     }
 }
@@ -371,7 +358,6 @@ struct Span {
     live: usize,
     base: usize,
     len: usize,
-    cols: usize,
 }
 
 impl Span {
@@ -379,94 +365,137 @@ impl Span {
     fn all<T: Real>(plan: &Plan<'_, T>, item: &Item, keys: Keys) -> impl Iterator<Item = Span> {
         let (spec, group, start) = (plan.spec, plan.group, item.rows.start);
         let rows = item.rows.len() * group;
-        (0..rows).step_by(TILE).map(move |at| {
-            let live = TILE.min(rows - at);
+        (0..rows).step_by(LANES).map(move |at| {
+            let live = LANES.min(rows - at);
             let base = spec.first_key(start + at / group) - keys.first;
             let len = start + (at + live - 1) / group + 1 - keys.first - base;
-            Span { at, live, base, len, cols: padded(len) }
+            Span { at, live, base, len }
         })
     }
 
-    /// Live rows up to a multiple of what a product computes at once.
+    /// Keys up to a multiple of what a product computes at once.
     #[inline(always)]
-    fn rows(&self) -> usize {
-        self.live.next_multiple_of(ROWS)
+    fn padded(&self) -> usize {
+        self.len.next_multiple_of(ROWS)
     }
 
-    /// The columns that row r of the tile sees.
+    /// The keys that each lane sees, from the first to before the last. Lanes without a row see what the last row sees: their numbers are zero
+    /// or never read.
     #[inline(always)]
-    fn visible<T: Real>(&self, plan: &Plan<'_, T>, item: &Item, keys: Keys, r: usize) -> Range<usize> {
-        let i = item.rows.start + (self.at + r) / plan.group;
+    fn visible<T: Real>(&self, plan: &Plan<'_, T>, item: &Item, keys: Keys) -> (Lanes<u32>, Lanes<u32>) {
+        let (mut from, mut to) = ([0; LANES], [0; LANES]);
         let origin = keys.first + self.base;
-        plan.spec.first_key(i) - origin..i + 1 - origin
+        for l in 0..LANES {
+            let i = item.rows.start + (self.at + l.min(self.live - 1)) / plan.group;
+            from[l] = (plan.spec.first_key(i) - origin) as u32;
+            to[l] = (i + 1 - origin) as u32;
+        }
+        (from, to)
     }
 }
 
+/// The rows of a tile by column [dh, LANES].
+#[inline(always)]
+fn columns<T: Real>(rows: &[T], plan: &Plan<'_, T>, to: &mut Vec<Lanes<T>>) {
+    sized(to, plan.dh, [T::ZERO; LANES]);
+    for (l, row) in rows.chunks_exact(plan.wide).take(LANES).enumerate() {
+        to.iter_mut().zip(row).for_each(|(to, x)| to[l] = *x);
+    }
+}
+
+/// Packed rows (keys, values or table) times the columns of a tile: dst [m, LANES].
+#[inline(always)]
+fn meet<T: Real>(dst: &mut Vec<Lanes<T>>, m: usize, rows: &[T], plan: &Plan<'_, T>, columns: &[Lanes<T>]) {
+    sized(dst, m, [T::ZERO; LANES]);
+    let left = Left { data: rows, row: plan.wide, col: 1 };
+    product(dst.as_flattened_mut(), LANES, (m, plan.dh, LANES), left, (columns.as_flattened(), LANES), false);
+}
+
 /// Scores of a tile, -∞ where a row does not see the key. With CoPE also the gates, z, and (if `KEEP`) the place in the table of every pair.
-/// Returns for each row how many of its visible keys, from the far end, are clamped.
+/// Keys before the returned one are clamped in every row.
 #[inline(always)]
 fn scores<T: Real, const KEEP: bool>(
     plan: &Plan<'_, T>,
     item: &Item,
     keys: Keys,
     span: Span,
-    (q, k_cols): (&[T], &[T]),
+    (q, k): (&[T], &[T]),
     tile: &mut Tile<T>,
-) -> [usize; TILE] {
-    let (rows, cols) = (span.rows(), span.cols);
-    room(&mut tile.s, TILE * cols, T::ZERO);
-    let left = Left { data: &q[span.at * plan.wide..], row: plan.wide, col: 1 };
-    product(&mut tile.s, cols, (rows, plan.dh, cols), left, (&k_cols[span.base..], keys.stride), false);
-    let mut clamped = [0; TILE];
-    let mut z_cols = 0;
+) -> usize {
+    columns(&q[span.at * plan.wide..], plan, &mut tile.q);
+    meet(&mut tile.s, span.padded(), &k[span.base * plan.wide..], plan, &tile.q);
+    tile.s.as_flattened_mut().iter_mut().for_each(|s| *s *= plan.scale);
+    let (from, to) = span.visible(plan, item, keys);
+    let mut stop = 0;
     if let Some(cope) = &plan.cope {
-        z_cols = cope.reach(span.len);
-        room(&mut tile.gate, TILE * cols, T::ZERO);
-        room(&mut tile.z, TILE * z_cols, T::ZERO);
-        room(&mut tile.below, TILE * cols, 0);
-        room(&mut tile.fraction, TILE * cols, T::ZERO);
-        product(&mut tile.z, z_cols, (rows, plan.dh, z_cols), left, (&cope.cols, cope.stride), false);
+        meet(&mut tile.z, cope.reach(span.len), &cope.table, plan, &tile.q);
+        sized(&mut tile.gate, span.padded(), [T::ZERO; LANES]);
+        let gates = tile.gate.as_flattened_mut().iter_mut();
+        gates.zip(tile.s.as_flattened()).for_each(|(g, s)| *g = sigmoid(*s));
+        stop = bias::<T, KEEP>(cope.last, span.len, (from, to), tile);
     }
-    for r in 0..span.live {
-        let s = &mut tile.s[r * cols..(r + 1) * cols];
-        s.iter_mut().for_each(|s| *s *= plan.scale);
-        let seen = span.visible(plan, item, keys, r);
-        if let Some(cope) = &plan.cope {
-            let row = r * cols..(r + 1) * cols;
-            let gate = &mut tile.gate[row.clone()];
-            gate.iter_mut().zip(s.iter()).for_each(|(g, s)| *g = sigmoid(*s));
-            let place = (&mut tile.below[row.clone()][seen.clone()], &mut tile.fraction[row][seen.clone()]);
-            let z = &tile.z[r * z_cols..(r + 1) * z_cols];
-            clamped[r] = bias::<T, KEEP>(&mut s[seen.clone()], &gate[seen.clone()], z, cope.last, place);
+    for (j, s) in (0u32..).zip(&mut tile.s) {
+        for l in 0..LANES {
+            s[l] = if (from[l] <= j) & (j < to[l]) { s[l] } else { -T::INFINITY };
         }
-        s[..seen.start].fill(-T::INFINITY);
-        s[seen.end..].fill(-T::INFINITY);
     }
-    clamped
+    stop
 }
 
-/// Adds the CoPE bias to the scores of one row, from the token itself outward; the gates are summed in f64. Returns how many keys are clamped.
+/// Adds the CoPE bias to the scores of a tile, from the nearest key outward, and sets the gates of keys that a row does not see to zero. Positions
+/// are summed in f64. Keys before the returned one are clamped in every row.
 #[inline(always)]
 fn bias<T: Real, const KEEP: bool>(
-    s: &mut [T],
-    gate: &[T],
-    z: &[T],
     last: usize,
-    (below, fraction): (&mut [u32], &mut [T]),
+    len: usize,
+    (from, to): (Lanes<u32>, Lanes<u32>),
+    tile: &mut Tile<T>,
 ) -> usize {
-    let mut position = 0.0f64;
-    for j in (0..s.len()).rev() {
-        position += widen(gate[j]);
-        if position >= last as f64 {
-            s[..=j].iter_mut().for_each(|s| *s += z[last]);
+    let (bound, top) = (last as f64, last as i32 - 1);
+    if KEEP {
+        sized(&mut tile.below, len, [0; LANES]);
+        sized(&mut tile.fraction, len, [T::ZERO; LANES]);
+        sized(&mut tile.slope, len, [T::ZERO; LANES]);
+    }
+    let mut position = [0.0f64; LANES];
+    for j in (0..len).rev() {
+        if position.iter().fold(true, |all, p| all & (*p >= bound)) {
+            for s in &mut tile.s[..=j] {
+                for l in 0..LANES {
+                    s[l] += tile.z[last][l];
+                }
+            }
             return j + 1;
         }
-        let n = position as usize;
-        let f: T = narrow(position - n as f64);
-        s[j] += (T::ONE - f) * z[n] + f * z[n + 1];
+        let mut g = tile.gate[j];
+        let (mut n, mut f) = ([0u32; LANES], [T::ZERO; LANES]);
+        for l in 0..LANES {
+            g[l] = if (from[l] <= j as u32) & ((j as u32) < to[l]) { g[l] } else { T::ZERO };
+        }
+        for l in 0..LANES {
+            position[l] += widen(g[l]);
+        }
+        for l in 0..LANES {
+            let held = if position[l] < bound { position[l] } else { bound };
+            let below = (held as i32).min(top);
+            n[l] = below as u32;
+            f[l] = narrow(held - f64::from(below));
+        }
+        let (low, high) = simd::gather(&tile.z, &n);
+        let mut s = tile.s[j];
+        for l in 0..LANES {
+            s[l] += (T::ONE - f[l]) * low[l] + f[l] * high[l];
+        }
+        tile.s[j] = s;
         if KEEP {
-            below[j] = n as u32;
-            fraction[j] = f;
+            let mut slope = [T::ZERO; LANES];
+            for l in 0..LANES {
+                slope[l] = if position[l] < bound { high[l] - low[l] } else { T::ZERO };
+            }
+            tile.gate[j] = g;
+            tile.below[j] = n;
+            tile.fraction[j] = f;
+            tile.slope[j] = slope;
         }
     }
     0
@@ -487,39 +516,54 @@ impl<T: Real> Kernel for Forward<'_, T> {
     #[inline(always)]
     fn run(self) {
         let Forward { plan, item, scratch, out, stats } = self;
-        let (dh, wide, heads) = (plan.dh, plan.wide, plan.spec.heads);
+        let (dh, wide, rope) = (plan.dh, plan.wide, plan.rope.as_ref());
         let keys = Keys::new(plan, item);
-        let Scratch { q, k, k_cols, v, v_cols, tile, .. } = scratch;
+        let Scratch { q, k, v, tile, .. } = scratch;
         for kv in 0..plan.spec.kv_heads {
-            stack(plan, (plan.q, item.queries_at), &item.rows, kv, plan.rope.as_ref(), q);
-            pack(plan, (plan.k, item, kv), keys, plan.rope.as_ref(), k, k_cols);
-            pack(plan, (plan.v, item, kv), keys, None, v, v_cols);
+            stack(plan, (plan.q, item, kv), rope, q);
+            pack(plan, (plan.k, item, kv), keys, rope, k);
+            pack(plan, (plan.v, item, kv), keys, None, v);
             for span in Span::all(plan, item, keys) {
-                let cols = span.cols;
-                scores::<T, false>(plan, item, keys, span, (q, k_cols), tile);
-                for r in 0..span.live {
-                    let w = &mut tile.s[r * cols..(r + 1) * cols];
-                    let max = simd::max(w);
-                    w.iter_mut().for_each(|w| *w = exp(*w - max));
-                    let inverse = T::ONE / simd::sum(w);
-                    w.iter_mut().for_each(|w| *w *= inverse);
-                    let at = place(plan, kv, span.at + r);
-                    stats[2 * at] = max;
-                    stats[2 * at + 1] = inverse;
-                }
-                tile.s[span.live * cols..span.rows() * cols].fill(T::ZERO);
-                room(&mut tile.out, TILE * wide, T::ZERO);
-                let left = Left { data: &tile.s, row: cols, col: 1 };
-                let shape = (span.rows(), span.len, wide);
-                product(&mut tile.out, wide, shape, left, (&v[span.base * wide..], wide), false);
-                for r in 0..span.live {
-                    let at = place(plan, kv, span.at + r) * dh;
-                    out[at..at + dh].copy_from_slice(&tile.out[r * wide..r * wide + dh]);
+                scores::<T, false>(plan, item, keys, span, (q, k), tile);
+                let (max, inverse) = softmax(&mut tile.s);
+                sized(&mut tile.out, LANES * wide, T::ZERO);
+                let left = Left { data: tile.s.as_flattened(), row: 1, col: LANES };
+                product(&mut tile.out, wide, (LANES, span.len, wide), left, (&v[span.base * wide..], wide), false);
+                for (l, row) in tile.out.chunks_exact(wide).take(span.live).enumerate() {
+                    let at = place(plan, kv, span.at + l);
+                    stats[2 * at] = max[l];
+                    stats[2 * at + 1] = inverse[l];
+                    simd::copy(&mut out[at * dh..(at + 1) * dh], &row[..dh]);
                 }
             }
         }
-        debug_assert_eq!(stats.len(), item.rows.len() * heads * 2);
     }
+}
+
+/// Turns the scores of each lane into weights; returns their maximum and 1 / Σ exp(score - maximum).
+#[inline(always)]
+fn softmax<T: Real>(s: &mut [Lanes<T>]) -> (Lanes<T>, Lanes<T>) {
+    let (mut max, mut sum) = ([-T::INFINITY; LANES], [T::ZERO; LANES]);
+    for s in s.iter() {
+        for l in 0..LANES {
+            max[l] = if s[l] > max[l] { s[l] } else { max[l] };
+        }
+    }
+    for s in s.iter_mut() {
+        for l in 0..LANES {
+            s[l] = exp(s[l] - max[l]);
+        }
+        for l in 0..LANES {
+            sum[l] += s[l];
+        }
+    }
+    let inverse = sum.map(|sum| T::ONE / sum);
+    for s in s.iter_mut() {
+        for l in 0..LANES {
+            s[l] *= inverse[l];
+        }
+    }
+    (max, inverse)
 }
 
 /// Index of (row, head) in an item's [rows, heads] for a stacked row.
@@ -554,7 +598,9 @@ fn backward<T: Real>(
         let range = partial.keys_at..partial.keys_at + partial.dk.len();
         add(&mut dk[range.clone()], &partial.dk);
         add(&mut dv[range], &partial.dv);
-        add(&mut d_table, &partial.d_table);
+        for (sum, row) in d_table.chunks_exact_mut(plan.dh).zip(partial.d_table.chunks_exact(plan.wide)) {
+            add(sum, row);
+        }
     }
     d_table
 }
@@ -575,121 +621,134 @@ impl<T: Real> Kernel for Backward<'_, T> {
 
     #[inline(always)]
     fn run(self) -> Partial<T> {
-        let Backward { plan, item, scratch, upstream, stats, dq: dq_out } = self;
-        let (dh, wide, heads, kv_heads) = (plan.dh, plan.wide, plan.spec.heads, plan.spec.kv_heads);
+        let Backward { plan, item, scratch, upstream, stats, dq } = self;
+        let (dh, wide, rope, kv_heads) = (plan.dh, plan.wide, plan.rope.as_ref(), plan.spec.kv_heads);
         let keys = Keys::new(plan, item);
-        let rope = plan.rope.as_ref();
-        let stats = &stats[item.queries_at * heads * 2..];
-        let reached = plan.cope.as_ref().map_or(0, |cope| cope.stride);
+        let stats = &stats[item.queries_at * plan.spec.heads * 2..];
         let mut partial = Partial {
             keys_at: (item.keys_at + keys.first) * kv_heads * dh,
             dk: vec![T::ZERO; keys.len * kv_heads * dh],
             dv: vec![T::ZERO; keys.len * kv_heads * dh],
             d_table: Vec::new(),
         };
-        let Scratch { q, k, k_cols, v, v_cols, d_out, dq, dk, dv, d_table, tile } = scratch;
-        zeros(d_table, reached * wide);
+        zeros(&mut scratch.d_table, plan.cope.as_ref().map_or(0, |cope| cope.reach(keys.len)) * wide, T::ZERO);
         for kv in 0..kv_heads {
-            stack(plan, (plan.q, item.queries_at), &item.rows, kv, rope, q);
-            stack(plan, (upstream, item.queries_at), &item.rows, kv, None, d_out);
-            pack(plan, (plan.k, item, kv), keys, rope, k, k_cols);
-            pack(plan, (plan.v, item, kv), keys, None, v, v_cols);
-            zeros(dk, keys.stride * wide);
-            zeros(dv, keys.stride * wide);
-            room(dq, TILE * wide, T::ZERO);
+            stack(plan, (plan.q, item, kv), rope, &mut scratch.q);
+            stack(plan, (upstream, item, kv), None, &mut scratch.d_out);
+            pack(plan, (plan.k, item, kv), keys, rope, &mut scratch.k);
+            pack(plan, (plan.v, item, kv), keys, None, &mut scratch.v);
+            zeros(&mut scratch.dk, (keys.len + ROWS) * wide, T::ZERO);
+            zeros(&mut scratch.dv, (keys.len + ROWS) * wide, T::ZERO);
             for span in Span::all(plan, item, keys) {
-                let (rows, cols) = (span.rows(), span.cols);
-                let clamped = scores::<T, true>(plan, item, keys, span, (q, k_cols), tile);
-                room(&mut tile.d, TILE * cols, T::ZERO);
-                let q_left = &q[span.at * wide..];
-                let d_left = &d_out[span.at * wide..];
-                let left = Left { data: d_left, row: wide, col: 1 };
-                let v_right = (&v_cols[span.base..], keys.stride);
-                product(&mut tile.d, cols, (rows, dh, cols), left, v_right, false);
-                let z_cols = plan.cope.as_ref().map_or(0, |cope| cope.reach(span.len));
-                zeros(&mut tile.dz, TILE * z_cols);
-                for r in 0..span.live {
-                    let row = r * cols..(r + 1) * cols;
-                    let (w, d) = (&mut tile.s[row.clone()], &mut tile.d[row.clone()]);
-                    let at = place(plan, kv, span.at + r);
-                    let (max, inverse) = (stats[2 * at], stats[2 * at + 1]);
-                    w.iter_mut().for_each(|w| *w = exp(*w - max) * inverse);
-                    let mean = simd::dot(w, d);
-                    d.iter_mut().zip(w.iter()).for_each(|(d, w)| *d = *w * (*d - mean));
-                    if let Some(cope) = &plan.cope {
-                        let seen = span.visible(plan, item, keys, r);
-                        let (z, dz) =
-                            (&tile.z[r * z_cols..(r + 1) * z_cols], &mut tile.dz[r * z_cols..(r + 1) * z_cols]);
-                        let place = (&tile.below[row.clone()][seen.clone()], &tile.fraction[row.clone()][seen.clone()]);
-                        unbias(&mut d[seen.clone()], &tile.gate[row][seen], (z, dz), cope.last, place, clamped[r]);
-                    }
-                    d.iter_mut().for_each(|d| *d *= plan.scale);
+                let (mut max, mut inverse) = ([T::ZERO; LANES], [T::ZERO; LANES]);
+                for l in 0..span.live {
+                    let at = 2 * place(plan, kv, span.at + l);
+                    (max[l], inverse[l]) = (stats[at], stats[at + 1]);
                 }
-                tile.s[span.live * cols..rows * cols].fill(T::ZERO);
-                tile.d[span.live * cols..rows * cols].fill(T::ZERO);
-                // dq = du·k (+ dz·table); dk += duᵀ·q; dv += wᵀ·d_out; d_table += dzᵀ·q.
-                let du = Left { data: &tile.d, row: cols, col: 1 };
-                product(dq, wide, (rows, span.len, wide), du, (&k[span.base * wide..], wide), false);
-                let turned = |data| Left { data, row: 1, col: cols };
-                let at = span.base * wide;
-                product(&mut dk[at..], wide, (cols, span.live, wide), turned(&tile.d), (q_left, wide), true);
-                product(&mut dv[at..], wide, (cols, span.live, wide), turned(&tile.s), (d_left, wide), true);
-                if let Some(cope) = &plan.cope {
-                    let dz = Left { data: &tile.dz, row: z_cols, col: 1 };
-                    product(dq, wide, (rows, z_cols, wide), dz, (&cope.rows, wide), true);
-                    let dz = Left { data: &tile.dz, row: 1, col: z_cols };
-                    product(d_table, wide, (z_cols, span.live, wide), dz, (q_left, wide), true);
-                }
-                for (r, row) in dq.chunks_exact_mut(wide).take(span.live).enumerate() {
+                span_gradients(plan, item, keys, span, (max, inverse), scratch);
+                for (l, row) in scratch.tile.out.chunks_exact_mut(wide).take(span.live).enumerate() {
                     if let Some(rope) = rope {
-                        rope.turn(row, item.rows.start + (span.at + r) / plan.group, true);
+                        rope.turn(row, item.rows.start + (span.at + l) / plan.group, true);
                     }
-                    let at = place(plan, kv, span.at + r) * dh;
-                    dq_out[at..at + dh].copy_from_slice(&row[..dh]);
+                    let at = place(plan, kv, span.at + l) * dh;
+                    simd::copy(&mut dq[at..at + dh], &row[..dh]);
                 }
             }
-            for j in 0..keys.len {
-                let (from, to) = (j * wide, (j * kv_heads + kv) * dh);
+            let (dk, dv) = (scratch.dk.chunks_exact_mut(wide), scratch.dv.chunks_exact(wide));
+            for (j, (dk, dv)) in dk.zip(dv).take(keys.len).enumerate() {
                 if let Some(rope) = rope {
-                    rope.turn(&mut dk[from..from + wide], keys.first + j, true);
+                    rope.turn(dk, keys.first + j, true);
                 }
-                partial.dk[to..to + dh].copy_from_slice(&dk[from..from + dh]);
-                partial.dv[to..to + dh].copy_from_slice(&dv[from..from + dh]);
+                let at = (j * kv_heads + kv) * dh;
+                simd::copy(&mut partial.dk[at..at + dh], &dk[..dh]);
+                simd::copy(&mut partial.dv[at..at + dh], &dv[..dh]);
             }
         }
-        partial.d_table.extend(d_table.chunks_exact(wide).take(table_rows(plan)).flat_map(|row| &row[..dh]));
+        partial.d_table.extend_from_slice(&scratch.d_table);
         partial
     }
 }
 
-/// Rows of the table that are packed.
+/// Adds what the rows of a tile give to dk, dv and d_table (packed, not rotated back), and leaves their dq in tile.out.
 #[inline(always)]
-fn table_rows<T: Real>(plan: &Plan<'_, T>) -> usize {
-    plan.cope.as_ref().map_or(0, |cope| cope.stride.min(cope.last + 1))
+fn span_gradients<T: Real>(
+    plan: &Plan<'_, T>,
+    item: &Item,
+    keys: Keys,
+    span: Span,
+    (max, inverse): (Lanes<T>, Lanes<T>),
+    scratch: &mut Scratch<T>,
+) {
+    let wide = plan.wide;
+    let Scratch { q, d_out, k, v, dk, dv, d_table, tile } = scratch;
+    let stop = scores::<T, true>(plan, item, keys, span, (q, k), tile);
+    let (q, d_out, at) = (&q[span.at * wide..], &d_out[span.at * wide..], span.base * wide);
+    columns(d_out, plan, &mut tile.d_out);
+    meet(&mut tile.d, span.padded(), &v[at..], plan, &tile.d_out);
+    unsoftmax(&mut tile.s, &mut tile.d, max, inverse);
+    if let Some(cope) = &plan.cope {
+        unbias(cope.last, (stop, span.len), tile);
+    }
+    tile.d.as_flattened_mut().iter_mut().for_each(|d| *d *= plan.scale);
+    // dq = duᵀ·k (+ dzᵀ·table), dk += du·q, dv += w·d_out, d_table += dz·q, where row j of du, w and dz belongs to key j or table row j.
+    sized(&mut tile.out, LANES * wide, T::ZERO);
+    let turned = |data| Left { data, row: 1, col: LANES };
+    let upright = |data| Left { data, row: LANES, col: 1 };
+    let (du, w) = (tile.d.as_flattened(), tile.s.as_flattened());
+    product(&mut tile.out, wide, (LANES, span.len, wide), turned(du), (&k[at..], wide), false);
+    product(&mut dk[at..], wide, (span.padded(), LANES, wide), upright(du), (q, wide), true);
+    product(&mut dv[at..], wide, (span.padded(), LANES, wide), upright(w), (d_out, wide), true);
+    if let Some(cope) = &plan.cope {
+        let dz = tile.dz.as_flattened();
+        product(&mut tile.out, wide, (LANES, tile.dz.len(), wide), turned(dz), (&cope.table, wide), true);
+        product(d_table, wide, (tile.dz.len(), LANES, wide), upright(dz), (q, wide), true);
+    }
 }
 
-/// Backward of `bias` for one row: d holds the gradient of the scores and becomes that of the scaled products. From the farthest key inward,
-/// because a gate moves the positions of all keys at or beyond its own: dg_t = Σ_{j≤t} dp_j.
+/// Scores become weights w, the gradient d of the weights that of the scores: w (d - Σ w d), for each lane.
 #[inline(always)]
-fn unbias<T: Real>(
-    d: &mut [T],
-    gate: &[T],
-    (z, dz): (&[T], &mut [T]),
-    last: usize,
-    (below, fraction): (&[u32], &[T]),
-    clamped: usize,
-) {
-    if clamped > 0 {
-        dz[last] += d[..clamped].iter().copied().sum();
+fn unsoftmax<T: Real>(s: &mut [Lanes<T>], d: &mut [Lanes<T>], max: Lanes<T>, inverse: Lanes<T>) {
+    let mut mean = [T::ZERO; LANES];
+    for (w, d) in s.iter_mut().zip(d.iter()) {
+        for l in 0..LANES {
+            w[l] = exp(w[l] - max[l]) * inverse[l];
+        }
+        for l in 0..LANES {
+            mean[l] += w[l] * d[l];
+        }
     }
-    let mut beyond = 0.0f64;
-    let active = d[clamped..].iter_mut().zip(&gate[clamped..]).zip(below[clamped..].iter().zip(&fraction[clamped..]));
-    for ((d, g), (n, f)) in active {
-        let n = *n as usize;
-        let (low, high) = (z[n], z[n + 1]);
-        dz[n] += (T::ONE - *f) * *d;
-        dz[n + 1] += *f * *d;
-        beyond += widen(*d * (high - low));
-        *d += narrow::<T>(beyond) * (*g * (T::ONE - *g));
+    for (w, d) in s.iter().zip(d) {
+        for l in 0..LANES {
+            d[l] = w[l] * (d[l] - mean[l]);
+        }
+    }
+}
+
+/// Backward of `bias`: tile.d holds the gradient of the scores and becomes that of the scaled products; tile.dz is set. From the farthest key
+/// inward, because a gate moves the positions of all keys at or beyond its own: dg_t = Σ_{j≤t} dp_j.
+#[inline(always)]
+fn unbias<T: Real>(last: usize, (stop, len): (usize, usize), tile: &mut Tile<T>) {
+    zeros(&mut tile.dz, tile.z.len(), [T::ZERO; LANES]);
+    for d in &tile.d[..stop] {
+        for l in 0..LANES {
+            tile.dz[last][l] += d[l];
+        }
+    }
+    let mut beyond = [0.0f64; LANES];
+    for j in stop..len {
+        let (mut d, g, f, slope) = (tile.d[j], tile.gate[j], tile.fraction[j], tile.slope[j]);
+        let (mut low, mut high) = ([T::ZERO; LANES], [T::ZERO; LANES]);
+        for l in 0..LANES {
+            low[l] = (T::ONE - f[l]) * d[l];
+            high[l] = f[l] * d[l];
+        }
+        simd::scatter(&mut tile.dz, &tile.below[j], &low, &high);
+        for l in 0..LANES {
+            beyond[l] += widen(d[l] * slope[l]);
+        }
+        for l in 0..LANES {
+            d[l] += narrow::<T>(beyond[l]) * (g[l] * (T::ONE - g[l]));
+        }
+        tile.d[j] = d;
     }
 }

@@ -6,7 +6,7 @@ mod reference;
 mod tests;
 
 use crate::{Engine, Param, Real, Tape, Value};
-use std::rc::Rc;
+use std::sync::Arc;
 
 /// What the scores know of positions. Learned positions are added to the embeddings: `None` here.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -66,7 +66,7 @@ pub fn attention<'a, T: Real>(
     q: &Value<T>,
     k: &Value<T>,
     v: &Value<T>,
-    offsets_b1: &Rc<[usize]>,
+    offsets_b1: &Arc<[usize]>,
     spec: Attention,
 ) -> Value<T> {
     let n = q.rows();

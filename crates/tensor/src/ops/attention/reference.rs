@@ -3,14 +3,14 @@
 use super::{Attention, Position};
 use crate::{Real, Tape, Value};
 use candle_core::{D, Device, Result, Tensor};
-use std::rc::Rc;
+use std::sync::Arc;
 
 pub(super) fn attention<'a, T: Real>(
     tape: &mut Tape<'a, T>,
     q: &Value<T>,
     k: &Value<T>,
     v: &Value<T>,
-    offsets_b1: &Rc<[usize]>,
+    offsets_b1: &Arc<[usize]>,
     spec: Attention,
 ) -> Value<T> {
     let tables = match spec.position {

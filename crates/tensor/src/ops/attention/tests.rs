@@ -33,7 +33,7 @@ impl Case {
         Case { lengths: lengths.to_vec(), heads, kv_heads, dh, window, kind }
     }
 
-    fn offsets(&self) -> Rc<[usize]> {
+    fn offsets(&self) -> Arc<[usize]> {
         let ends = self.lengths.iter().scan(0, |end, length| {
             *end += length;
             Some(*end)

@@ -1,0 +1,158 @@
+//! Everything a run reads, ready to train on: tokenizer, one training set per phase with its floor, held-out sets, questions to recite.
+
+use crate::data::{DataError, Document, DocumentOrder, DocumentSet, Floor, ItemFile, Role, Source, TextFile};
+use crate::data::{TextSource, Tokenizer, Unknowns, split_chat, split_documents};
+use crate::evaluate::Question;
+use crate::run::Run;
+use std::path::Path;
+
+pub enum PhaseData {
+    Documents { train: DocumentSet, validation: DocumentSet, order: DocumentOrder },
+    Text(TextSource),
+}
+
+pub struct Phase {
+    /// "facts", "chat" or "text".
+    pub name: &'static str,
+    pub data: PhaseData,
+    /// The lowest loss on the training set; not defined for random windows of a text.
+    pub floor: Option<Floor>,
+}
+
+impl Phase {
+    /// Training documents; none for text.
+    pub fn documents(&self) -> Vec<&Document> {
+        match &self.data {
+            PhaseData::Documents { train, .. } => train.documents.iter().collect(),
+            PhaseData::Text(_) => Vec::new(),
+        }
+    }
+}
+
+pub struct Dataset {
+    pub tokenizer: Tokenizer,
+    pub phases: Vec<Phase>,
+    /// Training dialogues as prompt and answer.
+    pub questions: Vec<Question>,
+    /// Held-out wordings of training questions; never trained on.
+    pub paraphrases: Vec<Question>,
+    pub paraphrase_set: Option<DocumentSet>,
+    /// What was read, by role.
+    pub sources: Vec<(&'static str, Source)>,
+    /// Words of held-out text (validation, paraphrases) that the vocabulary lacks.
+    pub unknowns: Unknowns,
+}
+
+/// The items of a file in their training and held-out parts.
+struct Items {
+    file: ItemFile,
+    train: Vec<usize>,
+    validation: Vec<usize>,
+}
+
+impl Items {
+    fn read(run: &Run, path: Option<&Path>, role: Role, phase: u32) -> Result<Self, DataError> {
+        let file = read_items(path, role)?;
+        let (train, validation) =
+            split_documents(&file.source.name, file.items.len(), run.data.val_fraction, run.seed, phase)?;
+        Ok(Items { file, train, validation })
+    }
+
+    fn training_texts(&self) -> impl Iterator<Item = &str> {
+        self.train.iter().map(|&i| self.file.items[i].as_str())
+    }
+}
+
+fn read_items(path: Option<&Path>, role: Role) -> Result<ItemFile, DataError> {
+    path.map_or_else(|| ItemFile::shipped(role), |path| ItemFile::read(path, role))
+}
+
+impl Dataset {
+    /// Reads and encodes all data of a run. The vocabulary comes from the training parts alone.
+    pub fn load(run: &Run) -> Result<Self, DataError> {
+        match &run.data.text {
+            Some(path) => Self::text(run, path),
+            None => Self::facts_and_chat(run),
+        }
+    }
+
+    fn text(run: &Run, path: &Path) -> Result<Self, DataError> {
+        let file = TextFile::read(path)?;
+        let tokenizer = Tokenizer::from_setting(&run.data.tokenizer, [file.text.as_str()])?;
+        let mut unknowns = Unknowns::default();
+        let tokens = tokenizer.encode_counting(&file.text, &mut unknowns)?;
+        let batch_size = run.phase("text").batch_size;
+        let source = TextSource::new(&file.source.name, tokens, run.data.val_fraction, run.data.block_size, batch_size, run.seed)?;
+        let phases = vec![Phase { name: "text", data: PhaseData::Text(source), floor: None }];
+        let sources = vec![("text", file.source)];
+        Ok(Dataset { tokenizer, phases, questions: vec![], paraphrases: vec![], paraphrase_set: None, sources, unknowns })
+    }
+
+    fn facts_and_chat(run: &Run) -> Result<Self, DataError> {
+        let facts = Items::read(run, run.data.facts.as_deref(), Role::Facts, 0)?;
+        let chat = Items::read(run, run.data.chat.as_deref(), Role::Chat, 1)?;
+        let held_out = match (&run.data.paraphrases, &run.data.chat) {
+            (None, Some(_)) => None, // the shipped paraphrases ask the shipped chat alone
+            (path, _) => Some(read_items(path.as_deref(), Role::Paraphrases)?),
+        };
+        let texts = facts.training_texts().chain(chat.training_texts());
+        let tokenizer = Tokenizer::from_setting(&run.data.tokenizer, texts)?;
+        let length = run.data.max_length;
+        let mut unknowns = Unknowns::default();
+        let mut phases = Vec::new();
+        for (number, name, items) in [(0, "facts", &facts), (1, "chat", &chat)] {
+            let part = |indices: &[usize]| DocumentSet::encode_items(&items.file, indices.iter().copied(), &tokenizer, length);
+            let (train, validation) = (part(&items.train)?, part(&items.validation)?);
+            unknowns.merge(&validation.unknowns);
+            let batch_size = run.phase(name).batch_size;
+            let order = DocumentOrder::new(run.seed, number, train.documents.len(), batch_size, run.data.shuffle)?;
+            let floor = train.floor();
+            phases.push(Phase { name, data: PhaseData::Documents { train, validation, order }, floor });
+        }
+        let questions = questions(chat.training_texts(), &tokenizer, length)?;
+        let (mut paraphrases, mut paraphrase_set) = (Vec::new(), None);
+        let mut sources = vec![("facts", facts.file.source.clone()), ("chat", chat.file.source.clone())];
+        if let Some(file) = held_out {
+            paraphrases = self::questions(file.items.iter().map(String::as_str), &tokenizer, length)?;
+            let set = DocumentSet::encode(&file, &tokenizer, length)?;
+            unknowns.merge(&set.unknowns);
+            paraphrase_set = Some(set);
+            sources.push(("paraphrases", file.source));
+        }
+        Ok(Dataset { tokenizer, phases, questions, paraphrases, paraphrase_set, sources, unknowns })
+    }
+
+    /// The token that ends an answer, where the tokenizer has it as one.
+    pub fn stop(&self) -> Option<u32> {
+        match self.tokenizer.end()[..] {
+            [id] => Some(id),
+            _ => None,
+        }
+    }
+
+    /// Tokens of the longest document or window.
+    pub fn longest(&self) -> usize {
+        let length = |phase: &Phase| match &phase.data {
+            PhaseData::Documents { train, validation, .. } => {
+                train.documents.iter().chain(&validation.documents).map(|d| d.tokens.len()).max().unwrap_or(0)
+            }
+            PhaseData::Text(text) => text.block_size() + 1,
+        };
+        self.phases.iter().map(length).max().unwrap_or(0)
+    }
+}
+
+/// Dialogues as prompt and answer, cut like the training documents.
+fn questions<'t>(items: impl Iterator<Item = &'t str>, tokenizer: &Tokenizer, max_length: usize) -> Result<Vec<Question>, DataError> {
+    let mut questions = Vec::new();
+    for item in items {
+        let Ok(exchange) = split_chat(item) else { continue }; // files were checked when read
+        let prompt = tokenizer.encode(exchange.prompt)?;
+        let mut whole = tokenizer.encode(item)?;
+        whole.truncate(max_length);
+        if whole.len() > prompt.len() && whole.starts_with(&prompt) {
+            questions.push(Question { answer: whole.split_off(prompt.len()), prompt });
+        }
+    }
+    Ok(questions)
+}

@@ -1,0 +1,126 @@
+//! What an epoch adds up: running losses, activation gradient at the embedding, routing by layer. Part of every checkpoint.
+
+use crate::data::Floor;
+use crate::metrics::Row;
+use model::transformer::ExpertTrace;
+use moe_router::{CollapseAlarm, Policy, Statistics};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+/// One expert with more than this share of a layer's assignments for this many epochs raises the collapse alarm.
+const COLLAPSE_SHARE: f64 = 0.9;
+const COLLAPSE_EPOCHS: u32 = 3;
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Epoch {
+    sequences: u64,
+    macro_sum: f64,
+    targets: u64,
+    micro_sum: f64,
+    batches: u64,
+    l0_min: f64,
+    l0_sum: f64,
+    l0_max: f64,
+    routing: Vec<Statistics>,
+    alarms: Vec<CollapseAlarm>,
+}
+
+/// Mean and standard deviation over tokens of active experts, averaged over sparse layers.
+pub struct Summary {
+    pub mean: f64,
+    pub std: f64,
+}
+
+impl Epoch {
+    pub fn new(policies: &[Policy]) -> Self {
+        Epoch {
+            sequences: 0,
+            macro_sum: 0.0,
+            targets: 0,
+            micro_sum: 0.0,
+            batches: 0,
+            l0_min: f64::MAX,
+            l0_sum: 0.0,
+            l0_max: 0.0,
+            routing: policies.iter().map(|policy| Statistics::new(policy.num_experts())).collect(),
+            alarms: policies.iter().map(|_| CollapseAlarm::new(COLLAPSE_SHARE, COLLAPSE_EPOCHS)).collect(),
+        }
+    }
+
+    /// Takes over the alarm counts of the epoch before, after its `routing`.
+    pub fn keep_alarms(&mut self, before: &Epoch) {
+        self.alarms.clone_from(&before.alarms);
+    }
+
+    /// Adds a batch: the mean loss of each document, the summed loss and number of its targets, the activation gradient at the embedding.
+    pub fn add(&mut self, document_losses: &[f64], micro_sum: f64, targets: usize, l0: f64) {
+        self.sequences += document_losses.len() as u64;
+        self.macro_sum += document_losses.iter().sum::<f64>();
+        self.targets += targets as u64;
+        self.micro_sum += micro_sum;
+        self.batches += 1;
+        self.l0_min = self.l0_min.min(l0);
+        self.l0_sum += l0;
+        self.l0_max = self.l0_max.max(l0);
+    }
+
+    pub fn observe(&mut self, layer: usize, trace: &ExpertTrace<f32>, tokens_n: &[u32]) {
+        self.routing[layer].add(trace.scores_ne.data(), &trace.routing, tokens_n);
+    }
+
+    /// Mean over sequences of per-sequence means, as they were when trained on: the roadmap's loss.
+    pub fn macro_loss(&self) -> f64 {
+        self.macro_sum / self.sequences.max(1) as f64
+    }
+
+    /// Mean over tokens.
+    pub fn micro_loss(&self) -> f64 {
+        self.micro_sum / self.targets.max(1) as f64
+    }
+
+    pub fn l0_mean(&self) -> f64 {
+        self.l0_sum / self.batches.max(1) as f64
+    }
+
+    pub fn losses(&self, row: &mut Row, floor: Option<Floor>) {
+        row.number("epoch/loss", self.macro_loss());
+        row.number("epoch/loss_micro", self.micro_loss());
+        if let Some(floor) = floor {
+            row.number("epoch/floor", floor.macro_average);
+            row.number("epoch/floor_micro", floor.micro_average);
+            row.number("epoch/excess", self.macro_loss() - floor.macro_average);
+        }
+        row.number("epoch/l0_min", self.l0_min);
+        row.number("epoch/l0_mean", self.l0_mean());
+        row.number("epoch/l0_max", self.l0_max);
+    }
+
+    /// Writes the routing of every layer and its mean into `row`; returns messages of layers whose collapse alarm rises now.
+    pub fn routing(&mut self, row: &mut Row, seed: u64) -> (Summary, Vec<String>) {
+        let reports: Vec<_> = self.routing.iter().map(|layer| layer.report(seed)).collect();
+        let mean = |f: &dyn Fn(&moe_router::Report) -> f64| reports.iter().map(f).sum::<f64>() / reports.len().max(1) as f64;
+        let summary = Summary { mean: mean(&|r| r.experts_per_token), std: mean(&|r| r.experts_std) };
+        row.number("moe/experts_per_token", summary.mean);
+        row.number("moe/experts_std", summary.std);
+        row.number("moe/router_entropy", mean(&|r| r.router_entropy));
+        row.number("moe/load_imbalance", mean(&|r| r.load_imbalance));
+        row.number("moe/information", mean(&|r| r.information));
+        row.integer("moe/dead_experts", reports.iter().map(|r| r.dead_experts).sum());
+        for (layer, report) in reports.iter().enumerate() {
+            if let serde_json::Value::Object(fields) = json!(report) {
+                for (name, value) in fields {
+                    row.value(&format!("moe/layer_{layer:02}/{name}"), value);
+                }
+            }
+        }
+        let mut messages = Vec::new();
+        for (layer, (alarm, report)) in self.alarms.iter_mut().zip(&reports).enumerate() {
+            if alarm.observe(&report.load) {
+                messages.push(format!(
+                    "layer {layer}: one expert has had more than {COLLAPSE_SHARE} of the load for {COLLAPSE_EPOCHS} epochs; raise losses.balance"
+                ));
+            }
+        }
+        (summary, messages)
+    }
+}

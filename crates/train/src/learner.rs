@@ -1,0 +1,258 @@
+//! A model being trained: the gradient of a batch, and the update that follows from it. In memory only; the trainer keeps the books.
+
+use crate::clip::{clip, first_non_finite};
+use crate::data::Batch;
+use crate::epoch::Epoch;
+use crate::error::TrainError;
+use crate::layers::{FlatLayers, sum_squares};
+use crate::loss::{self, Auxiliary, Share};
+use crate::optimizers::Optimizer;
+use crate::run::{Run, Train};
+use model::generate::Weights;
+use model::transformer::{Context, Documents, Transformer};
+use moe_router::{Mode, Observation, Policy, RouterInput};
+use std::cell::RefCell;
+use std::rc::Rc;
+use tensor::ops::cross_entropy::Targets;
+use tensor::{Arena, Engine, Tape, Value};
+
+/// Beyond these a run has diverged although every number is finite (the roadmap program's limits).
+const MAX_LOSS: f64 = 1e6;
+const MAX_GRADIENT: f32 = 2000.0;
+
+pub struct Learner {
+    pub model: Transformer,
+    pub layers: FlatLayers,
+    pub params: Vec<f32>,
+    pub optimizer: Optimizer,
+    pub policies: Vec<Policy>,
+    pub pool: rayon::ThreadPool,
+    engine: Engine,
+    coefficients: crate::run::Losses,
+    grads: Vec<f32>,
+    arena: Arena<f32>,
+}
+
+/// What one update measured. Norms and ratios are by flat layer.
+pub struct Update {
+    /// Mean cross-entropy of the batch, nats.
+    pub cross_entropy: f64,
+    /// Cross-entropy plus weighted auxiliary losses.
+    pub total: f64,
+    /// Unscaled auxiliary losses by name and layer.
+    pub auxiliary: Vec<Auxiliary>,
+    /// Mean cross-entropy of every document.
+    pub document_losses: Vec<f64>,
+    /// Summed cross-entropy of all targets.
+    pub loss_sum: f64,
+    /// (block, mean experts per token) of the sparse blocks.
+    pub experts_per_token: Vec<(usize, f64)>,
+    /// ‖∂L/∂(input of the layer)‖, mean over documents of their own loss.
+    pub activation_norms: Vec<f64>,
+    /// ‖gradient‖ before clipping.
+    pub param_norms: Vec<f64>,
+    /// ‖Δw‖ / ‖w‖.
+    pub ratios: Vec<f64>,
+    /// Global gradient norm before clipping, and whether it was clipped.
+    pub grad_norm: f64,
+    pub clipped: bool,
+    /// Mean over layers of the learning-rate scale.
+    pub scale_mean: f64,
+    observations: Vec<Observation>,
+}
+
+impl Learner {
+    pub fn new(run: &Run, vocab_size: usize, first: &Train) -> Result<Self, TrainError> {
+        let model = Transformer::new(&run.model, vocab_size);
+        let layers = FlatLayers::new(&model.layout, run.model.num_layers).map_err(TrainError::Failed)?;
+        let params = model.initialise(run.seed);
+        Ok(Learner {
+            optimizer: Optimizer::new(first.optimizer_kind(), first.optimizer_settings(), &model.layout),
+            policies: model.policies(),
+            pool: thread_pool(run.threads)?,
+            engine: run.engine,
+            coefficients: run.losses.clone(),
+            grads: vec![0.0; params.len()],
+            arena: Arena::default(),
+            layers,
+            params,
+            model,
+        })
+    }
+
+    /// The model as evaluation sees it.
+    pub fn weights(&self) -> Weights<'_> {
+        Weights { transformer: &self.model, params: &self.params, policies: &self.policies, engine: self.engine }
+    }
+
+    /// The next phase goes on with the moments of the last one, unless it names another optimizer.
+    pub fn carry_optimizer(&mut self, next: &Train) -> Result<(), TrainError> {
+        let (kind, settings, layout) = (next.optimizer_kind(), next.optimizer_settings(), &self.model.layout);
+        self.optimizer = if kind == self.optimizer.kind() {
+            Optimizer::restore(kind, settings, layout, self.optimizer.state().clone()).map_err(TrainError::Failed)?
+        } else {
+            Optimizer::new(kind, settings, layout)
+        };
+        Ok(())
+    }
+
+    /// One optimizer step on `batch` at learning rate `rate`. `epoch` notes the routing. The error says why the numbers are no longer usable; loss
+    /// and gradient are checked before anything is changed, and nothing may be saved after an error.
+    pub fn update(&mut self, batch: &Batch, settings: &Train, rate: f64, epoch: &mut Epoch) -> Result<Update, String> {
+        let mut update = self.gradient(batch, settings.accumulate, epoch);
+        self.check(&update)?;
+        update.param_norms = self.pool.install(|| self.layers.param_norms(&self.grads));
+        let clipped = clip(&self.layers, &mut self.grads, settings.clip)
+            .map_err(|found| format!("the gradient is not finite from {} on", found.parameter))?;
+        let norms: Vec<f64> = update.param_norms.iter().map(|norm| norm * clipped.factor).collect();
+        let rates = self.layers.rates(rate, settings.scales_by_norm().then_some(&norms[..]));
+        let before = self.arena.copy(&self.params);
+        let (optimizer, layout, params, grads) = (&mut self.optimizer, &self.model.layout, &mut self.params, &self.grads);
+        self.pool.install(|| optimizer.step(layout, params, grads, &rates));
+        if let Some(found) = first_non_finite(&self.layers, &self.params) {
+            return Err(format!("the update of {} is not finite", found.parameter));
+        }
+        self.policies.iter_mut().zip(&update.observations).for_each(|(policy, seen)| policy.step(seen));
+        update.ratios = self.pool.install(|| self.layers.update_ratios(&before, &self.params));
+        (update.grad_norm, update.clipped, update.scale_mean) = (clipped.norm, clipped.factor < 1.0, rates.scale_mean);
+        Ok(update)
+    }
+
+    /// Gradients of the whole batch into the flat buffer, in `accumulate` micro-batches of whole documents whose parts add up to the batch.
+    fn gradient(&mut self, batch: &Batch, accumulate: usize, epoch: &mut Epoch) -> Update {
+        self.grads.fill(0.0);
+        let mut sum = Update::empty(self.layers.len(), self.policies.len());
+        let parts = if accumulate > 1 { batch.split(accumulate) } else { vec![batch.clone()] };
+        for part in &parts {
+            let share = Share {
+                weights: part.total_weight() / batch.total_weight(),
+                tokens: part.len() as f64 / batch.len() as f64,
+            };
+            let (pool, grads) = (&self.pool, &mut self.grads);
+            let context = Pass {
+                model: &self.model,
+                params: &self.params,
+                policies: &self.policies,
+                engine: self.engine,
+                coefficients: &self.coefficients,
+                arena: &self.arena,
+            };
+            pool.install(|| context.run(part, share, grads, &mut sum, epoch));
+        }
+        sum
+    }
+
+    fn check(&self, update: &Update) -> Result<(), String> {
+        if !update.total.is_finite() {
+            return Err(format!("the loss is {}", update.total));
+        }
+        if update.cross_entropy > MAX_LOSS {
+            return Err(format!("the loss {} is above {MAX_LOSS}", update.cross_entropy));
+        }
+        if let Some(found) = first_non_finite(&self.layers, &self.grads) {
+            return Err(format!("the gradient is not finite from {} (flat layer {}) on", found.parameter, found.layer));
+        }
+        if self.grads.iter().any(|g| g.abs() > MAX_GRADIENT) {
+            return Err(format!("a gradient element is above {MAX_GRADIENT}"));
+        }
+        Ok(())
+    }
+}
+
+/// What a forward and backward pass reads.
+struct Pass<'p> {
+    model: &'p Transformer,
+    params: &'p [f32],
+    policies: &'p [Policy],
+    engine: Engine,
+    coefficients: &'p crate::run::Losses,
+    arena: &'p Arena<f32>,
+}
+
+impl Pass<'_> {
+    /// One micro-batch: gradients into `grads`, measurements into `sum` and `epoch`.
+    fn run(&self, part: &Batch, share: Share, grads: &mut [f32], sum: &mut Update, epoch: &mut Epoch) {
+        let norms = Rc::new(RefCell::new(vec![0.0; sum.activation_norms.len()]));
+        let mut tape = Tape::new(self.engine, self.params, self.arena);
+        let documents = Documents::new(part.tokens_n.clone(), part.offsets_b1.clone());
+        let offsets = documents.offsets_b1.clone();
+        let mut watch = |tape: &mut Tape<'_, f32>, layer: usize, value: &Value<f32>| {
+            let (norms, offsets, width) = (norms.clone(), offsets.clone(), value.width());
+            tape.watch(value, move |g| norms.borrow_mut()[layer] += document_norms(g, &offsets, width));
+        };
+        let output = self.model.forward(&mut tape, &documents, self.policies, Mode::Train, Context::Documents, &mut watch);
+        let targets = Targets { ids_n: part.targets_n.clone().into(), weights_n: part.loss_weights_n.clone().into() };
+        let found = loss::loss(&mut tape, self.model, &output, &targets, self.coefficients, share);
+        for (slot, trace) in output.experts.iter().enumerate() {
+            let scores = &trace.scores_ne;
+            let input = RouterInput::new(&part.offsets_b1, &part.tokens_n, trace.layer).with_scores(scores.data(), scores.width());
+            self.policies[slot].observe(&mut sum.observations[slot], &input, &trace.routing);
+            epoch.observe(slot, trace, &part.tokens_n);
+            sum.add_experts(trace.layer, share.tokens * trace.routing.active_per_token());
+        }
+        drop(output);
+        sum.add_losses(&found, part, share);
+        tape.backward(&found.total, grads);
+        sum.activation_norms.iter_mut().zip(norms.take()).for_each(|(s, n)| *s += n);
+    }
+}
+
+impl Update {
+    fn empty(layers: usize, sparse: usize) -> Self {
+        Update {
+            cross_entropy: 0.0,
+            total: 0.0,
+            auxiliary: Vec::new(),
+            document_losses: Vec::new(),
+            loss_sum: 0.0,
+            experts_per_token: Vec::new(),
+            activation_norms: vec![0.0; layers],
+            param_norms: Vec::new(),
+            ratios: Vec::new(),
+            grad_norm: 0.0,
+            clipped: false,
+            scale_mean: 1.0,
+            observations: vec![Observation::default(); sparse],
+        }
+    }
+
+    fn add_experts(&mut self, layer: usize, active: f64) {
+        match self.experts_per_token.iter_mut().find(|(l, _)| *l == layer) {
+            Some((_, mean)) => *mean += active,
+            None => self.experts_per_token.push((layer, active)),
+        }
+    }
+
+    fn add_losses(&mut self, found: &loss::Loss<f32>, part: &Batch, share: Share) {
+        self.cross_entropy += share.weights * found.cross_entropy;
+        self.total += f64::from(found.total.scalar());
+        for a in &found.auxiliary {
+            match self.auxiliary.iter_mut().find(|s| (s.name, s.layer) == (a.name, a.layer)) {
+                Some(s) => s.value += share.tokens * a.value,
+                None => self.auxiliary.push(Auxiliary { value: share.tokens * a.value, ..a.clone() }),
+            }
+        }
+        for rows in part.offsets_b1.windows(2).filter(|rows| rows[0] < rows[1]) {
+            let losses = &found.losses_n[rows[0]..rows[1]];
+            let total: f64 = losses.iter().sum();
+            self.loss_sum += total;
+            self.document_losses.push(total / losses.len() as f64);
+        }
+    }
+}
+
+/// Σ over documents of the Frobenius norm of their rows: with a loss that is the mean over b documents this is the mean over documents of
+/// ‖∂L_document/∂x‖.
+fn document_norms(gradient: &[f32], offsets_b1: &[usize], width: usize) -> f64 {
+    let norm = |rows: &[usize]| sum_squares(&gradient[rows[0] * width..rows[1] * width]).sqrt();
+    offsets_b1.windows(2).map(norm).sum()
+}
+
+/// The trainer's own pool; 0 = one thread per core.
+pub fn thread_pool(threads: usize) -> Result<rayon::ThreadPool, TrainError> {
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .thread_name(|i| format!("moe-lab-{i}"))
+        .build()
+        .map_err(|error| TrainError::Usage(format!("threads = {threads}: {error}; use fewer threads")))
+}
