@@ -11,7 +11,12 @@ pub(super) const EXTENDS: &str =
     "A run file, relative to this one, or the name of a standard run, whose values hold where this file is silent.";
 
 /// A dotted key whose value differs and both values as TOML, "absent" where a run has none.
-pub type Change = (String, String, String);
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Change {
+    pub key: String,
+    pub a: String,
+    pub b: String,
+}
 
 /// One row per key in the order of the structs; a phase's `train` stands for all keys of `[train]`.
 pub(super) fn docs() -> String {
@@ -99,7 +104,7 @@ pub(super) fn diff(a: &Run, b: &Run) -> Vec<Change> {
     let keys: std::collections::BTreeSet<&String> = a.keys().chain(b.keys()).collect();
     let changed = keys.into_iter().filter(|key| a.get(*key) != b.get(*key));
     let text = |leaves: &BTreeMap<String, Value>, key| leaves.get(key).map_or("absent".into(), Value::to_string);
-    changed.map(|key| (key.clone(), text(&a, key), text(&b, key))).collect()
+    changed.map(|key| Change { key: key.clone(), a: text(&a, key), b: text(&b, key) }).collect()
 }
 
 /// Every value by its dotted key.

@@ -21,6 +21,10 @@ fn error(text: &str, list: &[&str]) -> String {
     parse(text, list).expect_err(text).to_string()
 }
 
+fn row(key: &str, a: &str, b: &str) -> Change {
+    Change { key: key.into(), a: a.into(), b: b.into() }
+}
+
 fn router(run: &Run) -> Json {
     serde_json::to_value(&run.model.router).unwrap()
 }
@@ -66,7 +70,7 @@ fn the_shakespeare_files_are_good() {
     let text = rope.data.text.clone().unwrap();
     assert!(text.is_absolute() && text.ends_with("data/tinyshakespeare.txt"));
     assert_eq!(rope.phases(), ["text"]);
-    let changed: Vec<String> = Run::diff(&rope, &cope).into_iter().map(|(key, _, _)| key).collect();
+    let changed: Vec<String> = Run::diff(&rope, &cope).into_iter().map(|change| change.key).collect();
     assert_eq!(changed, ["model.position.kind", "name"]);
     let schedule = cope.schedule("text");
     assert_eq!((schedule.warmup, schedule.total, schedule.factor(0)), (100, 2000, 0.01));
@@ -445,7 +449,7 @@ fn quick_shortens_the_phases_and_nothing_else() {
     let whole = Run::load("baseline", &[]).unwrap();
     let mut quick = whole.clone();
     quick.quick();
-    assert_eq!(Run::diff(&whole, &quick), [("quick".to_string(), "false".to_string(), "true".to_string())]);
+    assert_eq!(Run::diff(&whole, &quick), [row("quick", "false", "true")]);
     for phase in ["facts", "chat"] {
         assert_eq!(quick.phase(phase), Train { epochs: 10, max_steps: 200, ..whole.phase(phase) });
     }
@@ -474,7 +478,6 @@ fn a_difference_is_exact() {
         &sets(&["model.window=5", "phase.chat.train.epochs=7", "losses.z=0.001", "phase.facts.train.batch_size=8"]),
     )
     .unwrap();
-    let row = |key: &str, a: &str, b: &str| (key.to_string(), a.to_string(), b.to_string());
     let expected = [
         row("losses.z", "0.0", "0.001"),
         row("model.window", "absent", "5"),
