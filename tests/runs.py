@@ -76,7 +76,7 @@ def _record(story: Story) -> dict[str, Any]:
         "id": story.name,
         "status": story.status,
         "parent": story.parent,
-        "data": {"chat": story.data},
+        "data": {"chat": {"sha256": story.data}, "paraphrases": {"sha256": story.name}},
         "results": {**results, **story.results},
     }
 

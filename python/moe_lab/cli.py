@@ -1,5 +1,6 @@
 """Verbs and flags -> run data -> one call; prints; exit codes. What a verb needs is imported when it is called."""
 
+import errno
 import json
 import os
 import sys
@@ -19,6 +20,17 @@ if TYPE_CHECKING:
     from moe_lab.train import Outcome
 
 DONE, FAILED, USAGE, DIVERGED, INTERRUPTED = 0, 1, 2, 3, 130
+# What a person can mend by another path is usage; a full or broken disk is not.
+MENDABLE = {
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EROFS,
+    errno.EINVAL,
+}
 COMMAND = "python -m moe_lab"
 
 app = typer.Typer(
@@ -51,7 +63,8 @@ def main() -> int:
         return FAILED
     except OSError as error:
         sentence = error.strerror or str(error)
-        return _error(f"{error.filename}: {sentence}" if error.filename else sentence, USAGE)
+        code = FAILED if error.errno is not None and error.errno not in MENDABLE else USAGE
+        return _error(f"{error.filename}: {sentence}" if error.filename else sentence, code)
     except ValueError as error:
         return _error(str(error), USAGE)
     except MemoryError:

@@ -123,9 +123,14 @@ def named_parent(run: frames.Place, record: dict[str, Any]) -> Path | None:
 def parent_record(record: dict[str, Any], parent: frames.Place) -> dict[str, Any]:
     """run.json of the parent. Raises ValueError when it is unfinished or was trained on other data."""
     before = finished(parent)
-    if before.get("data") != record.get("data"):
+    if _trained_on(before) != _trained_on(record):
         raise ValueError(f"the parent '{parent}' was trained on other data: the losses cannot be compared")
     return before
+
+
+def _trained_on(record: dict[str, Any]) -> dict[str, str]:
+    """Hash of every file that was trained on; held-out paraphrases change no loss."""
+    return {role: file["sha256"] for role, file in record.get("data", {}).items() if role != "paraphrases"}
 
 
 def finished(run: frames.Place) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def gradients(frame: pl.DataFrame, measure: str = "param_norm") -> Figure:
     figure = Chart(figsize=(10, 6.4), dpi=120, layout="constrained")
     of = {"param_norm": "parameters", "activation_norm": "the layer's input"}[measure]
     figure.suptitle(f"Gradient norm of {of}, mean over the steps of an epoch", x=0.01, ha="left", color=INK)
-    panels = figure.subplots(2, 2, sharex=True, sharey=True).flat
+    panels = list(figure.subplots(2, 2, sharex=True, sharey=True).flat)
     kinds = _kinds(len(numbers))
     for axes, kind in zip(panels, ("embedding and output", "attention", "feed-forward", "norms"), strict=True):
         members = [index for index, (name, _) in enumerate(kinds) if name == kind]
@@ -115,6 +115,7 @@ def gradients(frame: pl.DataFrame, measure: str = "param_norm") -> Figure:
             _line(axes, rows, x, numbers[index], kinds[index][1], _colour(order))
         _log_scale(axes)
         axes.set_title(kind, loc="left", fontsize=10, color=INK, pad=16)
+    for axes in panels:  # after all lines: the panels share their scale, and the labels stand on it
         _finish(figure, axes, rows, x)
     return figure
 
