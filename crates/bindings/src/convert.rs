@@ -1,10 +1,14 @@
 //! The one way across: work without the GIL, errors by meaning, JSON values as Python objects.
 
 use crate::DivergedError;
-use pyo3::exceptions::{PyOSError, PyRuntimeError, PyValueError};
+use pyo3::exceptions::{
+    PyBlockingIOError, PyFileExistsError, PyFileNotFoundError, PyIsADirectoryError, PyNotADirectoryError, PyOSError,
+    PyPermissionError, PyRuntimeError, PyValueError,
+};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
 use serde_json::{Map, Value};
+use std::io::ErrorKind;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use train::TrainError;
 
@@ -16,14 +20,23 @@ impl From<Raised> for PyErr {
         let text = error.to_string();
         match error {
             TrainError::Usage(_) => PyValueError::new_err(text),
-            TrainError::Io { source, .. } => match source.raw_os_error() {
-                // OSError(errno, text) becomes the right subclass: FileNotFoundError, PermissionError, ...
-                Some(code) => PyOSError::new_err((code, text)),
-                None => PyOSError::new_err(text),
-            },
+            TrainError::Io(source) => io_error(source.kind(), text),
             TrainError::Diverged(_) => DivergedError::new_err(text),
             TrainError::Failed(_) => PyRuntimeError::new_err(text),
         }
+    }
+}
+
+/// The OSError subclass of an error kind; the text names the file.
+fn io_error(kind: ErrorKind, text: String) -> PyErr {
+    match kind {
+        ErrorKind::NotFound => PyFileNotFoundError::new_err(text),
+        ErrorKind::PermissionDenied => PyPermissionError::new_err(text),
+        ErrorKind::AlreadyExists => PyFileExistsError::new_err(text),
+        ErrorKind::NotADirectory => PyNotADirectoryError::new_err(text),
+        ErrorKind::IsADirectory => PyIsADirectoryError::new_err(text),
+        ErrorKind::WouldBlock => PyBlockingIOError::new_err(text),
+        _ => PyOSError::new_err(text),
     }
 }
 
