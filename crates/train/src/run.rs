@@ -36,7 +36,7 @@ pub struct Run {
     pub engine: Engine,
     /// Where it computes; `cpu` and `reference` know only "cpu".
     pub device: String,
-    /// Type of parameters and arithmetic; `f64` with `engine = "reference"` alone.
+    /// Type of parameters and arithmetic; training knows only `f32`.
     pub dtype: Dtype,
     /// Threads of the trainer, more than the cores allowed; 0 = one for each core. Results do not depend on it.
     pub threads: usize,

@@ -173,6 +173,7 @@ fn every_range_is_checked() {
         ("engine=torch", "engine"),
         ("device=cuda:0", "device"),
         ("dtype=f64", "dtype"),
+        ("device=cpu:0", "device"),
         ("threads=1025", "threads"),
         ("data.max_length=1", "data.max_length"),
         ("data.val_fraction=1.0", "data.val_fraction"),
@@ -241,7 +242,7 @@ fn every_range_is_checked() {
         let problems = parse("data.text = \"t.txt\"", &[bad]).expect_err(bad).problems;
         assert_eq!(problems.iter().map(|p| p.key.as_str()).collect::<Vec<_>>(), [bad.split_once('=').unwrap().0]);
     }
-    good("", &["dtype=f64", "engine=reference"]);
+    good("", &["dtype=f32", "engine=reference"]);
     good("", &["train.learning_rate=0", "threads=64"]);
 }
 

@@ -3,7 +3,6 @@
 use super::merge::{CHOICES, OF_DOCUMENTS, OF_TEXT, overridden};
 use super::{ConfigError, Dtype, Problem, Run, Train, schema};
 use model::config::MAX_NUMBERS;
-use tensor::Engine;
 use toml::{Table, Value};
 
 /// Counts above this are slips of the keyboard; the products of two fit into 64 bits.
@@ -72,10 +71,8 @@ fn general(run: &Run, found: &mut Found) {
         let message = error.to_string();
         found.require(false, "engine", message.trim_start_matches("engine = \"torch\" "));
     }
-    let (engine, device) = (run.engine, run.device.as_str());
-    found.require(device == "cpu", "device", "must be \"cpu\"; no other device is in this build");
-    let exact = run.dtype == Dtype::F64 && engine != Engine::Reference;
-    found.require(!exact, "dtype", "is for engine = \"reference\" alone; set dtype = \"f32\"");
+    found.require(run.device == "cpu", "device", "must be \"cpu\"; no other device is in this build");
+    found.require(run.dtype == Dtype::F32, "dtype", "training computes in f32; set dtype = \"f32\"");
     found.require(run.threads <= MAX_THREADS, "threads", "must be at most 1024; 0 takes every core");
 }
 
