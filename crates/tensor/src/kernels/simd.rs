@@ -111,8 +111,9 @@ pub fn copy<T: Copy>(to: &mut [T], from: &[T]) {
     for (to, from) in to_lanes.iter_mut().zip(lanes) {
         *to = *from;
     }
-    let at = from.len() - rest.len();
-    to[at..from.len()].copy_from_slice(rest);
+    if !rest.is_empty() {
+        to[from.len() - rest.len()..from.len()].copy_from_slice(rest);
+    }
 }
 
 /// The left side of a small product: number (i, k) lies at i·row + k·col.
@@ -161,7 +162,11 @@ impl<T: Real> Kernel for Product<'_, T> {
         // SAFETY: the assertions above bound every (row, column) that the tiles i..i + R, j..j + C·LANES touch, for i + R ≤ m, j + C·LANES ≤ n.
         unsafe {
             while j + 2 * LANES <= n {
-                (0..m).step_by(ROWS).for_each(|i| self.tile::<ROWS, 2>(i, j));
+                let mut i = 0; // not an iterator: its adapters would be compiled apart, without AVX2
+                while i < m {
+                    self.tile::<ROWS, 2>(i, j);
+                    i += ROWS;
+                }
                 j += 2 * LANES;
             }
             if j < n {
@@ -210,19 +215,51 @@ impl<T: Real> Product<'_, T> {
     }
 }
 
+/// The largest whole number up to x, for 0 ≤ x < 2³¹; any number for other x. Without a conversion, so that it vectorises on every machine.
+#[inline(always)]
+pub fn floor(x: f64) -> f64 {
+    let nearest = (x + ROUND) - ROUND;
+    if nearest > x { nearest - 1.0 } else { nearest }
+}
+
+/// A whole number 0 ≤ x < 2³¹ as an index.
+#[inline(always)]
+pub fn index(x: f64) -> u32 {
+    (x + ROUND).to_bits() as u32
+}
+
+/// 2⁵²: adding it leaves the nearest whole number in the low bits.
+const ROUND: f64 = 4_503_599_627_370_496.0;
+
+/// Whether rows n[l] and n[l] + 1 exist in every lane.
+#[inline(always)]
+fn within(n: &[u32; LANES], rows: usize) -> bool {
+    let mut inside = true;
+    for n in n {
+        inside &= (*n as usize) < rows.saturating_sub(1);
+    }
+    inside
+}
+
 /// For each lane l the numbers at rows n[l] and n[l] + 1.
 #[inline(always)]
 pub fn gather<T: Real>(from: &[[T; LANES]], n: &[u32; LANES]) -> ([T; LANES], [T; LANES]) {
-    assert!(n.iter().fold(true, |all, n| all & ((*n as usize) + 1 < from.len())), "gather out of bounds");
-    // SAFETY: every row was compared with the length.
-    let at = |l: usize, step: usize| unsafe { from.get_unchecked(n[l] as usize + step)[l] };
-    (std::array::from_fn(|l| at(l, 0)), std::array::from_fn(|l| at(l, 1)))
+    assert!(within(n, from.len()), "gather out of bounds");
+    let (mut low, mut high) = ([T::ZERO; LANES], [T::ZERO; LANES]);
+    for l in 0..LANES {
+        // SAFETY: every row was compared with the length.
+        unsafe {
+            low[l] = from.get_unchecked(n[l] as usize)[l];
+            high[l] = from.get_unchecked(n[l] as usize + 1)[l];
+        }
+    }
+    (low, high)
 }
 
 /// Adds for each lane l low[l] to row n[l] and high[l] to row n[l] + 1.
 #[inline(always)]
 pub fn scatter<T: Real>(to: &mut [[T; LANES]], n: &[u32; LANES], low: &[T; LANES], high: &[T; LANES]) {
-    assert!(n.iter().fold(true, |all, n| all & ((*n as usize) + 1 < to.len())), "scatter out of bounds");
+    assert!(within(n, to.len()), "scatter out of bounds");
     for l in 0..LANES {
         // SAFETY: every row was compared with the length.
         unsafe {
@@ -261,6 +298,16 @@ mod tests {
             product(&mut dst, 40, (8, 7, 40), left, (self.1, 40), true);
             dst.extend(self.1.iter().map(|x| sigmoid(*x)));
             dst.iter().map(|x| x.to_bits()).collect()
+        }
+    }
+
+    #[test]
+    fn whole_numbers_below_are_exact() {
+        for whole in [0u32, 1, 2, 63, 64, 4095, 2_147_483_646] {
+            let x = f64::from(whole);
+            for x in [x, x + 0.25, x + 0.5, x + 0.75, (x + 1.0).next_down()] {
+                assert_eq!((floor(x), index(floor(x))), (f64::from(whole), whole), "{x}");
+            }
         }
     }
 

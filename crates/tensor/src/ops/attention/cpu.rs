@@ -147,10 +147,7 @@ impl<'s, T: Real> Plan<'s, T> {
         let (rope, cope) = match spec.position {
             Position::None => (None, None),
             Position::Rope { base } => (Some(Rope::new(base, dh, longest)), None),
-            Position::Cope { .. } => {
-                let keys = spec.window.map_or(longest, |w| w.min(longest));
-                (None, Some(Cope::new(table, dh, keys)))
-            }
+            Position::Cope { .. } => (None, Some(Cope::new(table, dh))),
         };
         Plan {
             q,
@@ -210,30 +207,21 @@ impl<T: Real> Rope<T> {
     }
 }
 
-/// The rows of the CoPE table that positions can reach.
+/// The CoPE table, [rows, wide]: padded with zeros, with at least one row behind the last.
 struct Cope<T> {
     /// P, the largest position.
     last: usize,
-    /// The most keys a query has.
-    keys: usize,
-    /// [rows, wide], padded with zeros.
     table: Vec<T>,
 }
 
 impl<T: Real> Cope<T> {
-    fn new(table: &[T], dh: usize, keys: usize) -> Self {
-        let mut cope = Cope { last: table.len() / dh - 1, keys, table: Vec::new() };
-        cope.table = vec![T::ZERO; cope.reach(keys) * padded(dh)];
-        for (to, row) in cope.table.chunks_exact_mut(padded(dh)).zip(table.chunks_exact(dh)) {
+    fn new(table: &[T], dh: usize) -> Self {
+        let (last, wide) = (table.len() / dh - 1, padded(dh));
+        let mut rows = vec![T::ZERO; (last + 2).next_multiple_of(ROWS) * wide];
+        for (to, row) in rows.chunks_exact_mut(wide).zip(table.chunks_exact(dh)) {
             to[..dh].copy_from_slice(row);
         }
-        cope
-    }
-
-    /// Rows of the table, padded, that queries with up to `keys` keys can touch: a position is at most `keys`, and the row above it is read too.
-    #[inline(always)]
-    fn reach(&self, keys: usize) -> usize {
-        (self.last.min(keys.min(self.keys) + 1) + 1).next_multiple_of(ROWS)
+        Cope { last, table: rows }
     }
 }
 
@@ -268,7 +256,7 @@ struct Tile<T> {
     below: Vec<Lanes<u32>>,
     fraction: Vec<Lanes<T>>,
     slope: Vec<Lanes<T>>,
-    /// q · table and its gradient [reach, LANES].
+    /// q · table and its gradient [rows read, LANES].
     z: Vec<Lanes<T>>,
     dz: Vec<Lanes<T>>,
     /// Result, or gradient of the queries [LANES, wide].
@@ -313,6 +301,14 @@ impl Keys {
     }
 }
 
+/// `total` padded rows, zero but for what the heads of the first `rows` will overwrite.
+#[inline(always)]
+fn blank<T: Real>(to: &mut Vec<T>, rows: usize, total: usize, plan: &Plan<'_, T>) {
+    to.resize(total * plan.wide, T::ZERO);
+    let kept = if plan.wide == plan.dh { rows } else { 0 };
+    to[kept * plan.wide..].fill(T::ZERO);
+}
+
 /// Copies keys or values of one head into padded rows.
 #[inline(always)]
 fn pack<T: Real>(
@@ -322,7 +318,7 @@ fn pack<T: Real>(
     rope: Option<&Rope<T>>,
     to: &mut Vec<T>,
 ) {
-    zeros(to, (keys.len + ROWS) * plan.wide, T::ZERO);
+    blank(to, keys.len, keys.len + ROWS, plan);
     let from = &from[(item.keys_at + keys.first) * plan.spec.kv_heads * plan.dh..];
     let rows = from.chunks(plan.spec.kv_heads * plan.dh).take(keys.len);
     for (j, (row, from)) in to.chunks_exact_mut(plan.wide).zip(rows).enumerate() {
@@ -336,7 +332,8 @@ fn pack<T: Real>(
 /// Copies the queries (or their upstream gradients) of a group, rows `first`.. of `from`, into stacked padded rows.
 #[inline(always)]
 fn stack<T: Real>(plan: &Plan<'_, T>, (from, item, kv): (&[T], &Item, usize), rope: Option<&Rope<T>>, to: &mut Vec<T>) {
-    zeros(to, (item.rows.len() * plan.group).next_multiple_of(LANES) * plan.wide, T::ZERO);
+    let rows = item.rows.len() * plan.group;
+    blank(to, rows, rows.next_multiple_of(LANES), plan);
     let width = plan.spec.heads * plan.dh;
     let from = &from[item.queries_at * width..];
     let positions = item.rows.clone().zip(from.chunks(width));
@@ -382,13 +379,13 @@ impl Span {
     /// The keys that each lane sees, from the first to before the last. Lanes without a row see what the last row sees: their numbers are zero
     /// or never read.
     #[inline(always)]
-    fn visible<T: Real>(&self, plan: &Plan<'_, T>, item: &Item, keys: Keys) -> (Lanes<u32>, Lanes<u32>) {
+    fn visible<T: Real>(&self, plan: &Plan<'_, T>, item: &Item, keys: Keys) -> (Lanes<i32>, Lanes<i32>) {
         let (mut from, mut to) = ([0; LANES], [0; LANES]);
         let origin = keys.first + self.base;
         for l in 0..LANES {
             let i = item.rows.start + (self.at + l.min(self.live - 1)) / plan.group;
-            from[l] = (plan.spec.first_key(i) - origin) as u32;
-            to[l] = (i + 1 - origin) as u32;
+            from[l] = (plan.spec.first_key(i) - origin) as i32;
+            to[l] = (i + 1 - origin) as i32;
         }
         (from, to)
     }
@@ -398,8 +395,13 @@ impl Span {
 #[inline(always)]
 fn columns<T: Real>(rows: &[T], plan: &Plan<'_, T>, to: &mut Vec<Lanes<T>>) {
     sized(to, plan.dh, [T::ZERO; LANES]);
-    for (l, row) in rows.chunks_exact(plan.wide).take(LANES).enumerate() {
-        to.iter_mut().zip(row).for_each(|(to, x)| to[l] = *x);
+    let rows = &rows[..LANES * plan.wide];
+    for (d, to) in to.iter_mut().enumerate() {
+        let mut column = [T::ZERO; LANES];
+        for l in 0..LANES {
+            column[l] = rows[l * plan.wide + d];
+        }
+        *to = column;
     }
 }
 
@@ -424,81 +426,100 @@ fn scores<T: Real, const KEEP: bool>(
 ) -> usize {
     columns(&q[span.at * plan.wide..], plan, &mut tile.q);
     meet(&mut tile.s, span.padded(), &k[span.base * plan.wide..], plan, &tile.q);
-    tile.s.as_flattened_mut().iter_mut().for_each(|s| *s *= plan.scale);
+    for s in tile.s.as_flattened_mut() {
+        *s *= plan.scale;
+    }
     let (from, to) = span.visible(plan, item, keys);
     let mut stop = 0;
     if let Some(cope) = &plan.cope {
-        meet(&mut tile.z, cope.reach(span.len), &cope.table, plan, &tile.q);
         sized(&mut tile.gate, span.padded(), [T::ZERO; LANES]);
-        let gates = tile.gate.as_flattened_mut().iter_mut();
-        gates.zip(tile.s.as_flattened()).for_each(|(g, s)| *g = sigmoid(*s));
-        stop = bias::<T, KEEP>(cope.last, span.len, (from, to), tile);
-    }
-    for (j, s) in (0u32..).zip(&mut tile.s) {
-        for l in 0..LANES {
-            s[l] = if (from[l] <= j) & (j < to[l]) { s[l] } else { -T::INFINITY };
+        for (g, s) in tile.gate.as_flattened_mut().iter_mut().zip(tile.s.as_flattened()) {
+            *g = sigmoid(*s);
         }
+        stop = places(cope.last, span.len, (from, to), tile);
+        meet(&mut tile.z, touched(&tile.below, stop), &cope.table, plan, &tile.q);
+        bias::<T, KEEP>(cope.last, stop, tile);
+    }
+    for (j, s) in (0i32..).zip(&mut tile.s) {
+        let mut x = *s;
+        for l in 0..LANES {
+            x[l] = if (from[l] <= j) & (j < to[l]) { x[l] } else { -T::INFINITY };
+        }
+        *s = x;
     }
     stop
 }
 
-/// Adds the CoPE bias to the scores of a tile, from the nearest key outward, and sets the gates of keys that a row does not see to zero. Positions
-/// are summed in f64. Keys before the returned one are clamped in every row.
+/// Finds where in the table each pair of a tile lies (a clamped one on row P, with fraction 0), from the nearest key outward, and sets the gates of keys that a row does not see to zero.
+/// Positions are summed in f64. Keys before the returned one are clamped in every row; for them nothing is set.
 #[inline(always)]
-fn bias<T: Real, const KEEP: bool>(
-    last: usize,
-    len: usize,
-    (from, to): (Lanes<u32>, Lanes<u32>),
-    tile: &mut Tile<T>,
-) -> usize {
-    let (bound, top) = (last as f64, last as i32 - 1);
-    if KEEP {
-        sized(&mut tile.below, len, [0; LANES]);
-        sized(&mut tile.fraction, len, [T::ZERO; LANES]);
-        sized(&mut tile.slope, len, [T::ZERO; LANES]);
-    }
+fn places<T: Real>(last: usize, len: usize, (from, to): (Lanes<i32>, Lanes<i32>), tile: &mut Tile<T>) -> usize {
+    sized(&mut tile.below, len, [0; LANES]);
+    sized(&mut tile.fraction, len, [T::ZERO; LANES]);
+    let bound = last as f64;
     let mut position = [0.0f64; LANES];
-    for j in (0..len).rev() {
-        if position.iter().fold(true, |all, p| all & (*p >= bound)) {
-            for s in &mut tile.s[..=j] {
-                for l in 0..LANES {
-                    s[l] += tile.z[last][l];
-                }
-            }
+    let gates = tile.gate[..len].iter_mut().zip(&mut tile.below).zip(&mut tile.fraction);
+    for (j, ((gate, below), fraction)) in gates.enumerate().rev() {
+        let mut all = true;
+        for p in &position {
+            all &= *p >= bound;
+        }
+        if all {
             return j + 1;
         }
-        let mut g = tile.gate[j];
-        let (mut n, mut f) = ([0u32; LANES], [T::ZERO; LANES]);
+        let (mut g, mut p, j) = (*gate, position, j as i32);
         for l in 0..LANES {
-            g[l] = if (from[l] <= j as u32) & ((j as u32) < to[l]) { g[l] } else { T::ZERO };
+            g[l] = if (from[l] <= j) & (j < to[l]) { g[l] } else { T::ZERO };
         }
         for l in 0..LANES {
-            position[l] += widen(g[l]);
+            p[l] += widen(g[l]);
         }
+        let (mut n, mut f) = ([0; LANES], [T::ZERO; LANES]);
         for l in 0..LANES {
-            let held = if position[l] < bound { position[l] } else { bound };
-            let below = (held as i32).min(top);
-            n[l] = below as u32;
-            f[l] = narrow(held - f64::from(below));
+            // What is not a number counts as clamped; its score is not a number either way.
+            let held = if p[l] < bound { p[l] } else { bound };
+            let whole = simd::floor(held);
+            n[l] = simd::index(whole);
+            f[l] = narrow(held - whole);
         }
-        let (low, high) = simd::gather(&tile.z, &n);
-        let mut s = tile.s[j];
+        (*gate, *below, *fraction, position) = (g, n, f, p);
+    }
+    0
+}
+
+/// Rows of the table that a tile reads: positions grow outward, so the farthest pair decides; the row above it is read too.
+#[inline(always)]
+fn touched(below: &[Lanes<u32>], stop: usize) -> usize {
+    let farthest = below[stop].iter().fold(0, |most, n| most.max(*n)) as usize;
+    (farthest + 2).next_multiple_of(ROWS)
+}
+
+/// Adds the CoPE bias to the scores of a tile.
+#[inline(always)]
+fn bias<T: Real, const KEEP: bool>(last: usize, stop: usize, tile: &mut Tile<T>) {
+    for s in &mut tile.s[..stop] {
+        let (mut x, z) = (*s, tile.z[last]);
+        for l in 0..LANES {
+            x[l] += z[l];
+        }
+        *s = x;
+    }
+    let rim = last as u32;
+    if KEEP {
+        sized(&mut tile.slope, tile.below.len(), [T::ZERO; LANES]);
+    }
+    for (j, (n, f)) in tile.below.iter().zip(&tile.fraction).enumerate().skip(stop) {
+        let (low, high) = simd::gather(&tile.z, n);
+        let (mut s, mut slope) = (tile.s[j], [T::ZERO; LANES]);
         for l in 0..LANES {
             s[l] += (T::ONE - f[l]) * low[l] + f[l] * high[l];
+            slope[l] = if n[l] < rim { high[l] - low[l] } else { T::ZERO };
         }
         tile.s[j] = s;
         if KEEP {
-            let mut slope = [T::ZERO; LANES];
-            for l in 0..LANES {
-                slope[l] = if position[l] < bound { high[l] - low[l] } else { T::ZERO };
-            }
-            tile.gate[j] = g;
-            tile.below[j] = n;
-            tile.fraction[j] = f;
             tile.slope[j] = slope;
         }
     }
-    0
 }
 
 struct Forward<'s, T: Real> {
@@ -545,25 +566,47 @@ impl<T: Real> Kernel for Forward<'_, T> {
 fn softmax<T: Real>(s: &mut [Lanes<T>]) -> (Lanes<T>, Lanes<T>) {
     let (mut max, mut sum) = ([-T::INFINITY; LANES], [T::ZERO; LANES]);
     for s in s.iter() {
+        let (s, mut m) = (*s, max);
         for l in 0..LANES {
-            max[l] = if s[l] > max[l] { s[l] } else { max[l] };
+            m[l] = if s[l] > m[l] { s[l] } else { m[l] };
         }
+        max = m;
+    }
+    exponentials(s, max);
+    for s in s.iter() {
+        let (s, mut next) = (*s, sum);
+        for l in 0..LANES {
+            next[l] += s[l];
+        }
+        sum = next;
+    }
+    let mut inverse = [T::ZERO; LANES];
+    for l in 0..LANES {
+        inverse[l] = T::ONE / sum[l];
     }
     for s in s.iter_mut() {
+        let mut w = *s;
         for l in 0..LANES {
-            s[l] = exp(s[l] - max[l]);
+            w[l] *= inverse[l];
         }
-        for l in 0..LANES {
-            sum[l] += s[l];
-        }
-    }
-    let inverse = sum.map(|sum| T::ONE / sum);
-    for s in s.iter_mut() {
-        for l in 0..LANES {
-            s[l] *= inverse[l];
-        }
+        *s = w;
     }
     (max, inverse)
+}
+
+/// exp(s - max) for each lane.
+#[inline(always)]
+fn exponentials<T: Real>(s: &mut [Lanes<T>], max: Lanes<T>) {
+    for s in s.iter_mut() {
+        let mut x = *s;
+        for l in 0..LANES {
+            x[l] -= max[l];
+        }
+        *s = x;
+    }
+    for x in s.as_flattened_mut() {
+        *x = exp(*x);
+    }
 }
 
 /// Index of (row, head) in an item's [rows, heads] for a stacked row.
@@ -631,7 +674,7 @@ impl<T: Real> Kernel for Backward<'_, T> {
             dv: vec![T::ZERO; keys.len * kv_heads * dh],
             d_table: Vec::new(),
         };
-        zeros(&mut scratch.d_table, plan.cope.as_ref().map_or(0, |cope| cope.reach(keys.len)) * wide, T::ZERO);
+        scratch.d_table.clear();
         for kv in 0..kv_heads {
             stack(plan, (plan.q, item, kv), rope, &mut scratch.q);
             stack(plan, (upstream, item, kv), None, &mut scratch.d_out);
@@ -689,7 +732,9 @@ fn span_gradients<T: Real>(
     if let Some(cope) = &plan.cope {
         unbias(cope.last, (stop, span.len), tile);
     }
-    tile.d.as_flattened_mut().iter_mut().for_each(|d| *d *= plan.scale);
+    for d in tile.d.as_flattened_mut() {
+        *d *= plan.scale;
+    }
     // dq = duᵀ·k (+ dzᵀ·table), dk += du·q, dv += w·d_out, d_table += dz·q, where row j of du, w and dz belongs to key j or table row j.
     sized(&mut tile.out, LANES * wide, T::ZERO);
     let turned = |data| Left { data, row: 1, col: LANES };
@@ -700,6 +745,9 @@ fn span_gradients<T: Real>(
     product(&mut dv[at..], wide, (span.padded(), LANES, wide), upright(w), (d_out, wide), true);
     if let Some(cope) = &plan.cope {
         let dz = tile.dz.as_flattened();
+        if d_table.len() < tile.dz.len() * wide {
+            d_table.resize(tile.dz.len() * wide, T::ZERO);
+        }
         product(&mut tile.out, wide, (LANES, tile.dz.len(), wide), turned(dz), (&cope.table, wide), true);
         product(d_table, wide, (tile.dz.len(), LANES, wide), upright(dz), (q, wide), true);
     }
@@ -708,19 +756,24 @@ fn span_gradients<T: Real>(
 /// Scores become weights w, the gradient d of the weights that of the scores: w (d - Σ w d), for each lane.
 #[inline(always)]
 fn unsoftmax<T: Real>(s: &mut [Lanes<T>], d: &mut [Lanes<T>], max: Lanes<T>, inverse: Lanes<T>) {
+    exponentials(s, max);
     let mut mean = [T::ZERO; LANES];
-    for (w, d) in s.iter_mut().zip(d.iter()) {
+    for (s, d) in s.iter_mut().zip(d.iter()) {
+        let (mut w, d, mut sum) = (*s, *d, mean);
         for l in 0..LANES {
-            w[l] = exp(w[l] - max[l]) * inverse[l];
+            w[l] *= inverse[l];
         }
         for l in 0..LANES {
-            mean[l] += w[l] * d[l];
+            sum[l] += w[l] * d[l];
         }
+        (*s, mean) = (w, sum);
     }
     for (w, d) in s.iter().zip(d) {
+        let (w, mut x) = (*w, *d);
         for l in 0..LANES {
-            d[l] = w[l] * (d[l] - mean[l]);
+            x[l] = w[l] * (x[l] - mean[l]);
         }
+        *d = x;
     }
 }
 
