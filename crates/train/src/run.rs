@@ -177,7 +177,7 @@ pub enum Schedule {
 }
 
 /// Coefficients of the auxiliary losses, 0 or more; 0 = measured only.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Losses {
     /// Even use of the experts.

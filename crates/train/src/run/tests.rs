@@ -58,7 +58,7 @@ fn the_standard_runs_hold_what_their_stages_say() {
     assert_eq!((&router(&top2)["kind"], &router(&top2)["k"]), (&json!("top_k"), &json!(2)));
     for run in [&stage1, &top2] {
         assert_eq!((&router(run)["num_experts"], &router(run)["expert_hidden_size"]), (&json!(8), &json!(64)));
-        assert_eq!((run.train.clone(), run.losses), (baseline.train.clone(), baseline.losses));
+        assert_eq!((&run.train, &run.losses), (&baseline.train, &baseline.losses));
     }
 }
 
