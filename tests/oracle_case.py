@@ -119,9 +119,9 @@ def toml_table(table: Mapping[str, Any], path: str = "") -> str:
     return text
 
 
-def run_file(case: Case, engine: str, dtype: str, seed: int = 0) -> str:
+def run_file(case: Case, seed: int = 0) -> str:
     """The run file of the case, as text."""
-    head = {"name": "oracle", "seed": seed, "engine": engine, "dtype": dtype}
+    head = {"name": "oracle", "seed": seed}
     return toml_table(head | {"model": case.model, "losses": case.losses})
 
 
@@ -133,7 +133,7 @@ def run_moe_lab(
     native = importlib.import_module("moe_lab._native")
     path = None if weights is None else str(write_weights(weights, folder))
     answer: dict[str, Any] = native.loss_and_gradients(
-        run_file(case, engine, dtype, seed), path, case.documents, case.vocab_size, engine, dtype
+        run_file(case, seed), path, case.documents, case.vocab_size, engine, dtype
     )
     return answer
 

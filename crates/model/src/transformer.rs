@@ -361,7 +361,7 @@ impl Transformer {
                 cache.keys.extend_from_slice(k.data());
                 cache.values.extend_from_slice(v.data());
                 let table: &[T] = match block.position {
-                    Position::Cope { table } => tape.param(&table),
+                    Position::Cope { table } => &tape.param(&table)[..table.len()],
                     _ => &[],
                 };
                 let (m, t) = (q.rows(), cache.keys.len() / k.width());

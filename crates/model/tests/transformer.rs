@@ -32,7 +32,7 @@ fn config(kind: PositionKind, mixture: bool, router: Config) -> Model {
         ..Model::default()
     };
     config.position.kind = kind;
-    config.position.max = if kind == PositionKind::Learned { 24 } else { 3 };
+    config.position.max = if kind == PositionKind::Learned { 24 } else { 4 }; // a table of 5 rows of 4 is padded in the flat buffer
     (config.heads.shared, config.heads.routed, config.heads.active) = if mixture { (2, 4, 2) } else { (0, 0, 0) };
     config.router = router;
     config.validate().unwrap();
