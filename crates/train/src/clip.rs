@@ -25,10 +25,10 @@ pub struct NonFinite {
     pub affected: usize,
 }
 
-/// Multiplies the gradient by min(1, `max_norm` / ‖g‖); the norm is in f64, summed by flat layer in a fixed order, padding left out.
+/// Multiplies the gradient by min(1, `max_norm` / ‖g‖), where `norms` are those of its flat layers ([`FlatLayers::param_norms`]).
 /// `max_norm` = infinity never clips. A gradient that is not finite is left as it is and named: the step must not be taken.
-pub fn clip(layers: &FlatLayers, grads: &mut [f32], max_norm: f64) -> Result<Clipped, NonFinite> {
-    let squares: f64 = layers.param_norms(grads).iter().map(|norm| norm * norm).sum();
+pub fn clip(layers: &FlatLayers, grads: &mut [f32], norms: &[f64], max_norm: f64) -> Result<Clipped, NonFinite> {
+    let squares: f64 = norms.iter().map(|norm| norm * norm).sum();
     if !squares.is_finite() {
         return Err(first_non_finite(layers, grads).expect("a sum of f32 squares in f64 is finite if all of them are"));
     }
@@ -55,7 +55,7 @@ pub fn first_non_finite(layers: &FlatLayers, buffer: &[f32]) -> Option<NonFinite
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{Clipped, FlatLayers, NonFinite, first_non_finite};
     use proptest::prelude::*;
     use tensor::Layout;
 
@@ -77,6 +77,11 @@ mod tests {
             (0..param.count).flat_map(|i| param.range(i)).for_each(|i| grads[i] = value(i));
         }
         grads
+    }
+
+    fn clip(layers: &FlatLayers, grads: &mut [f32], max_norm: f64) -> Result<Clipped, NonFinite> {
+        let norms = layers.param_norms(grads);
+        super::clip(layers, grads, &norms, max_norm)
     }
 
     #[test]

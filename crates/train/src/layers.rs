@@ -1,7 +1,9 @@
 //! The flat layers of the gradient monitor: embedding, then attention, norm, feed-forward, norm of every block, final norm, output projection.
 //! Their norms, and one learning rate for each of them.
 
+use crate::optimizers::Moved;
 use rayon::prelude::*;
+use tensor::kernels::simd::{self, Kernel};
 use tensor::{Layout, Param};
 
 /// Numbers summed in one go; fixed, for it decides the order of summation.
@@ -10,26 +12,41 @@ const BLOCK: usize = 4096;
 /// Gradient norm at which the learning rate is left as it is (features.md 1.4).
 const TARGET_NORM: f64 = 3.0;
 
-/// Sum of squares in f64: eight running sums per block, blocks joined in order, whatever the number of threads.
+/// Sum of squares in f64: running sums in a fixed order per block, blocks joined in order, whatever the number of threads.
 pub fn sum_squares(numbers: &[f32]) -> f64 {
-    let block = |block: &[f32]| {
-        let mut sums = [0f64; 8];
-        let (eights, rest) = block.as_chunks::<8>();
-        for eight in eights {
-            for (sum, &x) in sums.iter_mut().zip(eight) {
-                *sum += f64::from(x) * f64::from(x);
-            }
-        }
-        for (sum, &x) in sums.iter_mut().zip(rest) {
-            *sum += f64::from(x) * f64::from(x);
-        }
-        ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]))
-    };
+    let block = |block: &[f32]| simd::dispatch(SumSquares(block));
     if numbers.len() <= 4 * BLOCK {
         numbers.chunks(BLOCK).map(block).sum()
     } else {
         numbers.par_chunks(BLOCK).map(block).collect::<Vec<f64>>().into_iter().sum()
     }
+}
+
+struct SumSquares<'s>(&'s [f32]);
+
+impl Kernel for SumSquares<'_> {
+    type Output = f64;
+
+    #[inline(always)]
+    fn run(self) -> f64 {
+        squares(self.0)
+    }
+}
+
+/// Σ x² in 16 running sums, enough of them to hide the latency of an addition.
+#[inline(always)]
+pub(crate) fn squares(numbers: &[f32]) -> f64 {
+    let mut sums = [0f64; 16];
+    let (lanes, rest) = numbers.as_chunks::<16>();
+    for lane in lanes {
+        for (sum, &x) in sums.iter_mut().zip(lane) {
+            *sum += f64::from(x) * f64::from(x);
+        }
+    }
+    for (sum, &x) in sums.iter_mut().zip(rest) {
+        *sum += f64::from(x) * f64::from(x);
+    }
+    sums.iter().sum()
 }
 
 /// The shape a parameter has in Hugging Face files: [width] for norms, [count, rows, width] for stacked experts, else [rows, width].
@@ -86,22 +103,26 @@ impl FlatLayers {
 
     /// ‖gradient‖ of each flat layer, padding left out. An empty layer has norm 0.
     pub fn param_norms(&self, grads: &[f32]) -> Vec<f64> {
-        self.norms(|range| sum_squares(&grads[range]))
+        let matrices: Vec<_> = self
+            .parameters()
+            .flat_map(|(_, param, layer)| (0..param.count).map(move |i| (layer, param.range(i))))
+            .collect();
+        let sums: Vec<f64> = matrices.par_iter().map(|(_, range)| sum_squares(&grads[range.clone()])).collect();
+        let mut layers = vec![0.0; self.count];
+        for ((layer, _), sum) in matrices.iter().zip(sums) {
+            layers[*layer] += sum;
+        }
+        layers.into_iter().map(f64::sqrt).collect()
     }
 
-    /// ‖w‖ of each flat layer, padding left out.
-    pub fn weight_norms(&self, params: &[f32]) -> Vec<f64> {
-        self.param_norms(params)
-    }
-
-    /// ‖after − before‖ / ‖before‖ of each flat layer; 0 where nothing moved or the layer is empty.
-    pub fn update_ratios(&self, before: &[f32], after: &[f32]) -> Vec<f64> {
-        let moved = self.norms(|range| {
-            let difference: Vec<f32> = after[range.clone()].iter().zip(&before[range]).map(|(a, b)| a - b).collect();
-            sum_squares(&difference)
-        });
-        let weights = self.weight_norms(before);
-        moved.iter().zip(weights).map(|(&moved, weight)| if moved == 0.0 { 0.0 } else { moved / weight }).collect()
+    /// ‖Δw‖ / ‖w before‖ of each flat layer from what an optimizer step measured; 0 where nothing moved or the layer is empty.
+    pub fn update_ratios(&self, moved: &[Moved]) -> Vec<f64> {
+        let mut layers = vec![(0.0, 0.0); self.count];
+        for (&layer, moved) in self.layer.iter().zip(moved) {
+            layers[layer].0 += moved.difference;
+            layers[layer].1 += moved.weight;
+        }
+        layers.iter().map(|&(moved, weight)| if moved == 0.0 { 0.0 } else { (moved / weight).sqrt() }).collect()
     }
 
     /// The learning rate of every flat layer: `rate`, times [`grad_norm_scale`] of the layer's gradient norm where `norms` is given.
@@ -117,20 +138,6 @@ impl FlatLayers {
         }
         let scale_mean = if filled == 0 { 1.0 } else { sum / filled as f64 };
         Rates { parameters: self.layer.iter().map(|&layer| layers[layer]).collect(), layers, scale_mean }
-    }
-
-    /// Square roots of the sums of `squares` over the matrices of each layer, in name order.
-    fn norms(&self, squares: impl Fn(std::ops::Range<usize>) -> f64 + Sync) -> Vec<f64> {
-        let matrices: Vec<_> = self
-            .parameters()
-            .flat_map(|(_, param, layer)| (0..param.count).map(move |i| (layer, param.range(i))))
-            .collect();
-        let sums: Vec<f64> = matrices.par_iter().map(|(_, range)| squares(range.clone())).collect();
-        let mut layers = vec![0.0; self.count];
-        for ((layer, _), sum) in matrices.iter().zip(sums) {
-            layers[*layer] += sum;
-        }
-        layers.into_iter().map(f64::sqrt).collect()
     }
 }
 
@@ -264,9 +271,12 @@ mod tests {
         buffer[experts.range(0)][0] = 3.0;
         buffer[experts.range(1)][5] = -4.0;
         assert_eq!(layers.param_norms(&buffer), [0.0, 0.0, 0.0, 5.0, 0.0, 0.0, 0.0]);
-        let mut after = buffer.clone();
-        after[experts.range(1)][5] = -3.0;
-        assert_eq!(layers.update_ratios(&buffer, &after), [0.0, 0.0, 0.0, 0.2, 0.0, 0.0, 0.0]);
+        let moved = layers.parameters().map(|(name, ..)| match name.ends_with("experts.down_proj") {
+            true => Moved { difference: 1.0, weight: 16.0 },
+            false => Moved { difference: 0.0, weight: if name.ends_with("gate_up_proj") { 9.0 } else { 0.0 } },
+        });
+        let moved: Vec<Moved> = moved.collect();
+        assert_eq!(layers.update_ratios(&moved), [0.0, 0.0, 0.0, 0.2, 0.0, 0.0, 0.0]);
         let rates = layers.rates(1.0, Some(&layers.param_norms(&buffer)));
         assert_eq!(rates.layers[6], 1.0);
         assert!((rates.scale_mean - (5.0 + grad_norm_scale(5.0)) / 6.0).abs() < 1e-15); // six layers hold parameters

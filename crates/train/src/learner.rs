@@ -1,6 +1,6 @@
 //! A model being trained: the gradient of a batch, and the update that follows from it. In memory only; the trainer keeps the books.
 
-use crate::clip::{clip, first_non_finite};
+use crate::clip::{Clipped, clip, first_non_finite};
 use crate::data::Batch;
 use crate::epoch::Epoch;
 use crate::error::TrainError;
@@ -13,12 +13,13 @@ use model::transformer::{Context, Documents, Transformer};
 use moe_router::{Mode, Observation, Policy, RouterInput};
 use std::cell::RefCell;
 use std::rc::Rc;
+use std::sync::Arc;
 use tensor::ops::cross_entropy::Targets;
 use tensor::{Arena, Engine, Tape, Value};
 
 /// Beyond these a run has diverged although every number is finite (the roadmap program's limits).
 const MAX_LOSS: f64 = 1e6;
-const MAX_GRADIENT: f32 = 2000.0;
+const MAX_GRADIENT: f64 = 2000.0;
 
 pub struct Learner {
     pub model: Transformer,
@@ -26,7 +27,7 @@ pub struct Learner {
     pub params: Vec<f32>,
     pub optimizer: Optimizer,
     pub policies: Vec<Policy>,
-    pub pool: rayon::ThreadPool,
+    pub pool: Arc<rayon::ThreadPool>,
     engine: Engine,
     coefficients: crate::run::Losses,
     grads: Vec<f32>,
@@ -69,7 +70,7 @@ impl Learner {
         Ok(Learner {
             optimizer: Optimizer::new(first.optimizer_kind(), first.optimizer_settings(), &model.layout),
             policies: model.policies(),
-            pool: thread_pool(run.threads)?,
+            pool: Arc::new(thread_pool(run.threads)?),
             engine: run.engine,
             coefficients: run.losses.clone(),
             grads: vec![0.0; params.len()],
@@ -99,21 +100,22 @@ impl Learner {
     /// One optimizer step on `batch` at learning rate `rate`. `epoch` notes the routing. The error says why the numbers are no longer usable; loss
     /// and gradient are checked before anything is changed, and nothing may be saved after an error.
     pub fn update(&mut self, batch: &Batch, settings: &Train, rate: f64, epoch: &mut Epoch) -> Result<Update, String> {
+        // The whole step runs inside the pool: every entry from outside wakes a thread.
+        let pool = self.pool.clone();
+        pool.install(|| self.step(batch, settings, rate, epoch))
+    }
+
+    fn step(&mut self, batch: &Batch, settings: &Train, rate: f64, epoch: &mut Epoch) -> Result<Update, String> {
         let mut update = self.gradient(batch, settings.accumulate, epoch);
-        self.check(&update)?;
-        update.param_norms = self.pool.install(|| self.layers.param_norms(&self.grads));
-        let clipped = clip(&self.layers, &mut self.grads, settings.clip)
-            .map_err(|found| format!("the gradient is not finite from {} on", found.parameter))?;
+        check_loss(&update)?;
+        update.param_norms = self.layers.param_norms(&self.grads);
+        let clipped = self.clip(&update.param_norms, settings.clip)?;
         let norms: Vec<f64> = update.param_norms.iter().map(|norm| norm * clipped.factor).collect();
         let rates = self.layers.rates(rate, settings.scales_by_norm().then_some(&norms[..]));
-        let before = self.arena.copy(&self.params);
-        let (optimizer, layout, params, grads) = (&mut self.optimizer, &self.model.layout, &mut self.params, &self.grads);
-        self.pool.install(|| optimizer.step(layout, params, grads, &rates));
-        if let Some(found) = first_non_finite(&self.layers, &self.params) {
-            return Err(format!("the update of {} is not finite", found.parameter));
-        }
+        let moved = self.optimizer.step(&self.model.layout, &mut self.params, &self.grads, &rates);
+        update.ratios = self.layers.update_ratios(&moved);
+        self.check_params(&update.ratios)?;
         self.policies.iter_mut().zip(&update.observations).for_each(|(policy, seen)| policy.step(seen));
-        update.ratios = self.pool.install(|| self.layers.update_ratios(&before, &self.params));
         (update.grad_norm, update.clipped, update.scale_mean) = (clipped.norm, clipped.factor < 1.0, rates.scale_mean);
         Ok(update)
     }
@@ -128,7 +130,6 @@ impl Learner {
                 weights: part.total_weight() / batch.total_weight(),
                 tokens: part.len() as f64 / batch.len() as f64,
             };
-            let (pool, grads) = (&self.pool, &mut self.grads);
             let context = Pass {
                 model: &self.model,
                 params: &self.params,
@@ -137,26 +138,46 @@ impl Learner {
                 coefficients: &self.coefficients,
                 arena: &self.arena,
             };
-            pool.install(|| context.run(part, share, grads, &mut sum, epoch));
+            context.run(part, share, &mut self.grads, &mut sum, epoch);
         }
         sum
     }
 
-    fn check(&self, update: &Update) -> Result<(), String> {
-        if !update.total.is_finite() {
-            return Err(format!("the loss is {}", update.total));
-        }
-        if update.cross_entropy > MAX_LOSS {
-            return Err(format!("the loss {} is above {MAX_LOSS}", update.cross_entropy));
-        }
-        if let Some(found) = first_non_finite(&self.layers, &self.grads) {
-            return Err(format!("the gradient is not finite from {} (flat layer {}) on", found.parameter, found.layer));
-        }
-        if self.grads.iter().any(|g| g.abs() > MAX_GRADIENT) {
+    /// Clips the gradient whose layers have these norms, unless it says that the run has diverged.
+    fn clip(&mut self, norms: &[f64], max_norm: f64) -> Result<Clipped, String> {
+        // No element is larger than the norm of its layer, so that a look at the elements is rarely needed.
+        let suspect = norms.iter().any(|norm| *norm > MAX_GRADIENT);
+        if suspect
+            && norms.iter().all(|norm| norm.is_finite())
+            && self.grads.iter().any(|g| f64::from(g.abs()) > MAX_GRADIENT)
+        {
             return Err(format!("a gradient element is above {MAX_GRADIENT}"));
         }
-        Ok(())
+        clip(&self.layers, &mut self.grads, norms, max_norm).map_err(|found| {
+            format!("the gradient is not finite from {} (flat layer {}) on", found.parameter, found.layer)
+        })
     }
+
+    /// A parameter that is not finite leaves its mark in the ratio of its layer, so that only then the parameters are searched.
+    fn check_params(&self, ratios: &[f64]) -> Result<(), String> {
+        if ratios.iter().all(|ratio| ratio.is_finite()) {
+            return Ok(());
+        }
+        match first_non_finite(&self.layers, &self.params) {
+            Some(found) => Err(format!("the update of {} is not finite", found.parameter)),
+            None => Ok(()), // the layer was zero before it moved
+        }
+    }
+}
+
+fn check_loss(update: &Update) -> Result<(), String> {
+    if !update.total.is_finite() {
+        return Err(format!("the loss is {}", update.total));
+    }
+    if update.cross_entropy > MAX_LOSS {
+        return Err(format!("the loss {} is above {MAX_LOSS}", update.cross_entropy));
+    }
+    Ok(())
 }
 
 /// What a forward and backward pass reads.
@@ -180,12 +201,14 @@ impl Pass<'_> {
             let (norms, offsets, width) = (norms.clone(), offsets.clone(), value.width());
             tape.watch(value, move |g| norms.borrow_mut()[layer] += document_norms(g, &offsets, width));
         };
-        let output = self.model.forward(&mut tape, &documents, self.policies, Mode::Train, Context::Documents, &mut watch);
+        let output =
+            self.model.forward(&mut tape, &documents, self.policies, Mode::Train, Context::Documents, &mut watch);
         let targets = Targets { ids_n: part.targets_n.clone().into(), weights_n: part.loss_weights_n.clone().into() };
         let found = loss::loss(&mut tape, self.model, &output, &targets, self.coefficients, share);
         for (slot, trace) in output.experts.iter().enumerate() {
             let scores = &trace.scores_ne;
-            let input = RouterInput::new(&part.offsets_b1, &part.tokens_n, trace.layer).with_scores(scores.data(), scores.width());
+            let input = RouterInput::new(&part.offsets_b1, &part.tokens_n, trace.layer)
+                .with_scores(scores.data(), scores.width());
             self.policies[slot].observe(&mut sum.observations[slot], &input, &trace.routing);
             epoch.observe(slot, trace, &part.tokens_n);
             sum.add_experts(trace.layer, share.tokens * trace.routing.active_per_token());

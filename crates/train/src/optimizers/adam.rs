@@ -1,7 +1,7 @@
 //! Adam (Kingma and Ba 1412.6980) and AdamW (Loshchilov and Hutter 1711.05101), methods.md 6.4:
 //! m ← β1 m + (1−β1) g; v ← β2 v + (1−β2) g²; w ← (1−γλ) w − γ m̂ / (√v̂ + ε). Adam adds λw to g instead of shrinking w.
 
-use super::{Moving, Settings, flush, update};
+use super::{Matrix, Moved, Settings, flush, update};
 
 /// Largest gradient taken at its face value: the square of a larger one would overflow the second moment.
 const LARGEST: f32 = 1e19;
@@ -24,7 +24,7 @@ struct Constants {
 }
 
 impl Constants {
-    fn new(settings: &Settings, decoupled: bool, matrix: &Moving) -> Self {
+    fn new(settings: &Settings, decoupled: bool, matrix: &Matrix) -> Self {
         let decay = if matrix.decays { settings.weight_decay } else { 0.0 };
         let left = |beta: f64| 1.0 - beta.powf(matrix.steps as f64);
         Self {
@@ -44,15 +44,15 @@ impl Constants {
 pub(super) fn step(
     settings: &Settings,
     decoupled: bool,
-    moving: &[Moving],
+    matrices: &[Matrix],
     params: &mut [f32],
     grads: &[f32],
     moments: &mut [(String, Vec<f32>)],
-) {
-    let ranges = moving.iter().map(|matrix| (matrix.range.clone(), Constants::new(settings, decoupled, matrix)));
-    update(ranges, params, grads, moments, kernel);
+) -> Vec<Moved> {
+    update(matrices, |matrix| Constants::new(settings, decoupled, matrix), params, grads, moments, kernel)
 }
 
+#[inline(always)]
 fn kernel(c: Constants, params: &mut [f32], grads: &[f32], first: &mut [f32], second: &mut [f32]) {
     for (((w, &g), m), v) in params.iter_mut().zip(grads).zip(first).zip(second) {
         let g = (g + c.l2 * *w).clamp(-LARGEST, LARGEST);

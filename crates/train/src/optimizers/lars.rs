@@ -2,7 +2,7 @@
 //! λ = η ‖w‖ / (‖g‖ + β‖w‖ + ε); v ← μ v + γ λ (g + β w); w ← w − v. λ stands inside the momentum and is taken from the clipped gradient.
 //! λ is 1 where a norm is zero and for the parameters without decay, which then follow plain momentum at the rate γ.
 
-use super::{Moving, Settings, flush, update};
+use super::{Matrix, Moved, Settings, flush, update};
 use crate::layers::sum_squares;
 use rayon::prelude::*;
 
@@ -16,26 +16,23 @@ struct Constants {
 
 pub(super) fn step(
     settings: &Settings,
-    moving: &[Moving],
+    matrices: &mut [Matrix],
     params: &mut [f32],
     grads: &[f32],
     moments: &mut [(String, Vec<f32>)],
-) {
-    let constants: Vec<Constants> = moving
-        .par_iter()
-        .map(|matrix| Constants {
-            rate: (matrix.rate * ratio(settings, matrix, params, grads)) as f32,
-            momentum: settings.momentum as f32,
-            decay: if matrix.decays { settings.weight_decay as f32 } else { 0.0 },
-        })
-        .collect();
-    let ranges = moving.iter().map(|matrix| matrix.range.clone()).zip(constants);
-    update(ranges, params, grads, moments, kernel);
+) -> Vec<Moved> {
+    matrices.par_iter_mut().for_each(|matrix| matrix.rate *= ratio(settings, matrix, params, grads));
+    let constants = |matrix: &Matrix| Constants {
+        rate: matrix.rate as f32,
+        momentum: settings.momentum as f32,
+        decay: if matrix.decays { settings.weight_decay as f32 } else { 0.0 },
+    };
+    update(matrices, constants, params, grads, moments, kernel)
 }
 
 /// λ of one norm segment.
-fn ratio(settings: &Settings, matrix: &Moving, params: &[f32], grads: &[f32]) -> f64 {
-    if !matrix.decays {
+fn ratio(settings: &Settings, matrix: &Matrix, params: &[f32], grads: &[f32]) -> f64 {
+    if !matrix.decays || !matrix.moves {
         return 1.0;
     }
     let weight = sum_squares(&params[matrix.range.clone()]).sqrt();
@@ -46,6 +43,7 @@ fn ratio(settings: &Settings, matrix: &Moving, params: &[f32], grads: &[f32]) ->
     settings.trust * weight / (gradient + settings.weight_decay * weight + settings.eps)
 }
 
+#[inline(always)]
 fn kernel(c: Constants, params: &mut [f32], grads: &[f32], velocity: &mut [f32], _: &mut [f32]) {
     for ((w, &g), v) in params.iter_mut().zip(grads).zip(velocity) {
         *v = flush(c.momentum * *v + c.rate * (g + c.decay * *w));

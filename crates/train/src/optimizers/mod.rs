@@ -12,14 +12,18 @@ pub mod adam;
 pub mod lars;
 pub mod sgd;
 
-use crate::layers::{Rates, shape};
+use crate::layers::{Rates, shape, squares};
 use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::ops::Range;
+use tensor::kernels::simd::{self, Kernel};
 use tensor::{Layout, Param};
 
 /// Numbers one task updates; a multiple of the 64-byte boundary.
 const CHUNK: usize = 1 << 14;
+
+/// Numbers updated at once, so that the weights before the update are still in the cache when it is measured.
+const PIECE: usize = 1 << 10;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -108,19 +112,19 @@ impl Optimizer {
         &self.state
     }
 
-    /// One step: `params` and the moments move against `grads`, each parameter at its rate.
+    /// One step: `params` and the moments move against `grads`, each parameter at its rate. Returns how far each parameter moved, in name order.
     ///
     /// `params` and `grads` are flat buffers of `layout`, the layout the optimizer was made for.
-    pub fn step(&mut self, layout: &Layout, params: &mut [f32], grads: &[f32], rates: &Rates) {
+    pub fn step(&mut self, layout: &Layout, params: &mut [f32], grads: &[f32], rates: &Rates) -> Vec<Moved> {
         assert!(params.len() == layout.len() && grads.len() == layout.len(), "buffers of another layout");
-        let moving = self.state.advance(layout, grads, rates);
+        let mut matrices = self.state.advance(layout, grads, rates);
         let moments = &mut self.state.moments;
         match self.kind {
             Kind::Adam | Kind::AdamW => {
-                adam::step(&self.settings, self.kind == Kind::AdamW, &moving, params, grads, moments)
+                adam::step(&self.settings, self.kind == Kind::AdamW, &matrices, params, grads, moments)
             }
-            Kind::Sgd => sgd::step(&self.settings, &moving, params, grads, moments),
-            Kind::Lars => lars::step(&self.settings, &moving, params, grads, moments),
+            Kind::Sgd => sgd::step(&self.settings, &matrices, params, grads, moments),
+            Kind::Lars => lars::step(&self.settings, &mut matrices, params, grads, moments),
         }
     }
 }
@@ -133,9 +137,22 @@ fn moment_names(kind: Kind, settings: &Settings) -> &'static [&'static str] {
     }
 }
 
-/// A matrix that takes this step; also a norm segment.
-pub(crate) struct Moving {
+/// How far a parameter moved in a step: squares summed in f64 in a fixed order, padding left out.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Moved {
+    /// ‖Δw‖²
+    pub difference: f64,
+    /// ‖w‖² before the step.
+    pub weight: f64,
+}
+
+/// A matrix in this step; also a norm segment.
+pub(crate) struct Matrix {
     range: Range<usize>,
+    /// Its parameter in name order.
+    parameter: usize,
+    /// Whether it takes the step: not if it is frozen or an expert without gradient.
+    moves: bool,
     rate: f64,
     /// Steps this matrix has taken, this one included.
     steps: u64,
@@ -143,27 +160,25 @@ pub(crate) struct Moving {
 }
 
 impl State {
-    /// Counts the step and lists the matrices that take it, in flat order.
-    fn advance(&mut self, layout: &Layout, grads: &[f32], rates: &Rates) -> Vec<Moving> {
+    /// Counts the step and lists the matrices, in flat order.
+    fn advance(&mut self, layout: &Layout, grads: &[f32], rates: &Rates) -> Vec<Matrix> {
         self.steps += 1;
-        let mut moving = Vec::new();
-        for (index, (name, param)) in layout.iter().enumerate().filter(|(_, (_, param))| param.trainable) {
-            let (rate, decays) = (rates.parameter(index), decays(name, param));
-            match self.expert_steps.get_mut(name) {
-                None => moving.push(Moving { range: param.range(0), rate, steps: self.steps, decays }),
-                Some(counts) => {
-                    let used: Vec<bool> = (0..param.count)
-                        .into_par_iter()
-                        .map(|expert| grads[param.range(expert)].iter().any(|&g| g != 0.0))
-                        .collect();
-                    for expert in (0..param.count).filter(|&expert| used[expert]) {
-                        counts[expert] += 1;
-                        moving.push(Moving { range: param.range(expert), rate, steps: counts[expert], decays });
-                    }
+        let mut matrices = Vec::new();
+        for (parameter, (name, param)) in layout.iter().enumerate() {
+            let (rate, decays) = (rates.parameter(parameter), decays(name, param));
+            let mut counts = self.expert_steps.get_mut(name);
+            for matrix in 0..param.count {
+                let range = param.range(matrix);
+                let (mut moves, mut steps) = (param.trainable, self.steps);
+                if let Some(counts) = &mut counts {
+                    moves = moves && grads[range.clone()].iter().any(|&g| g != 0.0);
+                    counts[matrix] += u64::from(moves);
+                    steps = counts[matrix];
                 }
+                matrices.push(Matrix { range, parameter, moves, rate, steps, decays });
             }
         }
-        moving
+        matrices
     }
 }
 
@@ -178,28 +193,70 @@ fn flush(x: f32) -> f32 {
     if x.abs() < f32::MIN_POSITIVE { 0.0 } else { x }
 }
 
-/// Runs `kernel(constants, w, g, first moment, second moment)` over the ranges (ascending, disjoint) in parallel chunks.
-/// A moment that the optimizer does not have is an empty slice.
+/// Runs `kernel(constants, w, g, first moment, second moment)` over the matrices that move, in parallel chunks, and measures what it did to each
+/// parameter. A moment that the optimizer does not have is an empty slice. The kernel must be `#[inline(always)]`: it is compiled for several
+/// instruction sets.
 fn update<C: Copy + Sync + Send>(
-    ranges: impl Iterator<Item = (Range<usize>, C)>,
+    matrices: &[Matrix],
+    constants: impl Fn(&Matrix) -> C,
     params: &mut [f32],
     grads: &[f32],
     moments: &mut [(String, Vec<f32>)],
-    kernel: impl Fn(C, &mut [f32], &[f32], &mut [f32], &mut [f32]) + Sync,
-) {
+    kernel: impl Fn(C, &mut [f32], &[f32], &mut [f32], &mut [f32]) + Copy + Sync + Send,
+) -> Vec<Moved> {
     let mut moments = moments.iter_mut().map(|(_, moment)| Cursor { rest: moment, at: 0 });
     let mut first = moments.next().unwrap_or_default();
     let mut second = moments.next().unwrap_or_default();
     let mut params = Cursor { rest: params, at: 0 };
-    let mut pieces = Vec::new();
-    for (range, constants) in ranges {
-        for start in range.clone().step_by(CHUNK) {
-            let chunk = start..range.end.min(start + CHUNK);
-            let (w, m, v) = (params.take(&chunk), first.take(&chunk), second.take(&chunk));
-            pieces.push((constants, w, &grads[chunk], m, v));
+    let mut chunks = Vec::new();
+    for matrix in matrices {
+        let constants = matrix.moves.then(|| constants(matrix));
+        for start in matrix.range.clone().step_by(CHUNK) {
+            let range = start..matrix.range.end.min(start + CHUNK);
+            let (w, m, v) = (params.take(&range), first.take(&range), second.take(&range));
+            chunks.push((matrix.parameter, Chunk { constants, w, g: &grads[range], m, v, kernel }));
         }
     }
-    pieces.into_par_iter().for_each(|(constants, w, g, m, v)| kernel(constants, w, g, m, v));
+    let moved: Vec<(usize, Moved)> =
+        chunks.into_par_iter().map(|(parameter, chunk)| (parameter, simd::dispatch(chunk))).collect();
+    let mut sums = vec![Moved::default(); matrices.last().map_or(0, |last| last.parameter + 1)];
+    for (parameter, moved) in moved {
+        sums[parameter].difference += moved.difference;
+        sums[parameter].weight += moved.weight;
+    }
+    sums
+}
+
+struct Chunk<'s, C, K> {
+    /// None if the matrix takes no step.
+    constants: Option<C>,
+    w: &'s mut [f32],
+    g: &'s [f32],
+    m: &'s mut [f32],
+    v: &'s mut [f32],
+    kernel: K,
+}
+
+impl<C: Copy, K: Fn(C, &mut [f32], &[f32], &mut [f32], &mut [f32])> Kernel for Chunk<'_, C, K> {
+    type Output = Moved;
+
+    #[inline(always)]
+    fn run(self) -> Moved {
+        let Some(constants) = self.constants else { return Moved { difference: 0.0, weight: squares(self.w) } };
+        let mut moved = Moved::default();
+        let mut scratch = [0.0; PIECE];
+        for start in (0..self.w.len()).step_by(PIECE) {
+            let piece = start..self.w.len().min(start + PIECE);
+            let (w, before) = (&mut self.w[piece.clone()], &mut scratch[..piece.len()]);
+            before.copy_from_slice(w);
+            let (m, v) = (self.m.get_mut(piece.clone()), self.v.get_mut(piece.clone()));
+            (self.kernel)(constants, w, &self.g[piece], m.unwrap_or_default(), v.unwrap_or_default());
+            moved.weight += squares(before);
+            before.iter_mut().zip(w).for_each(|(before, after)| *before = *after - *before);
+            moved.difference += squares(before);
+        }
+        moved
+    }
 }
 
 /// Cuts ascending pieces out of a buffer.

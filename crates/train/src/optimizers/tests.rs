@@ -198,7 +198,7 @@ fn sgd_by_hand() {
         let mut params = vec![0.0; layout.len()];
         params[..2].copy_from_slice(&[4.0, 8.0]);
         let mut optimizer = Optimizer::new(Kind::Sgd, Settings { momentum, weight_decay, ..settings() }, &layout);
-        (0..2).for_each(|_| optimizer.step(&layout, &mut params, &grads, &rates));
+        (0..2).for_each(|_| drop(optimizer.step(&layout, &mut params, &grads, &rates)));
         assert_eq!(optimizer.state().moments.len(), usize::from(momentum != 0.0));
         [params[0], params[1]]
     };
@@ -234,7 +234,7 @@ fn an_expert_without_gradient_stays_as_it_is_to_the_bit_and_counts_its_own_steps
     let (mut params, mut optimizer) = (weights(&layout), Optimizer::new(Kind::Adam, Settings::default(), &layout));
     let mut grads = gradient(&layout, 0);
     grads[param.range(2)].fill(0.0);
-    (0..50).for_each(|_| optimizer.step(&layout, &mut params, &grads, &rates));
+    (0..50).for_each(|_| drop(optimizer.step(&layout, &mut params, &grads, &rates)));
     let before = params.clone();
     optimizer.step(&layout, &mut params, &gradient(&layout, 0), &rates);
     for i in param.range(2) {
@@ -256,6 +256,30 @@ fn padding_stays_zero_and_frozen_parameters_are_not_touched() {
         }
         let frozen = layout.get(FROZEN).unwrap().range(0);
         assert_eq!(params[frozen.clone()], weights(&layout)[frozen]);
+    }
+}
+
+#[test]
+fn a_step_measures_how_far_every_parameter_moved_and_how_large_it_was() {
+    let layout = layout();
+    for kind in ALL {
+        let (mut params, before) = (weights(&layout), weights(&layout));
+        let mut grads = gradient(&layout, 0);
+        grads[layout.get(EXPERTS).unwrap().range(1)].fill(0.0);
+        let rates = Rates::uniform(&layout, 0.1);
+        let moved = Optimizer::new(kind, settings(), &layout).step(&layout, &mut params, &grads, &rates);
+        assert_eq!(moved.len(), layout.iter().count());
+        for (moved, (name, param)) in moved.iter().zip(layout.iter()) {
+            let sum = |value: &dyn Fn(usize) -> f32| -> f64 {
+                (0..param.count).flat_map(|i| param.range(i)).map(|i| f64::from(value(i)).powi(2)).sum()
+            };
+            let (difference, weight) = (sum(&|i| params[i] - before[i]), sum(&|i| before[i]));
+            assert!((moved.difference - difference).abs() <= 1e-12 * difference, "{kind:?} {name}");
+            assert!(
+                (moved.weight - weight).abs() <= 1e-12 * weight && (difference == 0.0) == (name == FROZEN),
+                "{kind:?} {name}"
+            );
+        }
     }
 }
 
@@ -304,7 +328,7 @@ fn a_restored_optimizer_goes_on_to_the_bit_and_a_foreign_state_is_refused() {
     let rates = Rates::uniform(&layout, 0.01);
     for kind in ALL {
         let (mut params, mut optimizer) = (weights(&layout), Optimizer::new(kind, settings(), &layout));
-        (0..3).for_each(|step| optimizer.step(&layout, &mut params, &gradient(&layout, step), &rates));
+        (0..3).for_each(|step| drop(optimizer.step(&layout, &mut params, &gradient(&layout, step), &rates)));
         let state = optimizer.state().clone();
         let mut restored = Optimizer::restore(kind, settings(), &layout, state).unwrap();
         let mut again = params.clone();
