@@ -82,10 +82,25 @@ impl Dataset {
         let mut unknowns = Unknowns::default();
         let tokens = tokenizer.encode_counting(&file.text, &mut unknowns)?;
         let batch_size = run.phase("text").batch_size;
-        let source = TextSource::new(&file.source.name, tokens, run.data.val_fraction, run.data.block_size, batch_size, run.seed)?;
+        let source = TextSource::new(
+            &file.source.name,
+            tokens,
+            run.data.val_fraction,
+            run.data.block_size,
+            batch_size,
+            run.seed,
+        )?;
         let phases = vec![Phase { name: "text", data: PhaseData::Text(source), floor: None }];
         let sources = vec![("text", file.source)];
-        Ok(Dataset { tokenizer, phases, questions: vec![], paraphrases: vec![], paraphrase_set: None, sources, unknowns })
+        Ok(Dataset {
+            tokenizer,
+            phases,
+            questions: vec![],
+            paraphrases: vec![],
+            paraphrase_set: None,
+            sources,
+            unknowns,
+        })
     }
 
     fn facts_and_chat(run: &Run) -> Result<Self, DataError> {
@@ -101,7 +116,8 @@ impl Dataset {
         let mut unknowns = Unknowns::default();
         let mut phases = Vec::new();
         for (number, name, items) in [(0, "facts", &facts), (1, "chat", &chat)] {
-            let part = |indices: &[usize]| DocumentSet::encode_items(&items.file, indices.iter().copied(), &tokenizer, length);
+            let part =
+                |indices: &[usize]| DocumentSet::encode_items(&items.file, indices.iter().copied(), &tokenizer, length);
             let (train, validation) = (part(&items.train)?, part(&items.validation)?);
             unknowns.merge(&validation.unknowns);
             let batch_size = run.phase(name).batch_size;
@@ -143,7 +159,11 @@ impl Dataset {
 }
 
 /// Dialogues as prompt and answer, cut like the training documents.
-fn questions<'t>(items: impl Iterator<Item = &'t str>, tokenizer: &Tokenizer, max_length: usize) -> Result<Vec<Question>, DataError> {
+fn questions<'t>(
+    items: impl Iterator<Item = &'t str>,
+    tokenizer: &Tokenizer,
+    max_length: usize,
+) -> Result<Vec<Question>, DataError> {
     let mut questions = Vec::new();
     for item in items {
         let Ok(exchange) = split_chat(item) else { continue }; // files were checked when read

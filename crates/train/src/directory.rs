@@ -26,7 +26,12 @@ pub struct RunDirectory {
 
 impl RunDirectory {
     /// Makes the directory of a new run and writes run.toml and run.json. An existing run is never overwritten.
-    pub fn create(run: &Run, out: Option<&Path>, parent: Option<String>, sources: &[(&'static str, Source)]) -> Result<Self, TrainError> {
+    pub fn create(
+        run: &Run,
+        out: Option<&Path>,
+        parent: Option<String>,
+        sources: &[(&'static str, Source)],
+    ) -> Result<Self, TrainError> {
         let (id, path) = match out {
             None => record::new_run_folder(Path::new("runs"), &run.name)?,
             Some(path) => {
@@ -65,7 +70,10 @@ impl RunDirectory {
     /// The run in `path`: its configuration and record, and the lock on it.
     pub fn open(path: &Path) -> Result<(Run, Record, RunLock), TrainError> {
         if !path.join("run.toml").is_file() {
-            return Err(TrainError::Usage(format!("{} holds no run (run.toml is missing); give a run directory", path.display())));
+            return Err(TrainError::Usage(format!(
+                "{} holds no run (run.toml is missing); give a run directory",
+                path.display()
+            )));
         }
         let lock = RunLock::acquire(path)?;
         Ok((Self::read_run(path)?, Record::read(path)?, lock))
@@ -74,7 +82,8 @@ impl RunDirectory {
     /// run.toml of the run in `path`.
     pub fn read_run(path: &Path) -> Result<Run, TrainError> {
         let file = path.join("run.toml");
-        let text = fs::read_to_string(&file).map_err(|error| TrainError::Failed(format!("cannot read {}: {error}", file.display())))?;
+        let text = fs::read_to_string(&file)
+            .map_err(|error| TrainError::Failed(format!("cannot read {}: {error}", file.display())))?;
         Run::parse(&text).map_err(|error| TrainError::Usage(format!("{}: {error}", file.display())))
     }
 
@@ -107,7 +116,13 @@ impl RunDirectory {
     }
 
     /// Appends (prompt, text) pairs to samples.jsonl.
-    pub fn append_samples(&mut self, step: u64, phase: &str, epoch: u64, samples: &[(String, String)]) -> Result<(), TrainError> {
+    pub fn append_samples(
+        &mut self,
+        step: u64,
+        phase: &str,
+        epoch: u64,
+        samples: &[(String, String)],
+    ) -> Result<(), TrainError> {
         for (prompt, text) in samples {
             let line = json!({ "step": step, "phase": phase, "epoch": epoch, "prompt": prompt, "text": text });
             self.samples.append_line(&line.to_string())?;
@@ -119,7 +134,8 @@ impl RunDirectory {
     pub fn save(&mut self, contents: &checkpoint::Contents<'_>) -> Result<PathBuf, TrainError> {
         self.stream.sync()?;
         self.samples.sync()?;
-        let path = checkpoint::save(&self.path, contents, self.keep).map_err(|error| TrainError::Failed(error.to_string()))?;
+        let path =
+            checkpoint::save(&self.path, contents, self.keep).map_err(|error| TrainError::Failed(error.to_string()))?;
         self.record.results.insert("seconds".into(), json!(self.seconds()));
         self.record.write(&self.path)?;
         Ok(path)
@@ -203,7 +219,10 @@ pub fn checkpoint_folder(path: &Path, checkpoint: Option<&str>) -> Result<PathBu
     }
     let folder = path.join("checkpoints");
     if !path.join("run.toml").is_file() && !folder.is_dir() {
-        return Err(TrainError::Usage(format!("{} is neither a run directory nor a checkpoint; give one of them", path.display())));
+        return Err(TrainError::Usage(format!(
+            "{} is neither a run directory nor a checkpoint; give one of them",
+            path.display()
+        )));
     }
     match checkpoint {
         Some(name) if name.contains(['/', '\\']) || name.starts_with('.') => {
@@ -211,9 +230,13 @@ pub fn checkpoint_folder(path: &Path, checkpoint: Option<&str>) -> Result<PathBu
         }
         Some(name) if folder.join(name).is_dir() => Ok(folder.join(name)),
         Some(name) => Err(TrainError::Usage(format!("{} has no checkpoint {name}", path.display()))),
-        None => match checkpoint::list(path).map_err(|error| TrainError::Failed(error.to_string()))?.into_iter().next() {
+        None => match checkpoint::list(path).map_err(|error| TrainError::Failed(error.to_string()))?.into_iter().next()
+        {
             Some((_, newest)) => Ok(newest),
-            None => Err(TrainError::Usage(format!("{} has no checkpoint yet; train it first (or resume it)", path.display()))),
+            None => Err(TrainError::Usage(format!(
+                "{} has no checkpoint yet; train it first (or resume it)",
+                path.display()
+            ))),
         },
     }
 }

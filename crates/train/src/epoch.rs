@@ -98,7 +98,8 @@ impl Epoch {
     /// Writes the routing of every layer and its mean into `row`; returns messages of layers whose collapse alarm rises now.
     pub fn routing(&mut self, row: &mut Row, seed: u64) -> (Summary, Vec<String>) {
         let reports: Vec<_> = self.routing.iter().map(|layer| layer.report(seed)).collect();
-        let mean = |f: &dyn Fn(&moe_router::Report) -> f64| reports.iter().map(f).sum::<f64>() / reports.len().max(1) as f64;
+        let mean =
+            |f: &dyn Fn(&moe_router::Report) -> f64| reports.iter().map(f).sum::<f64>() / reports.len().max(1) as f64;
         let summary = Summary { mean: mean(&|r| r.experts_per_token), std: mean(&|r| r.experts_std) };
         row.number("moe/experts_per_token", summary.mean);
         row.number("moe/experts_std", summary.std);

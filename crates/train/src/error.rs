@@ -25,7 +25,10 @@ impl TrainError {
             TrainError::Usage(_) => 2,
             // What a person can mend by another path is usage; a full or broken disk is not.
             TrainError::Io(error) => match error.kind() {
-                ErrorKind::NotFound | ErrorKind::PermissionDenied | ErrorKind::AlreadyExists | ErrorKind::NotADirectory => 2,
+                ErrorKind::NotFound
+                | ErrorKind::PermissionDenied
+                | ErrorKind::AlreadyExists
+                | ErrorKind::NotADirectory => 2,
                 ErrorKind::ReadOnlyFilesystem | ErrorKind::InvalidInput | ErrorKind::IsADirectory => 2,
                 _ => 1,
             },

@@ -20,7 +20,14 @@ pub fn losses(weights: &Weights<'_>, documents: &[&Document]) -> Option<(f64, f6
     let mut rest = documents;
     while !rest.is_empty() {
         let mut tokens = 0;
-        let count = rest.iter().take_while(|d| { tokens += d.tokens.len(); tokens <= PASS }).count().max(1);
+        let count = rest
+            .iter()
+            .take_while(|d| {
+                tokens += d.tokens.len();
+                tokens <= PASS
+            })
+            .count()
+            .max(1);
         for losses_t in row_losses(weights, &rest[..count], &arena) {
             if losses_t.is_empty() {
                 continue;
@@ -73,7 +80,8 @@ fn forward(
     let mut tape = Tape::inference(weights.engine, weights.params, arena);
     let batch = Documents::new(tokens_n, offsets_b1);
     let model = weights.transformer;
-    let output = model.forward(&mut tape, &batch, weights.policies, Mode::Evaluate, Context::Documents, &mut |_, _, _| {});
+    let output =
+        model.forward(&mut tape, &batch, weights.policies, Mode::Evaluate, Context::Documents, &mut |_, _, _| {});
     let targets = Targets { weights_n: vec![1.0; ids_n.len()].into(), ids_n: ids_n.into() };
     cross_entropy(&mut tape, &output.hidden_nd, model.output, &targets).1
 }

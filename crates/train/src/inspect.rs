@@ -17,7 +17,11 @@ use tensor::ops::linear::linear;
 use tensor::{Arena, Engine, Real, Tape};
 
 /// Statistics of data files (None: the shipped one) as JSON and as a text table.
-pub fn data_stats(facts: Option<&str>, chat: Option<&str>, paraphrases: Option<&str>) -> Result<(String, String), TrainError> {
+pub fn data_stats(
+    facts: Option<&str>,
+    chat: Option<&str>,
+    paraphrases: Option<&str>,
+) -> Result<(String, String), TrainError> {
     let usage = |error: crate::data::DataError| TrainError::Usage(error.to_string());
     let read = |path: Option<&str>, role| match path {
         Some(path) => ItemFile::read(Path::new(path), role),
@@ -69,8 +73,12 @@ pub fn loss_and_gradients(
     let engine: Engine = serde_json::from_value(json!(engine))
         .map_err(|_| TrainError::Usage(format!("engine = {engine:?}: must be \"cpu\" or \"reference\"")))?;
     engine.check().map_err(|error| TrainError::Usage(error.to_string()))?;
-    if let Some((i, _)) = documents.iter().enumerate().find(|(_, d)| d.len() < 2 || d.iter().any(|id| *id as usize >= vocab_size)) {
-        return Err(TrainError::Usage(format!("document {i}: needs 2 tokens or more, every id below vocab_size = {vocab_size}")));
+    if let Some((i, _)) =
+        documents.iter().enumerate().find(|(_, d)| d.len() < 2 || d.iter().any(|id| *id as usize >= vocab_size))
+    {
+        return Err(TrainError::Usage(format!(
+            "document {i}: needs 2 tokens or more, every id below vocab_size = {vocab_size}"
+        )));
     }
     let model = Transformer::new(&run.model, vocab_size);
     if let (Some(max), Some(longest)) = (run.model.max_positions(), documents.iter().map(Vec::len).max())
@@ -79,7 +87,9 @@ pub fn loss_and_gradients(
         return Err(TrainError::Usage(format!("a document has {} inputs but model.position.max = {max}", longest - 1)));
     }
     let params = match weights {
-        Some(path) => checkpoint::read_weights(path, &model.layout).map_err(|error| TrainError::Failed(error.to_string()))?,
+        Some(path) => {
+            checkpoint::read_weights(path, &model.layout).map_err(|error| TrainError::Failed(error.to_string()))?
+        }
         None => model.initialise(run.seed).into_iter().map(f64::from).collect(),
     };
     match dtype {
@@ -89,7 +99,13 @@ pub fn loss_and_gradients(
     }
 }
 
-fn pass<T: Real>(run: &Run, model: &Transformer, params: &[f64], documents: &[Vec<u32>], engine: Engine) -> LossAndGradients {
+fn pass<T: Real>(
+    run: &Run,
+    model: &Transformer,
+    params: &[f64],
+    documents: &[Vec<u32>],
+    engine: Engine,
+) -> LossAndGradients {
     let params: Vec<T> = params.iter().map(|x| T::from_f64(*x)).collect();
     let mut offsets = vec![0];
     let (mut tokens, mut ids, mut weights) = (Vec::new(), Vec::new(), Vec::new());

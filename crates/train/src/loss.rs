@@ -54,7 +54,13 @@ pub fn loss<'a, T: Real>(
     };
     for trace in &output.experts {
         let layers = output.experts.len();
-        term("balance", trace.layer, node::balance_loss(tape, &trace.scores_ne, &trace.routing), coefficients.balance, layers);
+        term(
+            "balance",
+            trace.layer,
+            node::balance_loss(tape, &trace.scores_ne, &trace.routing),
+            coefficients.balance,
+            layers,
+        );
         term("entropy", trace.layer, node::entropy_loss(tape, &trace.scores_ne), coefficients.entropy, layers);
         term("z", trace.layer, node::z_loss(tape, &trace.scores_ne), coefficients.z, layers);
     }

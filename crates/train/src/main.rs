@@ -91,7 +91,9 @@ impl TrainArgs {
 }
 
 fn main() -> ExitCode {
-    std::panic::set_hook(Box::new(|info| eprintln!("error: internal error ({info}); please report it with the run file")));
+    std::panic::set_hook(Box::new(|info| {
+        eprintln!("error: internal error ({info}); please report it with the run file")
+    }));
     let cli = Cli::parse();
     match std::panic::catch_unwind(|| run(cli)) {
         Ok(Ok(status)) => ExitCode::from(status),
@@ -145,7 +147,11 @@ fn train(mut trainer: Trainer, json: bool) -> Result<u8, TrainError> {
         if number != 0 {
             progress.bar.finish_and_clear();
             trainer.stop("interrupted")?;
-            eprintln!("checkpoint at step {} is complete; go on with: moe-lab resume {}", trainer.step_count(), trainer.out().display());
+            eprintln!(
+                "checkpoint at step {} is complete; go on with: moe-lab resume {}",
+                trainer.step_count(),
+                trainer.out().display()
+            );
             return Ok(128 + number as u8);
         }
     }

@@ -36,7 +36,8 @@ struct SavedConfig {
 
 /// The text of config.json.
 pub fn config_json(model: &Transformer) -> String {
-    let config = SavedConfig { model_type: "moe_lab".into(), vocab_size: model.vocab_size, model: model.config.clone() };
+    let config =
+        SavedConfig { model_type: "moe_lab".into(), vocab_size: model.vocab_size, model: model.config.clone() };
     format!("{:#}\n", json!(config))
 }
 
@@ -62,7 +63,10 @@ impl Trained {
         let files = checkpoint::read_texts(&folder).map_err(|error| TrainError::Failed(error.to_string()))?;
         let config: SavedConfig = serde_json::from_str(&files.config)
             .map_err(|error| TrainError::Failed(format!("{}: config.json: {error}", folder.display())))?;
-        config.model.validate().map_err(|error| TrainError::Failed(format!("{}: config.json: {error}", folder.display())))?;
+        config
+            .model
+            .validate()
+            .map_err(|error| TrainError::Failed(format!("{}: config.json: {error}", folder.display())))?;
         let run = match path.join("run.toml") {
             file if file.is_file() => Some(RunDirectory::read_run(path)?),
             _ => None,
@@ -75,7 +79,9 @@ impl Trained {
         let controls: Vec<moe_router::Control> = serde_json::from_value(loaded.state["controls"].clone())
             .map_err(|error| TrainError::Failed(format!("{}: state.json: {error}", folder.display())))?;
         for (layer, (policy, control)) in policies.iter_mut().zip(controls).enumerate() {
-            policy.restore(control, layer).map_err(|error| TrainError::Failed(format!("{}: {error}", folder.display())))?;
+            policy
+                .restore(control, layer)
+                .map_err(|error| TrainError::Failed(format!("{}: {error}", folder.display())))?;
         }
         let pool = crate::learner::thread_pool(0)?;
         Ok(Trained { params: loaded.params, run, model, policies, tokenizer, pool })
@@ -108,7 +114,13 @@ impl Trained {
     }
 
     /// The continuation of `prompt`, without it.
-    pub fn generate(&self, prompt: &str, max_tokens: usize, sampling: Sampling, cache: bool) -> Result<String, TrainError> {
+    pub fn generate(
+        &self,
+        prompt: &str,
+        max_tokens: usize,
+        sampling: Sampling,
+        cache: bool,
+    ) -> Result<String, TrainError> {
         sampling.validate().map_err(TrainError::Usage)?;
         let tokens = self.encode(prompt)?;
         let given = self.pool.install(|| self.weights().generate(&tokens, max_tokens, self.stop(), sampling, cache));
@@ -128,8 +140,14 @@ impl Trained {
             let mut tape = Tape::inference(Engine::Cpu, &self.params, &arena);
             let documents = Documents::new(tokens.clone(), vec![0, tokens.len()]);
             let mut watch = |_: &mut Tape<'_, f32>, _: usize, _: &tensor::Value<f32>| {};
-            let output =
-                self.model.forward(&mut tape, &documents, &self.policies, Mode::Evaluate, Context::Documents, &mut watch);
+            let output = self.model.forward(
+                &mut tape,
+                &documents,
+                &self.policies,
+                Mode::Evaluate,
+                Context::Documents,
+                &mut watch,
+            );
             let layer = |trace: &model::transformer::ExpertTrace<f32>| {
                 let num_experts = trace.scores_ne.width();
                 let routing = &trace.routing;
@@ -149,12 +167,15 @@ impl Trained {
     /// The evaluation suite on the data of the run: losses, recitation of training questions, held-out paraphrases.
     pub fn evaluate(&self) -> Result<Map<String, Value>, TrainError> {
         let run = self.run.as_ref().ok_or_else(|| {
-            TrainError::Usage("a checkpoint folder alone does not say which data to evaluate on; give the run directory".into())
+            TrainError::Usage(
+                "a checkpoint folder alone does not say which data to evaluate on; give the run directory".into(),
+            )
         })?;
         let dataset = Dataset::load(run).map_err(|error| TrainError::Usage(error.to_string()))?;
         if dataset.tokenizer.sha256() != self.tokenizer.sha256() {
             return Err(TrainError::Failed(
-                "the data of the run have another vocabulary now than when it was trained; restore the data files".into(),
+                "the data of the run have another vocabulary now than when it was trained; restore the data files"
+                    .into(),
             ));
         }
         let weights = self.weights();

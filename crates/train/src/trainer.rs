@@ -448,7 +448,9 @@ fn prepare(run: &Run) -> Result<(Dataset, Learner), TrainError> {
     let inputs = dataset.longest() - 1;
     if let Some(max) = run.model.max_positions().filter(|max| *max < inputs) {
         let remedy = "raise it or lower data.max_length";
-        return Err(TrainError::Usage(format!("model.position.max = {max}: the longest document has {inputs} inputs; {remedy}")));
+        return Err(TrainError::Usage(format!(
+            "model.position.max = {max}: the longest document has {inputs} inputs; {remedy}"
+        )));
     }
     let learner = Learner::new(run, dataset.tokenizer.vocab_size(), &run.phase(dataset.phases[0].name))?;
     Ok((dataset, learner))
@@ -465,7 +467,13 @@ fn restore(path: &Path, run: &Run, learner: &mut Learner) -> Result<State, Train
     }
     let phases = run.phases();
     let settings = run.phase(phases[state.position.phase.min(phases.len() - 1)]);
-    learner.optimizer = Optimizer::restore(settings.optimizer_kind(), settings.optimizer_settings(), &learner.model.layout, loaded.optimizer).map_err(bad)?;
+    learner.optimizer = Optimizer::restore(
+        settings.optimizer_kind(),
+        settings.optimizer_settings(),
+        &learner.model.layout,
+        loaded.optimizer,
+    )
+    .map_err(bad)?;
     Ok(state)
 }
 
