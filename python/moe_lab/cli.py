@@ -8,6 +8,7 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import Parameter, signature
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,16 +22,7 @@ if TYPE_CHECKING:
 
 DONE, FAILED, USAGE, DIVERGED, INTERRUPTED = 0, 1, 2, 3, 130
 # What a person can mend by another path is usage; a full or broken disk is not.
-MENDABLE = {
-    errno.ENOENT,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EEXIST,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EROFS,
-    errno.EINVAL,
-}
+MENDABLE = (FileNotFoundError, PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError)
 COMMAND = "python -m moe_lab"
 
 app = typer.Typer(
@@ -63,7 +55,7 @@ def main() -> int:
         return FAILED
     except OSError as error:
         sentence = error.strerror or str(error)
-        code = FAILED if error.errno is not None and error.errno not in MENDABLE else USAGE
+        code = USAGE if isinstance(error, MENDABLE) or error.errno in (errno.EROFS, errno.EINVAL) else FAILED
         return _error(f"{error.filename}: {sentence}" if error.filename else sentence, code)
     except ValueError as error:
         return _error(str(error), USAGE)
@@ -152,6 +144,8 @@ def _assignment(text: str) -> tuple[str, object]:
         parsed = tomllib.loads(f"value = {value}")
     except tomllib.TOMLDecodeError:
         return key.strip(), value
+    if isinstance(parsed["value"], float) and not isfinite(parsed["value"]):
+        raise ValueError(f"{key.strip()} = {value} is not a finite number")
     plain = len(parsed) == 1 and isinstance(parsed["value"], bool | int | float | str | list | dict)
     return key.strip(), parsed["value"] if plain else value
 

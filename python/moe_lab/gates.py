@@ -27,6 +27,10 @@ PARENT = "no worse than parent"  # the criterion that compares two runs
 TOLERANCE = 0.013  # how much the roadmap lets a stage lose: 0.40 "maintains" 0.387
 
 
+class NoGateError(ValueError):
+    """The run is of a kind that no gate is about."""
+
+
 @dataclass(frozen=True, slots=True)
 class Criterion:
     name: str
@@ -83,7 +87,7 @@ def judge(run: frames.Place, parent: frames.Place | None = None) -> Verdict:
     """The gate of a run, chosen by its router: dense -> baseline, top_k -> control, else stage1.
 
     `parent` is the run whose loss must be kept; without it the parent that run.json names, if it is still there.
-    Raises ValueError when there is nothing that a gate could judge (a run on a plain text, an unfinished parent).
+    Raises NoGateError for a run on a plain text, ValueError for a parent that is unfinished or has other data.
     """
     record, config = frames.read_run(run), frames.settings(run)
     gate = gate_of(config)
@@ -103,7 +107,7 @@ def criteria(gate: str, evidence: Evidence) -> tuple[Criterion, ...]:
 
 def gate_of(config: dict[str, Any]) -> str:
     if config.get("data", {}).get("text"):
-        raise ValueError("this run trains on a text (data.text); the gates judge runs on facts and chat")
+        raise NoGateError("this run trains on a text (data.text); the gates judge runs on facts and chat")
     kind = config.get("model", {}).get("router", {}).get("kind", "dense")
     return {"dense": "baseline", "top_k": "control"}.get(kind, "stage1")
 

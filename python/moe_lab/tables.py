@@ -70,15 +70,16 @@ def summary(run: frames.Place, verdict: gates.Verdict | None = None) -> dict[str
         "status": record.get("status"),
         "recited": good / total if good is not None and total else None,
         "epochs_to_target": epochs_to(frames.read_metrics(run), gates.LOSS),
-        "verdict": (verdict or judged(run)).word,
+        "verdict": word(run) if verdict is None else verdict.word,
     }
 
 
-def judged(run: frames.Place) -> gates.Verdict:
+def word(run: frames.Place) -> str:
+    """Of the run's gate; a run on a plain text has none."""
     try:
-        return gates.judge(run)
-    except ValueError:
-        return gates.Verdict("none", str(run), judged=False, criteria=())
+        return gates.judge(run).word
+    except gates.NoGateError:
+        return "no gate"
 
 
 def model_name(config: dict[str, Any]) -> str:
@@ -144,7 +145,9 @@ def render_verdict(verdict: gates.Verdict, console: Console) -> None:
     if not verdict.judged:
         console.print(f"{verdict.gate} gate: not judged (quick)  {verdict.run}", highlight=False)
         return
-    table = Table(title=f"{verdict.gate} gate  {verdict.run}", box=box.SIMPLE_HEAD, title_justify="left")
+    table = Table(
+        title=f"{verdict.gate} gate  {verdict.run}", box=box.SIMPLE_HEAD, title_justify="left", title_style="bold"
+    )
     for column in ("", "criterion", "measured", "bound", "what is measured"):
         table.add_column(column, overflow="fold")
     for criterion in verdict.criteria:

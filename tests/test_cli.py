@@ -1,0 +1,286 @@
+"""The command line as a person meets it: fast help, one-sentence errors, exit statuses, stdout for results only."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import moe_lab
+from runs import DENSE, Story, write
+from tiny import TINY, write_data
+
+Done = subprocess.CompletedProcess[str]
+SEED = moe_lab.Run.load("stage1").seed  # of the shipped run file; a stage counts its seeds on from it
+
+
+def cli(*arguments: str, cwd: Path | None = None, **environment: str) -> Done:
+    command = [sys.executable, "-m", "moe_lab", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**os.environ, **environment})
+
+
+def refused(*arguments: str, cwd: Path | None = None, code: int = 2) -> str:
+    """The sentence of a refusal: one line on stderr, nothing on stdout, no traceback."""
+    done = cli(*arguments, cwd=cwd)
+    assert done.returncode == code, done
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A run file of the tiny model with data beside it."""
+    sets = write_data(tmp_path)
+    data = "[data]\n" + "".join(f"{key.removeprefix('data.')} = {json.dumps(path)}\n" for key, path in sets.items())
+    (tmp_path / "tiny.toml").write_text(TINY + data)
+    return tmp_path / "tiny.toml"
+
+
+def test_help_is_fast_and_loads_nothing_heavy() -> None:
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        assert cli("--help").returncode == 0
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.4
+    code = "import sys, moe_lab.cli; assert not {'polars', 'matplotlib', 'moe_lab._native'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_verb_explains_itself() -> None:
+    text = cli("--help").stdout
+    verbs = re.findall(r"^  ([a-z0-9]+)  ", text.split("Commands:")[1], re.MULTILINE)
+    assert {"baseline", "stage1", "train", "resume", "gate", "table", "plot", "generate", "eval", "doctor"} <= set(
+        verbs
+    )
+    for verb in verbs:
+        done = cli(verb, "--help")
+        assert done.returncode == 0
+        assert done.stdout.startswith("Usage: python -m moe_lab")
+
+
+def test_version() -> None:
+    for arguments in (["--version"], ["baseline", "--version"]):
+        done = cli(*arguments)
+        assert (done.returncode, done.stdout) == (0, f"moe_lab {moe_lab.__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trane"], "trane"),
+        (["baseline", "--sett", "a=1"], "--sett"),
+        (["train"], "RUN.toml"),
+        (["baseline", "--seed", "one"], "--seed"),
+        (["baseline", "--set", "seed"], "KEY=VALUE"),
+        (["stage1", "--p", "much"], "--p"),
+        (["stage1", "--p", "1.5"], "model.router.p"),
+        (["stage1", "--p", "0"], "model.router.p"),
+        (["stage1", "--seeds", "0"], "--seeds"),
+        (["stage1", "--set", "model.router.p=0.3"], "--p"),
+        (["stage1", "--parent", "nowhere"], "nowhere"),
+        (["train", "nowhere.toml"], "nowhere.toml"),
+        (["resume", "nowhere"], "nowhere"),
+        (["gate", "nowhere"], "nowhere"),
+        (["table", "nowhere"], "nowhere"),
+        (["plot", "nowhere"], "nowhere"),
+        (["runs", "nowhere"], "nowhere"),
+        (["eval", "nowhere"], "nowhere"),
+        (["generate", "nowhere", "hello"], "nowhere"),
+        (["diff", "baseline", "nowhere.toml"], "nowhere.toml"),
+        (["data", "stats", "--chat", "nowhere.json"], "nowhere.json"),
+    ],
+)
+def test_a_bad_command_is_refused_in_one_sentence(tmp_path: Path, arguments: list[str], words: str) -> None:
+    assert words in refused(*arguments, cwd=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("train.epoch", "3", "epochs"),
+        ("model.hiden_size", "64", "hidden_size"),
+        ("train.epochs", '"many"', "train.epochs"),
+        ("train.epochs", "-1", "train.epochs"),
+        ("model.num_heads", "7", "num_heads"),
+        ("model.num_kv_heads", "3", "num_kv_heads"),
+        ("model.window", "0", "model.window"),
+        ("train.learning_rate", "-1e-4", "train.learning_rate"),
+        ("train.learning_rate", "nan", "train.learning_rate"),
+        ("train.batch_size", "0", "train.batch_size"),
+        ("engine", '"gpu"', "engine"),
+        ("data.chat", '"nowhere.json"', "nowhere.json"),
+    ],
+)
+def test_a_bad_value_names_its_key_and_leaves_no_trace(tmp_path: Path, key: str, value: str, words: str) -> None:
+    assert words in refused("baseline", "--set", f"{key}={value}", "--out", "run", cwd=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("[", "chat.json"),
+        ('{"a": 1}', "chat.json"),
+        ("[1, 2]", "chat.json"),
+        ("[]", "chat.json"),
+        ('[""]', "chat.json"),
+    ],
+)
+def test_bad_data_is_refused(tmp_path: Path, content: str, words: str) -> None:
+    (tmp_path / "chat.json").write_text(content)
+    assert words in refused("baseline", "--set", "data.chat=chat.json", "--out", "run", cwd=tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_output_that_cannot_be_made_is_refused(tiny: Path) -> None:
+    (tiny.parent / "file").write_text("")
+    assert "file" in refused("train", str(tiny), "--out", str(tiny.parent / "file" / "run"))
+    taken = write(tiny.parent / "taken", Story(epochs=1, trained=1))
+    before = sorted(path.name for path in taken.iterdir())
+    assert "taken" in refused("train", str(tiny), "--out", str(taken))
+    assert sorted(path.name for path in taken.iterdir()) == before
+
+
+def test_a_run_is_trained_shown_and_used(tiny: Path) -> None:
+    run = tiny.parent / "run"
+    done = cli("train", str(tiny), "--out", str(run), "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["status"] == "completed"
+    assert told["results"] == json.loads((run / "run.json").read_text())["results"]
+    assert "epoch" in done.stderr
+    text = cli("resume", str(run))
+    assert text.returncode == 0
+    assert "complete" in text.stderr
+    assert "experts/token" in text.stdout
+    answer = cli("generate", str(run), "User: What is 3? Assistant:", "--json")
+    prompt = "User: What is 3? Assistant:"
+    assert json.loads(answer.stdout) == {"prompt": prompt, "text": moe_lab.Model.load(str(run)).generate(prompt)}
+    table = cli("table", str(run), "--json")
+    assert json.loads(table.stdout)["runs"][0]["loss"] == told["results"]["loss"]
+    listed = cli("runs", str(tiny.parent), "--json")
+    assert [entry["status"] for entry in json.loads(listed.stdout)["runs"]] == ["completed"]
+    assert cli("gate", str(run)).returncode == 1
+    drawn = cli("plot", str(run))
+    assert all(Path(line).exists() for line in drawn.stdout.splitlines())
+    assert json.loads(cli("eval", str(run), "--json").stdout)["recite_total"] == 20
+
+
+def test_a_damaged_checkpoint_is_named_and_not_loaded(tiny: Path) -> None:
+    run = tiny.parent / "run"
+    assert cli("train", str(tiny), "--out", str(run), "--set", "train.epochs=1").returncode == 0
+    weights = (run / "checkpoints" / "latest").resolve() / "model.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[-5] ^= 1
+    weights.write_bytes(damaged)
+    for verb in (["eval", str(run)], ["generate", str(run), "User:"]):
+        sentence = refused(*verb, code=1)
+        assert "model.safetensors" in sentence
+        assert "sha256" in sentence
+
+
+def test_check_trains_nothing(tiny: Path) -> None:
+    done = cli("train", str(tiny), "--check", "--json", "--out", str(tiny.parent / "run"))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)
+    assert not (tiny.parent / "run").exists()
+    several = cli("stage1", "--check", "--json", "--p", "0.3,0.4", cwd=tiny.parent)
+    models = ("parent", "top_p-0.3", "top_p-0.4", "top_k-2")
+    assert set(json.loads(several.stdout)) == {f"{model}-seed{SEED}" for model in models}
+    assert not (tiny.parent / "runs").exists()
+
+
+def test_quick_is_recorded_and_not_judged(tiny: Path) -> None:
+    run = tiny.parent / "run"
+    assert cli("train", str(tiny), "--quick", "--out", str(run)).returncode == 0
+    done = cli("gate", str(run))
+    assert done.returncode == 0
+    assert "not judged (quick)" in done.stdout
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_everything_and_tells_how_to_go_on(tiny: Path, number: int, code: int) -> None:
+    run = tiny.parent / "run"
+    command = [sys.executable, "-m", "moe_lab", "train", str(tiny), "--out", str(run), "--set", "train.epochs=3000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").stat().st_size < 5000:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert f"resume {run}" in told
+    assert "Traceback" not in told
+    record = json.loads((run / "run.json").read_text())
+    assert record["status"] == "stopped"
+    step = moe_lab.Trainer.resume(str(run)).step
+    assert step == moe_lab.read_metrics(run, "train")["step"].max()
+
+
+def test_stage_1_in_small(tiny: Path) -> None:
+    sets = [f"--set={key}={value}" for key, value in write_data(tiny.parent).items()]
+    out = tiny.parent / "stage"
+    arguments = ["stage1", "--quick", "--out", str(out), "--json", "--set=model.hidden_size=32", *sets]
+    done = cli(*arguments)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["passed"] is None
+    assert [row["name"] for row in told["runs"]] == [
+        f"{model}-seed{SEED}" for model in ("parent", "top_p-0.4", "top_k-2")
+    ]
+    assert (out / "plots" / "loss.png").exists()
+    again = cli("resume", str(out), "--json")
+    assert again.returncode == 0
+    assert again.stderr.count("completed already") == 3
+
+
+def test_gates_decide_the_exit_status(tmp_path: Path) -> None:
+    good = write(tmp_path / "good", Story())
+    bad = write(tmp_path / "bad", Story(loss=0.5))
+    assert cli("gate", str(good)).returncode == 0
+    done = cli("gate", str(bad), "--json")
+    assert done.returncode == 1
+    criteria = json.loads(done.stdout)["gates"][0]["criteria"]
+    assert [each["name"] for each in criteria if not each["passed"]] == ["loss"]
+    parent = write(tmp_path / "parent", Story(router=DENSE, loss=0.1))
+    assert cli("gate", str(good), "--parent", str(parent)).returncode == 1
+
+
+def test_diff_prints_the_changed_keys() -> None:
+    done = cli("diff", "stage1", "stage1_top2", "--json")
+    keys = {change["key"] for change in json.loads(done.stdout)["changes"]}
+    assert "model.router.kind" in keys
+    assert cli("diff", "baseline", "baseline").stdout == "no difference\n"
+
+
+def test_schema_docs_stats_and_doctor() -> None:
+    assert "properties" in json.loads(cli("config", "schema").stdout)
+    assert "model.router" in cli("config", "docs").stdout
+    assert json.loads(cli("data", "stats", "--json").stdout)
+    assert cli("data", "stats").stdout.strip()
+    assert json.loads(cli("doctor", "--json").stdout)
+    assert "cores" in cli("doctor").stdout
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    command = f"{sys.executable} -m moe_lab config schema | head -c 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.stderr == ""
+
+
+def test_no_color_is_respected(tmp_path: Path) -> None:
+    good = write(tmp_path / "good", Story())
+    colour = re.compile(r"\x1b\[[0-9;]*(3[0-8]|9[0-7])m")
+    assert colour.search(cli("gate", str(good), FORCE_COLOR="1").stdout)
+    assert not colour.search(cli("gate", str(good), FORCE_COLOR="1", NO_COLOR="1").stdout)
