@@ -18,7 +18,7 @@ const CHUNK: usize = 64;
 const CHUNKS: usize = 8;
 
 /// Pairs of query and key, counted per head, below which one thread is faster than waking the pool.
-const SMALL: usize = 8192;
+const SMALL: usize = 2048;
 
 pub(super) fn attention<'a, T: Real>(
     tape: &mut Tape<'a, T>,
@@ -114,11 +114,14 @@ fn each<T: Real, W: Send, S, R: Send>(
     scratch: impl Fn() -> S + Sync + Send,
     f: impl Fn(&mut S, W) -> R + Sync + Send,
 ) -> Vec<R> {
-    if plan.pairs < SMALL || work.len() < 2 {
+    let threads = rayon::current_num_threads();
+    if plan.pairs < SMALL || work.len() < 2 || threads == 1 {
         let mut scratch = scratch();
         work.into_iter().map(|work| f(&mut scratch, work)).collect()
     } else {
-        work.into_par_iter().with_max_len(1).map_init(scratch, f).collect()
+        // A few pieces a thread: enough to even out long and short documents, and the scratch is not made anew for every item.
+        let piece = (work.len() / (4 * threads)).max(1);
+        work.into_par_iter().with_min_len(piece).map_init(scratch, f).collect()
     }
 }
 
