@@ -3,13 +3,20 @@
 //! linear in its upstream gradient, which enters later as one factor).
 
 use crate::kernels::gemm::{Matrix, matmul};
-use crate::kernels::parallel;
+use crate::kernels::simd::{self, Kernel, exp};
 use crate::{Buffer, Engine, Param, Real, Tape, Value};
 use candle_core::{D, Device, Tensor};
+use rayon::prelude::*;
 use std::sync::Arc;
 
 /// Logits that live at one time, in numbers.
 const CHUNK: usize = 1 << 18;
+
+/// Rows a task turns from logits into loss and gradient.
+const ROWS: usize = 8;
+
+/// Running sums of a row.
+const SUMS: usize = 16;
 
 /// What is predicted: targets and loss weights by row.
 #[derive(Clone, Debug)]
@@ -38,28 +45,28 @@ pub fn cross_entropy<'a, T: Real>(
     let w_vd = &tape.param(&weight)[..v * d];
     let mut losses_n = vec![0.0; n];
     let mut dx_nd: Option<Buffer<T>> = (needs && x.needs_grad()).then(|| tape.arena().take(n * d));
-    let mut dw_vd: Option<Buffer<T>> = (needs && weight.trainable).then(|| tape.arena().zeros(v * d));
+    let mut dw_vd: Option<Buffer<T>> = (needs && weight.trainable && n > 0).then(|| tape.arena().take(v * d));
     let rows = (CHUNK / v).clamp(16, n.max(16));
     let mut logits = tape.arena().take(rows.min(n) * v);
     for start in (0..n).step_by(rows) {
         let c = rows.min(n - start);
         let (x_cd, logits_cv) = (Matrix::new(&x.data()[start * d..(start + c) * d], c, d), &mut logits[..c * v]);
         matmul(logits_cv, x_cd, Matrix::new(w_vd, v, d).t(), false);
-        let mut losses_c = tape.arena().take(c);
-        parallel::rows(&mut losses_c, 1, |i, loss| {
-            loss[0] = row_loss(&logits_cv[i * v..(i + 1) * v], targets.ids_n[start + i] as usize);
+        let losses_c = losses_n[start..start + c].par_chunks_mut(ROWS).zip(logits_cv.par_chunks_mut(ROWS * v));
+        losses_c.enumerate().for_each(|(b, (losses, rows_v))| {
+            for (i, (loss, row_v)) in losses.iter_mut().zip(rows_v.chunks_mut(v)).enumerate() {
+                let t = start + b * ROWS + i;
+                let (target, share) = (targets.ids_n[t] as usize, T::from_f64(share_n[t]));
+                *loss = simd::dispatch(Row { row_v, target, share: needs.then_some(share) }).to_f64();
+            }
         });
-        losses_n[start..start + c].iter_mut().zip(losses_c.iter()).for_each(|(to, from)| *to = from.to_f64());
         if needs {
-            parallel::rows(logits_cv, v, |i, row_v| {
-                row_gradient(row_v, targets.ids_n[start + i] as usize, losses_c[i], T::from_f64(share_n[start + i]));
-            });
             let dlogits = Matrix::new(&*logits_cv, c, v);
             if let Some(dx_nd) = &mut dx_nd {
                 matmul(&mut dx_nd[start * d..(start + c) * d], dlogits, Matrix::new(w_vd, v, d), false);
             }
             if let Some(dw_vd) = &mut dw_vd {
-                matmul(dw_vd, dlogits.t(), x_cd, true);
+                matmul(dw_vd, dlogits.t(), x_cd, start > 0);
             }
         }
     }
@@ -83,20 +90,41 @@ pub fn cross_entropy<'a, T: Real>(
     (loss, losses_n)
 }
 
-/// lse(logits) − logits[target], stable for any finite logits.
-fn row_loss<T: Real>(logits_v: &[T], target: usize) -> T {
-    let top = logits_v.iter().fold(-T::INFINITY, |m, x| Real::max(m, *x));
-    let sum: T = logits_v.iter().map(|x| (*x - top).exp()).sum();
-    top + sum.ln() - logits_v[target]
+/// The loss lse(logits) − logits[target] of one row, stable for any finite logits. With a share the logits become share·(softmax − onehot).
+struct Row<'s, T> {
+    row_v: &'s mut [T],
+    target: usize,
+    share: Option<T>,
 }
 
-/// Turns logits into share·(softmax − onehot); lse = loss + logits[target].
-fn row_gradient<T: Real>(row_v: &mut [T], target: usize, loss: T, share: T) {
-    let lse = loss + row_v[target];
-    for x in row_v.iter_mut() {
-        *x = share * (*x - lse).exp();
+impl<T: Real> Kernel for Row<'_, T> {
+    type Output = T;
+
+    #[inline(always)]
+    fn run(self) -> T {
+        let (row_v, target) = (self.row_v, self.target);
+        let mut tops = [-T::INFINITY; SUMS];
+        for lanes in row_v.chunks(SUMS) {
+            tops.iter_mut().zip(lanes).for_each(|(top, x)| *top = if *x > *top { *x } else { *top });
+        }
+        let top = tops.into_iter().fold(-T::INFINITY, |top, x| Real::max(top, x));
+        let at_target = row_v[target];
+        // Running sums in a fixed order, so that the additions vectorise the same way on every machine.
+        let mut sums = [T::ZERO; SUMS];
+        for lanes in row_v.chunks_mut(SUMS) {
+            for (sum, x) in sums.iter_mut().zip(lanes) {
+                *x = exp(*x - top);
+                *sum += *x;
+            }
+        }
+        let sum: T = sums.into_iter().sum();
+        if let Some(share) = self.share {
+            let scale = share / sum;
+            row_v.iter_mut().for_each(|x| *x *= scale);
+            row_v[target] -= share;
+        }
+        top + sum.ln() - at_target
     }
-    row_v[target] -= share;
 }
 
 fn reference<'a, T: Real>(
