@@ -517,10 +517,15 @@ fn describe(row: &mut Row, update: &Update, rate: f64) {
         row.number(&format!("moe/layer_{layer:02}/experts_per_token"), *experts);
     }
     for layer in 0..update.param_norms.len() {
-        row.number(&format!("grad/layer_{layer:02}/param_norm"), update.param_norms[layer] as f32);
-        row.number(&format!("grad/layer_{layer:02}/activation_norm"), update.activation_norms[layer] as f32);
-        row.number(&format!("update/layer_{layer:02}/ratio"), update.ratios[layer] as f32);
+        row.number(&format!("grad/layer_{layer:02}/param_norm"), six_digits(update.param_norms[layer]));
+        row.number(&format!("grad/layer_{layer:02}/activation_norm"), six_digits(update.activation_norms[layer]));
+        row.number(&format!("update/layer_{layer:02}/ratio"), six_digits(update.ratios[layer]));
     }
+}
+
+/// Rounded to six significant digits: these columns are most of a row, and nobody reads more of them.
+fn six_digits(value: f64) -> f64 {
+    format!("{value:.5e}").parse().unwrap_or(value)
 }
 
 /// The name in `results` of an evaluation at the end of a phase.
