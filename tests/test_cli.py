@@ -158,7 +158,7 @@ def test_a_run_is_trained_shown_and_used(tiny: Path) -> None:
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["status"] == "completed"
-    assert told["results"] == json.loads((run / "run.json").read_text())["results"]
+    assert told.items() >= json.loads((run / "run.json").read_text())["results"].items()
     assert "epoch" in done.stderr
     text = cli("resume", str(run))
     assert text.returncode == 0
@@ -168,7 +168,7 @@ def test_a_run_is_trained_shown_and_used(tiny: Path) -> None:
     prompt = "User: What is 3? Assistant:"
     assert json.loads(answer.stdout) == {"prompt": prompt, "text": moe_lab.Model.load(str(run)).generate(prompt)}
     table = cli("table", str(run), "--json")
-    assert json.loads(table.stdout)["runs"][0]["loss"] == told["results"]["loss"]
+    assert json.loads(table.stdout)["runs"][0]["loss"] == told["loss"]
     listed = cli("runs", str(tiny.parent), "--json")
     assert [entry["status"] for entry in json.loads(listed.stdout)["runs"]] == ["completed"]
     assert cli("gate", str(run)).returncode == 1

@@ -120,6 +120,24 @@ def test_a_short_run_fails_its_gate_and_can_be_drawn(tmp_path: Path) -> None:
     assert len(plots.save_all(run)) == len(plots.FIGURES)
 
 
+def missed(run: Path) -> set[str]:
+    return {each.name for each in gates.judge(run).criteria if not each.passed}
+
+
 def test_a_frozen_router_is_caught_on_a_real_run(tmp_path: Path) -> None:
-    verdict = gates.judge(trained(tmp_path / "run", model__router__frozen=True))
-    assert not next(each for each in verdict.criteria if each.name == "router learns").passed
+    assert "router learns" in missed(trained(tmp_path / "run", model__router__frozen=True))
+
+
+def test_a_dead_uniform_router_is_caught_on_a_real_run_although_its_mean_is_two(tmp_path: Path) -> None:
+    run = trained(tmp_path / "run", model__router__frozen=True, model__router__init_std=0.0)
+    assert frames.read_run(run)["results"]["experts_per_token"] == 2.0
+    found = missed(run)
+    assert found >= {"spread of experts per token", "every expert used", "experts informative", "router learns"}
+    assert "experts per token" not in found
+
+
+def test_a_router_collapsed_onto_one_expert_is_caught_on_a_real_run(tmp_path: Path) -> None:
+    """A pressure towards certainty without balance: every token ends with one expert."""
+    keys = {"losses__entropy": 20.0, "losses__balance": 0.0, "train__epochs": 15}
+    found = missed(trained(tmp_path / "run", **keys))
+    assert found >= {"experts per token", "spread of experts per token", "every expert used"}

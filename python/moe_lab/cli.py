@@ -493,8 +493,8 @@ def _report_run(outcome: "Outcome", as_json: bool) -> int:
         return _interrupted(outcome.out, outcome.signal)
     record = frames.read_run(outcome.out)
     if as_json:
-        results = record.get("results")
-        _print_json({"run": outcome.out, "id": record.get("id"), "status": record.get("status"), "results": results})
+        # The results stand at the top, as the binary prints them.
+        _print_json({"run": outcome.out, "status": record.get("status"), **(record.get("results") or {})})
         return DONE
     tables.render([tables.summary(outcome.out)], _console())
     _print_answer(outcome.out)

@@ -186,7 +186,7 @@ def recites(evidence: Evidence) -> Criterion:
 
 
 def keeps_l0(evidence: Evidence) -> Criterion:
-    why = "gradient norm at the embedding output; an upper bound only: correct runs lie far below the roadmap's 7"
+    why = "gradient norm at the embedding output, mean of the last chat epoch; an upper bound only"
     return at_most("L0", evidence.result("l0"), L0, why)
 
 

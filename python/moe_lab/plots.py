@@ -49,7 +49,7 @@ def routing(frame: pl.DataFrame, band: tuple[float, float] = gates.BAND) -> Figu
     axes.axhspan(*band, color=COLOURS[2], alpha=0.12, lw=0)
     place = axes.get_yaxis_transform()
     label = f"roadmap {band[0]:g}-{band[1]:g}"
-    axes.annotate(label, (0.01, band[0]), xycoords=place, va="bottom", color=COLOURS[2], fontsize=9)
+    axes.annotate(label, (0.99, band[1]), xycoords=place, va="top", ha="right", color=COLOURS[2], fontsize=9)
     for order, layer in enumerate(frames.sparse_layers(frame)):
         _line(axes, rows, x, f"moe/layer_{layer:02}/experts_per_token", f"block {layer}", _colour(order))
     _line(axes, rows, x, "moe/experts_per_token", "mean", INK, style="--")
@@ -174,6 +174,7 @@ def sweep(summaries: Sequence[Mapping[str, Any]]) -> Figure:
         axes.plot(places, means, color=COLOURS[0], lw=1.5)
         axes.set_xlabel("p", color=INK)
         axes.set_xticks(places)
+        _frame(axes)
     panels[1].axhspan(*gates.BAND, color=COLOURS[2], alpha=0.12, lw=0)
     _bound(panels[0], gates.LOSS, f"target {gates.LOSS:g}")
     return figure
@@ -266,12 +267,16 @@ def _bound(axes: Axes, value: float, label: str) -> None:
     axes.annotate(label, (0.995, value), xycoords=place, va="bottom", ha="right", fontsize=9, color=INK)
 
 
-def _finish(figure: Figure, axes: Axes, rows: pl.DataFrame, x: str) -> Figure:
+def _frame(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(FAINT)
     axes.tick_params(colors=INK)
     axes.grid(axis="y", color="#e6e6e6", lw=0.8)
     axes.set_axisbelow(True)
+
+
+def _finish(figure: Figure, axes: Axes, rows: pl.DataFrame, x: str) -> Figure:
+    _frame(axes)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if axes.get_subplotspec() is None or axes.get_subplotspec().is_last_row():  # type: ignore[union-attr]
         axes.set_xlabel("epoch" if x == "index" else "step", color=INK)

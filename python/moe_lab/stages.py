@@ -270,12 +270,13 @@ def _over_seeds(same: tuple[gates.Criterion, ...]) -> gates.Criterion:
 
 
 def save_plots(stage: Stage) -> list[Path]:
-    """Each run's figures in its own directory, and the comparisons in the stage's."""
+    """The figures of each run of the stage in its own directory, the comparisons in the stage's."""
     from moe_lab import plots
 
     streams = {row["name"]: frames.read_metrics(row["run"]) for row in stage.rows}
     for row in stage.rows:
-        plots.save_all(row["run"])
+        if not os.path.isabs(_relative(Path(stage.out), row["run"])):  # a given parent is left as it is
+            plots.save_all(row["run"])
     sparse = {name: frame for name, frame in streams.items() if frames.sparse_layers(frame)}
     figures = {
         "loss": plots.compare(streams, "epoch/loss", "Training loss", "nats, mean over sequences", log_scale=True),
