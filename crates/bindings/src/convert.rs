@@ -45,7 +45,9 @@ pub fn enter<R: Send>(py: Python<'_>, work: impl FnOnce() -> Result<R, TrainErro
     let done = py.detach(|| catch_unwind(AssertUnwindSafe(work)));
     match done {
         Ok(result) => result.map_err(|error| Raised(error).into()),
-        Err(_) => Err(PyRuntimeError::new_err("internal error of moe_lab (details on stderr); please report it with the run file")),
+        Err(_) => Err(PyRuntimeError::new_err(
+            "internal error of moe_lab (details on stderr); please report it with the run file",
+        )),
     }
 }
 
@@ -86,13 +88,16 @@ pub fn to_json(value: &Bound<'_, PyAny>) -> PyResult<Value> {
         return Ok(i.into());
     }
     if let Ok(x) = value.extract::<f64>() {
-        return serde_json::Number::from_f64(x).map(Value::Number).ok_or_else(|| PyValueError::new_err(format!("{x} is not a finite number")));
+        return serde_json::Number::from_f64(x)
+            .map(Value::Number)
+            .ok_or_else(|| PyValueError::new_err(format!("{x} is not a finite number")));
     }
     if let Ok(s) = value.extract::<String>() {
         return Ok(Value::String(s));
     }
     if let Ok(dict) = value.cast::<PyDict>() {
-        let entry = |(key, value): (Bound<'_, PyAny>, Bound<'_, PyAny>)| Ok((key.extract::<String>()?, to_json(&value)?));
+        let entry =
+            |(key, value): (Bound<'_, PyAny>, Bound<'_, PyAny>)| Ok((key.extract::<String>()?, to_json(&value)?));
         return Ok(Value::Object(dict.iter().map(entry).collect::<PyResult<Map<_, _>>>()?));
     }
     if let Ok(items) = value.try_iter() {

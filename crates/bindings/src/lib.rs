@@ -7,7 +7,12 @@ mod trainer;
 
 use pyo3::prelude::*;
 
-pyo3::create_exception!(moe_lab, DivergedError, pyo3::exceptions::PyRuntimeError, "Training left the numbers (NaN, Inf or far out of range).");
+pyo3::create_exception!(
+    moe_lab,
+    DivergedError,
+    pyo3::exceptions::PyRuntimeError,
+    "Training left the numbers (NaN, Inf or far out of range)."
+);
 
 #[pymodule]
 mod _native {
@@ -27,7 +32,12 @@ mod _native {
     /// Statistics of data files as (JSON, text table); None means the shipped file.
     #[pyfunction]
     #[pyo3(signature = (facts=None, chat=None, paraphrases=None))]
-    fn data_stats(py: Python<'_>, facts: Option<String>, chat: Option<String>, paraphrases: Option<String>) -> PyResult<(String, String)> {
+    fn data_stats(
+        py: Python<'_>,
+        facts: Option<String>,
+        chat: Option<String>,
+        paraphrases: Option<String>,
+    ) -> PyResult<(String, String)> {
         enter(py, move || train::inspect::data_stats(facts.as_deref(), chat.as_deref(), paraphrases.as_deref()))
     }
 

@@ -59,7 +59,10 @@ impl Model {
             entry.set_item("layer", layer.layer)?;
             entry.set_item("experts", &layer.experts)?;
             entry.set_item("weights", &layer.weights)?;
-            entry.set_item("probabilities", array(py, &layer.probabilities_ne, &[layer.experts.len(), layer.num_experts])?)?;
+            entry.set_item(
+                "probabilities",
+                array(py, &layer.probabilities_ne, &[layer.experts.len(), layer.num_experts])?,
+            )?;
             layers.append(entry)?;
         }
         let result = PyDict::new(py);
@@ -111,7 +114,8 @@ pub fn loss_and_gradients<'py>(
     };
     result.set_item("weights", tensors(&found.weights)?)?;
     result.set_item("gradients", tensors(&found.gradients)?)?;
-    result.set_item("logits", array(py, &found.logits_nv, &[found.logits_nv.len() / vocab_size.max(1), vocab_size])?)?;
+    result
+        .set_item("logits", array(py, &found.logits_nv, &[found.logits_nv.len() / vocab_size.max(1), vocab_size])?)?;
     result.set_item("cross_entropy", found.cross_entropy)?;
     result.set_item("total", found.total)?;
     let losses = PyDict::new(py);

@@ -563,8 +563,8 @@ pub fn plan(run: &Run) -> Result<Map<String, Value>, TrainError> {
         plan.insert(format!("{name}_steps"), json!(phase_steps(run, &dataset, number)));
     }
     plan.insert("unknown_words".into(), json!(dataset.unknowns.count));
-    // Parameters, their copy before the update, gradients, and the moments of the optimizer.
-    let buffers = 3 + learner.optimizer.state().moments.len();
+    // Parameters, gradients, and the moments of the optimizer.
+    let buffers = 2 + learner.optimizer.state().moments.len();
     plan.insert("state_bytes".into(), json!(buffers * learner.model.layout.len() * size_of::<f32>()));
     Ok(plan)
 }

@@ -1,0 +1,167 @@
+//! The loop on small real data: resume to the byte for every optimizer and router, accumulation, validation, divergence.
+
+use std::fs;
+use std::path::Path;
+use train::metrics::canonical;
+use train::run::Run;
+use train::{TrainError, Trainer};
+
+const FACTS: &str = r#"["The Sun is a star . </s>", "The Moon is a rock . </s>", "Ice is cold water . </s>", "A star is hot . </s>", "Water is wet . </s>"]"#;
+const CHAT: &str = r#"["User: What is the Sun? Assistant: The Sun is a star. </s>", "User: What is ice? Assistant: Ice is cold water. </s>", "User: Is water wet? Assistant: Water is wet. </s>"]"#;
+
+/// A tiny run on the two files above.
+fn run(folder: &Path, sets: &[&str]) -> Run {
+    let (facts, chat) = (folder.join("facts.json"), folder.join("chat.json"));
+    fs::write(&facts, FACTS).unwrap();
+    fs::write(&chat, CHAT).unwrap();
+    let mut all: Vec<String> = vec![
+        format!("data.facts={}", facts.display()),
+        format!("data.chat={}", chat.display()),
+        "model.hidden_size=16".into(),
+        "model.num_layers=2".into(),
+        "model.num_heads=4".into(),
+        "model.num_kv_heads=2".into(),
+        "model.intermediate_size=12".into(),
+        "model.heads={shared=1, routed=3, active=2}".into(),
+        "phase.facts.train.batch_size=2".into(),
+        "phase.chat.train.batch_size=2".into(),
+        "train.epochs=4".into(),
+        "train.warmup_epochs=1".into(),
+        "train.learning_rate=0.003".into(),
+        "checkpoint.every=3".into(),
+    ];
+    all.extend(sets.iter().map(|set| set.to_string()));
+    Run::load("baseline", &all).unwrap()
+}
+
+fn finish(mut trainer: Trainer) {
+    while trainer.next_row().unwrap().is_some() {}
+}
+
+/// Bytes of the last checkpoint and the metrics without times and events.
+fn outcome(out: &Path) -> (Vec<(String, Vec<u8>)>, Vec<String>) {
+    let newest = train::checkpoint::newest_whole(out).unwrap().path.unwrap();
+    let mut files: Vec<(String, Vec<u8>)> = fs::read_dir(&newest)
+        .unwrap()
+        .map(|entry| entry.unwrap())
+        .map(|entry| (entry.file_name().to_string_lossy().into_owned(), fs::read(entry.path()).unwrap()))
+        .collect();
+    files.sort();
+    let metrics = fs::read_to_string(out.join("metrics.jsonl")).unwrap();
+    (files, metrics.lines().filter_map(canonical).collect())
+}
+
+#[test]
+fn a_killed_run_ends_with_the_bytes_of_one_that_never_stopped() {
+    let variants: [&[&str]; 7] = [
+        &[],
+        &["train.optimizer=adamw", "train.weight_decay=0.1", "data.shuffle=true"],
+        &["train.optimizer=sgd", "train.learning_rate=0.1"],
+        &[
+            "train.optimizer=lars",
+            "train.learning_rate=1.0",
+            "phase.chat.train.optimizer=adam",
+            "phase.chat.train.learning_rate=0.001",
+        ],
+        &["model.router={kind='top_p', p=0.4, num_experts=4, expert_hidden_size=6}", "train.accumulate=2"],
+        &["model.router={kind='top_k', k=2, num_experts=4, expert_hidden_size=6}", "data.val_fraction=0.34"],
+        &["model.router={kind='expert_choice', k=1.5, num_experts=4, expert_hidden_size=6}"],
+    ];
+    for sets in variants {
+        let folder = tempfile::tempdir().unwrap();
+        let straight = folder.path().join("straight");
+        finish(Trainer::new(run(folder.path(), sets), Some(&straight), None).unwrap());
+        for kill_after in [1, 8, 17, 29] {
+            let out = folder.path().join(format!("killed-{kill_after}"));
+            let mut trainer = Trainer::new(run(folder.path(), sets), Some(&out), None).unwrap();
+            for _ in 0..kill_after {
+                trainer.next_row().unwrap();
+            }
+            drop(trainer); // nothing is saved on the way out, as after kill -9
+            finish(Trainer::resume(&out).unwrap());
+            assert_eq!(outcome(&out), outcome(&straight), "{sets:?} killed after {kill_after} rows");
+        }
+        let other = folder.path().join("other");
+        let reseeded: Vec<&str> = sets.iter().copied().chain(["seed=9"]).collect();
+        finish(Trainer::new(run(folder.path(), &reseeded), Some(&other), None).unwrap());
+        assert_ne!(outcome(&other).0, outcome(&straight).0, "another seed must give another model");
+    }
+}
+
+/// The model after one facts epoch of one batch.
+fn weights(sets: &[&str]) -> Vec<u8> {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("run");
+    finish(Trainer::new(run(folder.path(), sets), Some(&out), None).unwrap());
+    let newest = train::checkpoint::newest_whole(&out).unwrap().path.unwrap();
+    fs::read(newest.join("model.safetensors")).unwrap()
+}
+
+#[test]
+fn accumulated_gradients_equal_the_large_batchs() {
+    // Under plain SGD a step is the gradient: equal weights mean equal gradients. No routed heads, so that no loss depends on the split.
+    let plain = [
+        "train.optimizer=sgd",
+        "train.momentum=0.0",
+        "train.lr_scale=none",
+        "train.learning_rate=0.05",
+        "model.heads={routed=0}",
+    ];
+    let floats = |bytes: Vec<u8>| -> Vec<f32> {
+        let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        bytes[8 + header..].chunks(4).map(|c| f32::from_le_bytes(c.try_into().unwrap())).collect()
+    };
+    let with = |accumulate: &str| {
+        let batch = ["phase.facts.train.batch_size=5", "phase.chat.train.batch_size=3", accumulate];
+        floats(weights(&plain.into_iter().chain(batch).collect::<Vec<_>>()))
+    };
+    let (whole, parts) = (with("train.accumulate=1"), with("train.accumulate=3"));
+    let worst = whole.iter().zip(&parts).fold(0.0f32, |m, (a, b)| m.max((a - b).abs()));
+    assert!(worst < 1e-5, "{worst}");
+    let moved = floats(weights(&["train.learning_rate=0.0"]));
+    assert_ne!(whole, moved);
+}
+
+#[test]
+fn evaluating_often_leaves_the_weights_as_they_are() {
+    assert_eq!(weights(&["eval.every=1"]), weights(&["eval.every=0"]));
+}
+
+#[test]
+fn divergence_stops_the_run_with_a_record_of_why() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("run");
+    let sets = ["train.optimizer=sgd", "train.learning_rate=1e6", "train.lr_scale=none"];
+    let mut trainer = Trainer::new(run(folder.path(), &sets), Some(&out), None).unwrap();
+    let error = loop {
+        match trainer.next_row() {
+            Ok(row) => assert!(row.is_some(), "the run must not complete"),
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(error, TrainError::Diverged(_)) && error.exit_status() == 3, "{error}");
+    let failure = fs::read_to_string(out.join("failure.json")).unwrap();
+    assert!(failure.contains("reason") && failure.contains("step"));
+    assert!(fs::read_to_string(out.join("run.json")).unwrap().contains("\"diverged\""));
+    while let Some(row) = trainer.next_row().unwrap() {
+        assert_eq!(row.fields()["kind"], "event"); // what the run still had to say
+    }
+}
+
+#[test]
+fn what_is_refused_leaves_no_trace() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("run");
+    let good = run(folder.path(), &[]);
+    fs::write(folder.path().join("chat.json"), "[\"no dialogue\"]").unwrap();
+    let error = Trainer::new(good, Some(&out), None).err().unwrap();
+    assert_eq!(error.exit_status(), 2);
+    assert!(error.to_string().contains("chat.json: item 1"), "{error}");
+    assert!(!out.exists());
+    let positions = run(folder.path(), &["model.position={kind='learned', max=3}"]);
+    assert!(Trainer::new(positions, Some(&out), None).err().unwrap().to_string().contains("model.position.max = 3"));
+    fs::create_dir(&out).unwrap();
+    fs::write(out.join("notes.txt"), "mine").unwrap();
+    assert!(Trainer::new(run(folder.path(), &[]), Some(&out), None).err().unwrap().to_string().contains("not empty"));
+    assert_eq!(fs::read_dir(&out).unwrap().count(), 1);
+}
