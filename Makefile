@@ -33,9 +33,9 @@ test-python: build
 
 test-torch: build ## the PyTorch oracle: logits, losses and every gradient (installs torch, several GB)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.11.0
-	$(BIN)/python -m pytest -q -m torch tests
+	$(BIN)/python -m pytest -q -m "torch and not full" tests
 
-test-full: build ## the slow tests: full training runs, stage 1, Shakespeare
+test-full: build ## the slow tests: full training runs, stage 1, Shakespeare, the whole oracle grid where torch is in
 	$(BIN)/python -m pytest -q -m full tests
 
 lint: $(VENV)/.locked ## formatters, linters, type checker

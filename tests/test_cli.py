@@ -284,3 +284,11 @@ def test_no_color_is_respected(tmp_path: Path) -> None:
     colour = re.compile(r"\x1b\[[0-9;]*(3[0-8]|9[0-7])m")
     assert colour.search(cli("gate", str(good), FORCE_COLOR="1").stdout)
     assert not colour.search(cli("gate", str(good), FORCE_COLOR="1", NO_COLOR="1").stdout)
+
+
+def test_the_notebook_snippet_of_the_readme_runs_as_written(tmp_path: Path) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    snippet = readme.split("```python\n")[1].split("```")[0]
+    done = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "10 " in done.stdout

@@ -146,8 +146,16 @@ def learning_rate(frame: pl.DataFrame) -> Figure:
     return _finish(figure, axes, rows, x)
 
 
-def compare(runs: Mapping[str, pl.DataFrame], name: str, title: str, unit: str, log_scale: bool = False) -> Figure:
-    """One measure of several runs over their epochs, each line named at its end."""
+def compare(
+    runs: Mapping[str, pl.DataFrame],
+    name: str,
+    title: str,
+    unit: str,
+    log_scale: bool = False,
+    floor: str | None = None,
+    target: float | None = None,
+) -> Figure:
+    """One measure of several runs over their epochs, each line named at its end; their common floor and a target."""
     figure = Chart(figsize=(9, 4.6), dpi=120, layout="constrained")
     axes = figure.subplots()
     _dress(axes, title, unit)
@@ -155,6 +163,10 @@ def compare(runs: Mapping[str, pl.DataFrame], name: str, title: str, unit: str, 
     for order, (label, (rows, x)) in enumerate(every.items()):
         _line(axes, rows, x, name, label, _colour(order))
     rows, x = max(every.values(), key=lambda pair: pair[0].height)
+    if floor is not None:
+        _line(axes, rows, x, floor, "entropy floor", INK, style="--")
+    if target is not None:
+        _bound(axes, target, f"target {target:g}")
     if log_scale:
         _log_scale(axes)
     return _finish(figure, axes, rows, x)

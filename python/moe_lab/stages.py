@@ -279,7 +279,15 @@ def save_plots(stage: Stage) -> list[Path]:
             plots.save_all(row["run"])
     sparse = {name: frame for name, frame in streams.items() if frames.sparse_layers(frame)}
     figures = {
-        "loss": plots.compare(streams, "epoch/loss", "Training loss", "nats, mean over sequences", log_scale=True),
+        "loss": plots.compare(
+            streams,
+            "epoch/loss",
+            "Training loss",
+            "nats, mean over sequences",
+            log_scale=True,
+            floor="epoch/floor",
+            target=gates.LOSS,
+        ),
         "experts": plots.compare(sparse, "moe/experts_per_token", "Experts per token", "mean over tokens and layers"),
     }
     studied = [row for row in stage.rows if row["role"] == "top_p"]

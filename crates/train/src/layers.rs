@@ -9,7 +9,7 @@ use tensor::{Layout, Param};
 /// Numbers summed in one go; fixed, for it decides the order of summation.
 const BLOCK: usize = 4096;
 
-/// Gradient norm at which the learning rate is left as it is (features.md 1.4).
+/// Gradient norm at which the learning rate is left as it is.
 const TARGET_NORM: f64 = 3.0;
 
 /// Sum of squares in f64: running sums in a fixed order per block, blocks joined in order, whatever the number of threads.
@@ -160,7 +160,7 @@ fn flat_layer(name: &str, num_layers: usize) -> Option<usize> {
     Some(4 * block + place)
 }
 
-/// Gradient-norm scaling of the learning rate (methods.md 6.3): (3 / (G + 1e-6))^0.5 between 0.3 and 3; 1 for a layer without gradient.
+/// Gradient-norm scaling of the learning rate: (3 / (G + 1e-6))^0.5 between 0.3 and 3; 1 for a layer without gradient.
 pub fn grad_norm_scale(norm: f64) -> f64 {
     if norm < 1e-6 { 1.0 } else { (TARGET_NORM / (norm + 1e-6)).sqrt().clamp(0.3, 3.0) }
 }

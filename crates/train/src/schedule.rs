@@ -10,8 +10,8 @@ pub enum Shape {
     Constant,
 }
 
-/// Linear warm-up (t + 1) / W, then `shape` up to `total` (methods.md 7.1). Positions are optimizer steps in the text phase and epochs in
-/// the facts and chat phases, where all steps of an epoch share a rate (features.md 1.3); both use the same formula.
+/// Linear warm-up (t + 1) / W, then `shape` up to `total`. Positions are optimizer steps in the text phase and epochs in
+/// the facts and chat phases, where all steps of an epoch share a rate; both use the same formula.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Schedule {
     pub shape: Shape,

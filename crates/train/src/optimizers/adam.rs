@@ -1,4 +1,4 @@
-//! Adam (Kingma and Ba 1412.6980) and AdamW (Loshchilov and Hutter 1711.05101), methods.md 6.4:
+//! Adam (Kingma and Ba 1412.6980) and AdamW (Loshchilov and Hutter 1711.05101):
 //! m ← β1 m + (1−β1) g; v ← β2 v + (1−β2) g²; w ← (1−γλ) w − γ m̂ / (√v̂ + ε). Adam adds λw to g instead of shrinking w.
 
 use super::{Matrix, Moved, Settings, flush, update};

@@ -1,4 +1,4 @@
-//! LARS (You, Gitman, Ginsburg 1708.03888) in the paper's form, methods.md 6.1 (a), one norm segment per tensor and per expert:
+//! LARS (You, Gitman, Ginsburg 1708.03888) in the paper's form, one norm segment per tensor and per expert:
 //! λ = η ‖w‖ / (‖g‖ + β‖w‖ + ε); v ← μ v + γ λ (g + β w); w ← w − v. λ stands inside the momentum and is taken from the clipped gradient.
 //! λ is 1 where a norm is zero and for the parameters without decay, which then follow plain momentum at the rate γ.
 

@@ -1,6 +1,6 @@
 //! Optimizers: pure steps on the flat parameter buffer, one parallel pass over fixed chunks, equal bytes for any number of threads.
 //!
-//! Rules they share (methods.md 1.3, 4.8, 6):
+//! Rules they share:
 //! - Frozen parameters are not touched; padding stays zero.
 //! - An expert (one matrix of a stacked parameter) whose gradient is exactly zero got no token: it takes no step, no decay and no change of
 //!   its moments, and its bias correction counts its own steps.
