@@ -57,7 +57,7 @@ fn the_standard_runs_hold_what_their_stages_say() {
     assert_eq!(router(&stage1)["p"], 0.4);
     assert_eq!((&router(&top2)["kind"], &router(&top2)["k"]), (&json!("top_k"), &json!(2)));
     for run in [&stage1, &top2] {
-        assert_eq!((&router(run)["num_experts"], &router(run)["expert_hidden_size"]), (&json!(16), &json!(32)));
+        assert_eq!((&router(run)["num_experts"], &router(run)["expert_hidden_size"]), (&json!(16), &json!(64)));
         assert_eq!((&run.train, &run.losses), (&baseline.train, &baseline.losses));
     }
 }
