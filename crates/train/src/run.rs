@@ -65,7 +65,6 @@ pub struct Run {
 pub enum Dtype {
     #[default]
     F32,
-    F64,
 }
 
 /// Two files of documents (facts, then chat), or one running text. Relative paths are relative to the file that says them, in `--set` to the

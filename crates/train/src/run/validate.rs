@@ -1,7 +1,7 @@
 //! What makes the values of a run good: ranges and combinations, all problems at once.
 
 use super::merge::{CHOICES, OF_DOCUMENTS, OF_TEXT, overridden};
-use super::{ConfigError, Dtype, Problem, Run, Train, schema};
+use super::{ConfigError, Problem, Run, Train, schema};
 use model::config::MAX_NUMBERS;
 use toml::{Table, Value};
 
@@ -72,7 +72,6 @@ fn general(run: &Run, found: &mut Found) {
         found.require(false, "engine", message.trim_start_matches("engine = \"torch\" "));
     }
     found.require(run.device == "cpu", "device", "must be \"cpu\"; no other device is in this build");
-    found.require(run.dtype == Dtype::F32, "dtype", "training computes in f32; set dtype = \"f32\"");
     found.require(run.threads <= MAX_THREADS, "threads", "must be at most 1024; 0 takes every core");
 }
 
