@@ -2,9 +2,15 @@
 
 use crate::data::{DataError, Document, DocumentOrder, DocumentSet, Floor, ItemFile, Role, Source, TextFile};
 use crate::data::{TextSource, Tokenizer, Unknowns, split_chat, split_documents};
-use crate::evaluate::Question;
 use crate::run::Run;
 use std::path::Path;
+
+/// A prompt and the answer that is expected after it.
+#[derive(Clone, Debug)]
+pub struct Question {
+    pub prompt: Vec<u32>,
+    pub answer: Vec<u32>,
+}
 
 pub enum PhaseData {
     Documents { train: DocumentSet, validation: DocumentSet, order: DocumentOrder },

@@ -1,7 +1,7 @@
 //! Evaluation: losses without gradients, and greedy answers compared token for token.
 
 use crate::data::{Batch, Document};
-use crate::dataset::Dataset;
+use crate::dataset::{Dataset, Question};
 use model::generate::{Sampling, Weights};
 use model::transformer::{Context, Documents};
 use moe_router::Mode;
@@ -84,13 +84,6 @@ fn forward(
         model.forward(&mut tape, &batch, weights.policies, Mode::Evaluate, Context::Documents, &mut |_, _, _| {});
     let targets = Targets { weights_n: vec![1.0; ids_n.len()].into(), ids_n: ids_n.into() };
     cross_entropy(&mut tape, &output.hidden_nd, model.output, &targets).1
-}
-
-/// A prompt and the answer that is expected after it.
-#[derive(Clone, Debug)]
-pub struct Question {
-    pub prompt: Vec<u32>,
-    pub answer: Vec<u32>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
