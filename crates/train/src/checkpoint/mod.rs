@@ -7,10 +7,10 @@ mod tensors;
 
 pub use tensors::read_weights;
 
+use crate::data::sha256;
 use crate::files::{explain, make_folder, sync_folder, write_new};
 use crate::layers::sum_squares;
 use crate::optimizers::State;
-use crate::record::sha256;
 use serde_json::{Map, Value, json};
 use std::fs;
 use std::io;
