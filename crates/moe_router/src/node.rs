@@ -4,6 +4,7 @@
 use crate::heads::{self, HeadGradients, HeadScores, Selection};
 use crate::{Mode, Policy, RouterInput, Routing, losses};
 use std::sync::Arc;
+use tensor::profile::Cost;
 use tensor::{Real, Tape, Value};
 
 /// Weights [a, 1] and the assignments they belong to, for score rows [n, num_ids]. `input` is what surrounds the scores
@@ -15,6 +16,7 @@ pub fn route<'a, T: Real>(
     input: &RouterInput<'_, T>,
     mode: Mode,
 ) -> (Value<T>, Arc<Routing>) {
+    let _span = tape.span("route", Cost::new::<T>(0, scores_ne.data().len()));
     let (routing, weights_a) = policy.route(&input.with_scores(scores_ne.data(), scores_ne.width()), mode);
     let routing = Arc::new(routing);
     let weights = tape.output(tape.arena().copy(&weights_a), weights_a.len(), 1, scores_ne.needs_grad());
@@ -32,10 +34,11 @@ pub fn route<'a, T: Real>(
 fn loss<'a, T: Real>(
     tape: &mut Tape<'a, T>,
     scores: &Value<T>,
-    value: f64,
+    value: impl FnOnce(&[T]) -> f64,
     backward: impl FnOnce(&[T], T, &mut [T]) + 'a,
 ) -> Value<T> {
-    let data = tape.arena().copy(&[T::from_f64(value)]);
+    let _span = tape.span("losses", Cost::new::<T>(0, scores.data().len()));
+    let data = tape.arena().copy(&[T::from_f64(value(scores.data()))]);
     let loss = tape.output(data, 1, 1, scores.needs_grad());
     if loss.needs_grad() {
         let (scores, slot) = (scores.clone(), loss.slot());
@@ -49,26 +52,39 @@ fn loss<'a, T: Real>(
 
 /// `losses::balance` as [1, 1].
 pub fn balance_loss<'a, T: Real>(tape: &mut Tape<'a, T>, scores_ne: &Value<T>, routing: &Arc<Routing>) -> Value<T> {
-    let (value, routing) = (losses::balance(scores_ne.data(), routing), routing.clone());
-    loss(tape, scores_ne, value, move |scores, upstream, dscores| {
-        losses::balance_backward(scores, &routing, upstream, dscores);
-    })
+    let (measured, routing) = (routing.clone(), routing.clone());
+    loss(
+        tape,
+        scores_ne,
+        move |scores| losses::balance(scores, &measured),
+        move |scores, upstream, dscores| {
+            losses::balance_backward(scores, &routing, upstream, dscores);
+        },
+    )
 }
 
 /// `losses::entropy` as [1, 1].
 pub fn entropy_loss<'a, T: Real>(tape: &mut Tape<'a, T>, scores_ne: &Value<T>) -> Value<T> {
     let e = scores_ne.width();
-    let value = losses::entropy(scores_ne.data(), e);
-    loss(tape, scores_ne, value, move |scores, upstream, dscores| {
-        losses::entropy_backward(scores, e, upstream, dscores);
-    })
+    loss(
+        tape,
+        scores_ne,
+        |scores| losses::entropy(scores, e),
+        move |scores, upstream, dscores| {
+            losses::entropy_backward(scores, e, upstream, dscores);
+        },
+    )
 }
 
 /// `losses::z` as [1, 1].
 pub fn z_loss<'a, T: Real>(tape: &mut Tape<'a, T>, scores_ne: &Value<T>) -> Value<T> {
     let e = scores_ne.width();
-    let value = losses::z(scores_ne.data(), e);
-    loss(tape, scores_ne, value, move |scores, upstream, dscores| losses::z_backward(scores, e, upstream, dscores))
+    loss(
+        tape,
+        scores_ne,
+        |scores| losses::z(scores, e),
+        move |scores, upstream, dscores| losses::z_backward(scores, e, upstream, dscores),
+    )
 }
 
 /// Gates [n, shared + routed] of the mixture of heads and the choice of routed heads. `shared` [n, shared] and `split` [n, 2] come together or
@@ -81,6 +97,7 @@ pub fn head_gates<'a, T: Real>(
     active: usize,
 ) -> (Value<T>, Arc<Selection>) {
     assert_eq!(shared.is_some(), split.is_some(), "shared heads need a split between shared and routed");
+    let _span = tape.span("head_gates", Cost::new::<T>(0, 2 * routed.data().len()));
     let head_scores = HeadScores {
         shared_ns: shared.map_or(&[], Value::data),
         routed_nr: routed.data(),
@@ -125,10 +142,15 @@ pub fn head_balance_loss<'a, T: Real>(
     routed: &Value<T>,
     selection: &Arc<Selection>,
 ) -> Value<T> {
-    let (value, selection) = (losses::balance(routed.data(), &selection.routing), selection.clone());
-    loss(tape, routed, value, move |scores, upstream, dscores| {
-        losses::balance_backward(scores, &selection.routing, upstream, dscores);
-    })
+    let (measured, selection) = (selection.clone(), selection.clone());
+    loss(
+        tape,
+        routed,
+        move |scores| losses::balance(scores, &measured.routing),
+        move |scores, upstream, dscores| {
+            losses::balance_backward(scores, &selection.routing, upstream, dscores);
+        },
+    )
 }
 
 #[cfg(test)]

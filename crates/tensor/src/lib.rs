@@ -10,6 +10,7 @@ pub mod engine;
 pub mod kernels;
 pub mod ops;
 pub mod params;
+pub mod profile;
 pub mod random;
 pub mod real;
 pub mod tape;

@@ -1,6 +1,7 @@
 //! The gradient tape. A node is one closure that holds what its backward needs and nothing else; walking back consumes the nodes, so memory is
 //! freed as the walk goes. Gradients of parameters accumulate in place in one flat buffer, those of values in recycled buffers.
 
+use crate::profile::{self, Cost, Direction};
 use crate::{Arena, Buffer, Engine, Param, Real};
 use candle_core::{Device, Tensor, Var};
 use std::sync::Arc;
@@ -65,13 +66,28 @@ pub struct Tape<'a, T: Real = f32> {
     arena: Arena<T>,
     recording: bool,
     next: usize,
-    nodes: Vec<Backward<'a, T>>,
+    nodes: Vec<Node<'a, T>>,
+    /// The op that is being computed, for the profile of its backward.
+    op: (&'static str, Cost),
+}
+
+struct Node<'a, T: Real> {
+    op: (&'static str, Cost),
+    backward: Backward<'a, T>,
 }
 
 impl<'a, T: Real> Tape<'a, T> {
     /// A tape that records for `backward`.
     pub fn new(engine: Engine, params: &'a [T], arena: &Arena<T>) -> Self {
-        Tape { engine, params, arena: arena.clone(), recording: true, next: 0, nodes: Vec::new() }
+        Tape {
+            engine,
+            params,
+            arena: arena.clone(),
+            recording: true,
+            next: 0,
+            nodes: Vec::new(),
+            op: ("", Cost::default()),
+        }
     }
 
     /// A tape that only computes: nothing is saved, no gradient exists.
@@ -116,10 +132,16 @@ impl<'a, T: Real> Tape<'a, T> {
         Value { slot, rows, width, data: Arc::new(data) }
     }
 
+    /// Names the op that is computed while the result lives, for the profile; what it records is profiled under the same name.
+    pub fn span(&mut self, name: &'static str, cost: Cost) -> Option<profile::Span> {
+        self.op = (name, cost);
+        profile::span(name, Direction::Forward, cost.forward)
+    }
+
     /// Appends the backward of an op; call it only for outputs that need a gradient.
     pub fn record(&mut self, backward: impl FnOnce(&mut Gradients<'_, T>) + 'a) {
         if self.recording {
-            self.nodes.push(Box::new(backward));
+            self.nodes.push(Node { op: self.op, backward: Box::new(backward) });
         }
     }
 
@@ -127,6 +149,7 @@ impl<'a, T: Real> Tape<'a, T> {
     pub fn watch(&mut self, value: &Value<T>, look: impl FnOnce(&[T]) + 'a) {
         let slot = value.slot();
         if slot.needs_grad {
+            self.op = ("watch", Cost::default());
             self.record(move |grads| {
                 if let Some(gradient) = grads.peek(slot) {
                     look(gradient);
@@ -159,6 +182,7 @@ impl<'a, T: Real> Tape<'a, T> {
             .collect();
         let slots: Vec<Slot> = outputs.iter().map(Value::slot).collect();
         let (engine, params, arena) = (self.engine, self.params, self.arena.clone());
+        self.op = ("replay", Cost::default());
         self.record(move |outer| {
             let upstream: Vec<Option<Buffer<T>>> = slots.iter().map(|&slot| outer.take(slot)).collect();
             if upstream.iter().all(Option::is_none) {
@@ -203,7 +227,9 @@ impl<'a, T: Real> Tape<'a, T> {
         }
         let mut grads = Gradients { flat, by_value, arena: self.arena };
         for node in self.nodes.into_iter().rev() {
-            node(&mut grads);
+            let (name, cost) = node.op;
+            let _span = profile::span(name, Direction::Backward, cost.backward);
+            (node.backward)(&mut grads);
         }
         grads.by_value
     }

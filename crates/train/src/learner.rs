@@ -15,6 +15,7 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
 use tensor::ops::cross_entropy::Targets;
+use tensor::profile::{self, Direction, Work};
 use tensor::{Arena, Engine, Tape, Value};
 
 /// Beyond these a run has diverged although every number is finite (the roadmap program's limits).
@@ -108,11 +109,18 @@ impl Learner {
     fn step(&mut self, batch: &Batch, settings: &Train, rate: f64, epoch: &mut Epoch) -> Result<Update, String> {
         let mut update = self.gradient(batch, settings.accumulate, epoch);
         check_loss(&update)?;
+        let buffer = size_of_val(&self.params[..]);
+        let norms_span = profile::span("clip", Direction::Update, Work { flops: 0, bytes: buffer });
         update.param_norms = self.layers.param_norms(&self.grads);
         let clipped = self.clip(&update.param_norms, settings.clip)?;
+        drop(norms_span);
         let norms: Vec<f64> = update.param_norms.iter().map(|norm| norm * clipped.factor).collect();
         let rates = self.layers.rates(rate, settings.scales_by_norm().then_some(&norms[..]));
+        let moments = self.optimizer.state().moments.len();
+        let work = Work { flops: 0, bytes: (3 + 2 * moments) * buffer };
+        let optimizer_span = profile::span("optimizer", Direction::Update, work);
         let moved = self.optimizer.step(&self.model.layout, &mut self.params, &self.grads, &rates);
+        drop(optimizer_span);
         update.ratios = self.layers.update_ratios(&moved);
         self.check_params(&update.ratios)?;
         self.policies.iter_mut().zip(&update.observations).for_each(|(policy, seen)| policy.step(seen));
@@ -205,6 +213,7 @@ impl Pass<'_> {
             self.model.forward(&mut tape, &documents, self.policies, Mode::Train, Context::Documents, &mut watch);
         let targets = Targets { ids_n: part.targets_n.clone().into(), weights_n: part.loss_weights_n.clone().into() };
         let found = loss::loss(&mut tape, self.model, &output, &targets, self.coefficients, share);
+        let observe_span = profile::span("observe", Direction::Update, Work::default());
         for (slot, trace) in output.experts.iter().enumerate() {
             let scores = &trace.scores_ne;
             let input = RouterInput::new(&part.offsets_b1, &part.tokens_n, trace.layer)
@@ -213,7 +222,7 @@ impl Pass<'_> {
             epoch.observe(slot, trace, &part.tokens_n);
             sum.add_experts(trace.layer, share.tokens * trace.routing.active_per_token());
         }
-        drop(output);
+        drop((observe_span, output));
         sum.add_losses(&found, part, share);
         tape.backward(&found.total, grads);
         sum.activation_norms.iter_mut().zip(norms.take()).for_each(|(s, n)| *s += n);

@@ -1,11 +1,13 @@
 //! Sums of values: the residual `add`, and `weighted_sum` of scalars (the total loss).
 
 use crate::kernels::parallel;
+use crate::profile::Cost;
 use crate::{Engine, Real, Tape, Value};
 
 /// x + y, both [n, d].
 pub fn add<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, y: &Value<T>) -> Value<T> {
     assert_eq!((x.rows(), x.width()), (y.rows(), y.width()), "add: shapes differ");
+    let _span = tape.span("add", Cost::new::<T>(0, 3 * x.data().len()));
     if tape.engine() == Engine::Reference {
         return tape.reference(&[x, y], &[], |t| Ok(vec![(&t[0] + &t[1])?])).remove(0);
     }
@@ -36,6 +38,7 @@ pub fn add<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, y: &Value<T>) -> V
 
 /// Σ c·s over [1, 1] values, as a [1, 1] value. A zero coefficient leaves its term out, of the gradient too.
 pub fn weighted_sum<'a, T: Real>(tape: &mut Tape<'a, T>, terms: &[(&Value<T>, f64)]) -> Value<T> {
+    let _span = tape.span("losses", Cost::default());
     let mut sum = tape.arena().zeros(1);
     for (value, coefficient) in terms.iter().filter(|(_, c)| *c != 0.0) {
         sum[0] += value.scalar() * T::from_f64(*coefficient);

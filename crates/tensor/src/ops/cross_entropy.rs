@@ -4,6 +4,7 @@
 
 use crate::kernels::gemm::{Matrix, matmul};
 use crate::kernels::simd::{self, Kernel, exp};
+use crate::profile::{Cost, Work};
 use crate::{Buffer, Engine, Param, Real, Tape, Value};
 use candle_core::{D, Device, Tensor};
 use rayon::prelude::*;
@@ -36,6 +37,7 @@ pub fn cross_entropy<'a, T: Real>(
     let (n, d, v) = (x.rows(), x.width(), weight.rows);
     assert!(targets.ids_n.len() == n && targets.weights_n.len() == n, "cross_entropy: one target and weight per row");
     assert!(targets.ids_n.iter().all(|id| (*id as usize) < v), "cross_entropy: target outside the vocabulary");
+    let _span = tape.span("cross_entropy", cost::<T>(n, d, v, tape.recording()));
     let total: f64 = targets.weights_n.iter().sum();
     let share_n: Vec<f64> = targets.weights_n.iter().map(|w| if total > 0.0 { w / total } else { 0.0 }).collect();
     if tape.engine() == Engine::Reference {
@@ -88,6 +90,14 @@ pub fn cross_entropy<'a, T: Real>(
         });
     }
     (loss, losses_n)
+}
+
+/// While recording all products are forward's; backward scales the gradients of x and W.
+fn cost<T>(n: usize, d: usize, v: usize, recording: bool) -> Cost {
+    let product = Cost::product::<T>(n, d, v).forward;
+    let times = if recording { 3 } else { 1 };
+    let forward = Work { flops: times * product.flops, bytes: times * product.bytes };
+    Cost { forward, backward: Work { flops: 0, bytes: (2 * n * d + 3 * d * v) * size_of::<T>() } }
 }
 
 /// The loss lse(logits) − logits[target] of one row, stable for any finite logits. With a share the logits become share·(softmax − onehot).

@@ -1,5 +1,6 @@
 //! Rows of a table by id: ids [n], table [v, d] -> [n, d]. The gradient adds rows in token order.
 
+use crate::profile::Cost;
 use crate::{Engine, Param, Real, Tape, Value, tape::add};
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
@@ -9,6 +10,7 @@ use std::sync::Arc;
 pub fn embedding<'a, T: Real>(tape: &mut Tape<'a, T>, ids_n: &Arc<[u32]>, table: Param) -> Value<T> {
     let (n, d) = (ids_n.len(), table.width);
     assert!(ids_n.iter().all(|id| (*id as usize) < table.rows), "embedding: id outside the table");
+    let _span = tape.span("embedding", Cost::new::<T>(0, 2 * n * d));
     if tape.engine() == Engine::Reference {
         let ids = ids_n.clone();
         return tape

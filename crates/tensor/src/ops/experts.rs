@@ -4,6 +4,7 @@
 use crate::kernels::gemm::{Matrix, Threads, matmul_strided};
 use crate::kernels::parallel;
 use crate::ops::swiglu::{activate, activate_backward};
+use crate::profile::Cost;
 use crate::{Buffer, Engine, Param, Real, Tape, Value};
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
@@ -30,6 +31,14 @@ impl Assignments {
         self.row_offsets_n1[t]..self.row_offsets_n1[t + 1]
     }
 
+    /// What the experts compute for the assignments that compute: three products of a row with each expert's weights.
+    fn cost<T>(&self, gate_up: Param, down: Param) -> Cost {
+        let used = self.expert_ids_a.iter().filter(|id| (**id as usize) < self.num_experts).count();
+        let (weights, d, g) = (gate_up.len() + down.len(), down.rows, down.width);
+        let rows = 2 * self.num_tokens() * d + used * (2 * d + 3 * g);
+        Cost::new::<T>(2 * used * weights, self.num_experts.min(used) * weights + rows)
+    }
+
     /// The ids of token `t`.
     pub fn row(&self, t: usize) -> &[u32] {
         &self.expert_ids_a[self.span(t)]
@@ -51,6 +60,7 @@ pub fn experts<'a, T: Real>(
     assert!(gate_up.count == routing.num_experts && down.count == routing.num_experts, "experts: counts differ");
     assert_eq!(x.rows(), routing.num_tokens(), "experts: the routing is for another number of tokens");
     assert_eq!(weights_a.data().len(), routing.expert_ids_a.len(), "experts: one weight per assignment");
+    let _span = tape.span("experts", routing.cost::<T>(gate_up, down));
     match tape.engine() {
         Engine::Reference => {
             let formula = |t: &[Tensor]| reference(t, routing);

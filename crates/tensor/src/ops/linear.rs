@@ -1,11 +1,13 @@
 //! y = x Wᵀ, without bias. x [n, d], W [f, d], y [n, f].
 
 use crate::kernels::gemm::{Matrix, matmul};
+use crate::profile::Cost;
 use crate::{Engine, Param, Real, Tape, Value};
 
 /// Panics if the widths differ: shapes are fixed by the model's configuration, which is validated before.
 pub fn linear<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, weight: Param) -> Value<T> {
     assert_eq!(x.width(), weight.width, "linear: input width differs from the weight's");
+    let _span = tape.span("linear", Cost::product::<T>(x.rows(), weight.width, weight.rows));
     match tape.engine() {
         Engine::Reference => tape.reference(&[x], &[weight], |t| Ok(vec![t[0].matmul(&t[1].t()?)?])).remove(0),
         _ => cpu(tape, x, weight),

@@ -2,10 +2,12 @@
 //! dx = g∘dy/r − x·Σ(g∘dy∘x)/(d r³); dg = Σ_t dy∘x/r.
 
 use crate::kernels::parallel;
+use crate::profile::Cost;
 use crate::{Engine, Param, Real, Tape, Value};
 
 pub fn rms_norm<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, gain: Param, epsilon: f64) -> Value<T> {
     assert_eq!(x.width(), gain.width, "rms_norm: input width differs from the gain's");
+    let _span = tape.span("rms_norm", Cost::new::<T>(0, 2 * x.data().len()));
     match tape.engine() {
         Engine::Reference => tape
             .reference(&[x], &[gain], |t| {

@@ -1,12 +1,14 @@
 //! Mixture-of-heads combination: every head's output times its gate (Jin 2410.11842). o [n, h·w], gates [n, h] -> [n, h·w].
 
 use crate::kernels::parallel;
+use crate::profile::Cost;
 use crate::{Engine, Real, Tape, Value};
 
 pub fn scale_heads<'a, T: Real>(tape: &mut Tape<'a, T>, o: &Value<T>, gates: &Value<T>) -> Value<T> {
     let (n, heads) = (gates.rows(), gates.width());
     let w = o.width() / heads;
     assert_eq!((o.rows(), o.width()), (n, heads * w), "scale_heads: one gate per token and head");
+    let _span = tape.span("scale_heads", Cost::new::<T>(0, 2 * o.data().len()));
     if tape.engine() == Engine::Reference {
         return tape
             .reference(&[o, gates], &[], |t| {

@@ -4,6 +4,7 @@
 use crate::kernels::gemm::{Matrix, Threads, matmul, matmul_strided};
 use crate::kernels::parallel;
 use crate::kernels::simd::{self, Kernel, LANES, sigmoid};
+use crate::profile::Cost;
 use crate::{Engine, Param, Real, Tape, Value};
 use rayon::prelude::*;
 
@@ -11,6 +12,8 @@ use rayon::prelude::*;
 pub fn swiglu<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, gate: Param, up: Param, down: Param) -> Value<T> {
     assert!(x.width() == gate.width && x.width() == up.width && x.width() == down.rows, "swiglu: widths differ");
     assert!(gate.rows == up.rows && gate.rows == down.width, "swiglu: intermediate sizes differ");
+    let (weights, rows) = (3 * gate.len(), x.rows() * (2 * x.width() + 3 * gate.rows));
+    let _span = tape.span("swiglu", Cost::new::<T>(2 * x.rows() * weights, weights + rows));
     match tape.engine() {
         Engine::Reference => {
             let formula = |t: &[candle_core::Tensor]| {

@@ -5,6 +5,7 @@ mod reference;
 #[cfg(test)]
 mod tests;
 
+use crate::profile::Cost;
 use crate::{Engine, Param, Real, Tape, Value};
 use std::sync::Arc;
 
@@ -36,6 +37,15 @@ impl Attention {
     /// The first key that position `i` sees.
     fn first_key(&self, i: usize) -> usize {
         self.window.map_or(0, |w| (i + 1).saturating_sub(w))
+    }
+
+    /// Scores and mixed values of the pairs a window allows, and q·table for CoPE.
+    fn cost<T>(&self, offsets_b1: &[usize], dh: usize, table: usize) -> Cost {
+        let lengths = offsets_b1.windows(2).map(|w| w[1] - w[0]);
+        let pairs: usize = lengths.map(|t| (0..t).map(|i| i + 1 - self.first_key(i)).sum::<usize>()).sum();
+        let n = offsets_b1.last().copied().unwrap_or(0);
+        let flops = 4 * pairs * self.heads * dh + 2 * n * self.heads * table;
+        Cost::new::<T>(flops, 2 * n * (self.heads + self.kv_heads) * dh)
     }
 
     /// The width of a head; panics where shapes cannot fit, which the validated configuration of a model excludes.
@@ -79,7 +89,8 @@ pub fn attention<'a, T: Real>(
         Position::Cope { table } => &tape.param(&table)[..table.len()],
         _ => &[],
     };
-    spec.head_width(q.width(), k.width(), v.width(), table.len());
+    let dh = spec.head_width(q.width(), k.width(), v.width(), table.len());
+    let _span = tape.span("attention", spec.cost::<T>(offsets_b1, dh, table.len()));
     match tape.engine() {
         Engine::Reference => reference::attention(tape, q, k, v, offsets_b1, spec),
         _ => cpu::attention(tape, [q, k, v], offsets_b1, spec, table),
