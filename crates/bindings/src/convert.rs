@@ -42,6 +42,7 @@ fn io_error(kind: ErrorKind, text: String) -> PyErr {
 
 /// Runs `work` without the GIL. A panic inside (a bug of ours) becomes a RuntimeError, so that `except Exception` catches it.
 pub fn enter<R: Send>(py: Python<'_>, work: impl FnOnce() -> Result<R, TrainError> + Send) -> PyResult<R> {
+    let work = || train::inspect::check_machine().and_then(|()| work());
     let done = py.detach(|| catch_unwind(AssertUnwindSafe(work)));
     match done {
         Ok(result) => result.map_err(|error| Raised(error).into()),

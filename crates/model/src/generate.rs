@@ -4,7 +4,7 @@ use crate::transformer::{Context, Documents, LayerCache, Transformer};
 use moe_router::{Mode, Policy};
 use tensor::ops::linear::linear;
 use tensor::random::Purpose;
-use tensor::{Arena, Engine, Random, Tape};
+use tensor::{Arena, Engine, Precision, Random, Tape};
 
 /// How the next token is chosen. Temperature 0 is greedy (lowest id on ties) and ignores the rest.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -39,6 +39,7 @@ pub struct Weights<'m> {
     pub params: &'m [f32],
     pub policies: &'m [Policy],
     pub engine: Engine,
+    pub precision: Precision,
 }
 
 impl Weights<'_> {
@@ -54,7 +55,7 @@ impl Weights<'_> {
 
     fn run(&self, tokens: &[u32], context: Context<'_, f32>, last_only: bool) -> Vec<f32> {
         let arena = Arena::default();
-        let mut tape = Tape::inference(self.engine, self.params, &arena);
+        let mut tape = Tape::inference(self.engine, self.params, &arena).with_precision(self.precision);
         let documents = Documents::new(tokens.to_vec(), vec![0, tokens.len()]);
         let model = self.transformer;
         let output = model.forward(&mut tape, &documents, self.policies, Mode::Evaluate, context, &mut |_, _, _| {});

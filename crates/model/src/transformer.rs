@@ -7,7 +7,13 @@ use crate::config::{Model, PositionKind};
 use moe_router::{Mode, Policy, RouterInput, Routing, node};
 use std::sync::Arc;
 use tensor::ops::attention::{Attention, Position, attention, decode};
-use tensor::ops::{combine::add, embedding::embedding, experts::experts, linear::linear, rms_norm::rms_norm};
+use tensor::ops::{
+    combine::add,
+    embedding::embedding,
+    experts::experts,
+    linear::{linear, linear_f32},
+    rms_norm::rms_norm,
+};
 use tensor::ops::{scale_heads::scale_heads, swiglu::swiglu};
 use tensor::random::Purpose;
 use tensor::{Layout, Param, Random, Real, Tape, Value};
@@ -323,7 +329,7 @@ impl Transformer {
         let fed = match block.feed_forward {
             FeedForward::Dense { gate, up, down } => swiglu(tape, &normed, gate, up, down),
             FeedForward::Sparse { router, gate_up, down } => {
-                let scores_ne = linear(tape, &normed, router);
+                let scores_ne = linear_f32(tape, &normed, router);
                 let input = RouterInput::new(&documents.offsets_b1, &documents.tokens_n, i);
                 let (weights_a, routing) = node::route(tape, &scores_ne, &policies[i], &input, mode);
                 let y = experts(tape, &normed, &weights_a, &routing.assignments, gate_up, down);
@@ -370,9 +376,9 @@ impl Transformer {
             }
         };
         if let Some(heads) = &block.heads {
-            let shared = heads.shared.map(|w| linear(tape, x, w));
-            let routed = linear(tape, x, heads.routed);
-            let split = heads.split.map(|w| linear(tape, x, w));
+            let shared = heads.shared.map(|w| linear_f32(tape, x, w));
+            let routed = linear_f32(tape, x, heads.routed);
+            let split = heads.split.map(|w| linear_f32(tape, x, w));
             let (gates_nh, selection) = node::head_gates(tape, shared.as_ref(), &routed, split.as_ref(), heads.active);
             o = scale_heads(tape, &o, &gates_nh);
             trace.heads.push(HeadTrace { layer: i, routed_nh: routed, selection });

@@ -7,7 +7,7 @@ use moe_router::{Config, Mode, Threshold};
 use tensor::ops::cross_entropy::{Targets, cross_entropy};
 use tensor::ops::linear::linear;
 use tensor::random::{Purpose, Random};
-use tensor::{Arena, Engine, Real, Tape};
+use tensor::{Arena, Engine, Precision, Real, Tape};
 
 const VOCABULARY: usize = 13;
 
@@ -150,7 +150,13 @@ fn cached_decoding_equals_the_full_pass() {
     for model in all() {
         let params: Vec<f32> = params(&model).iter().map(|x| *x as f32).collect();
         let policies = model.policies();
-        let weights = Weights { transformer: &model, params: &params, policies: &policies, engine: Engine::Cpu };
+        let weights = Weights {
+            transformer: &model,
+            params: &params,
+            policies: &policies,
+            engine: Engine::Cpu,
+            precision: Precision::F32,
+        };
         let text: Vec<u32> = (0..12).map(|i| (i * 5 + 2) % VOCABULARY as u32).collect();
         let full = weights.logits(&text);
         let mut cache = model.empty_cache();

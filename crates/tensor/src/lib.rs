@@ -10,6 +10,7 @@ pub mod engine;
 pub mod kernels;
 pub mod ops;
 pub mod params;
+pub mod precision;
 pub mod profile;
 pub mod random;
 pub mod real;
@@ -17,7 +18,9 @@ pub mod tape;
 
 pub use arena::{Arena, Buffer};
 pub use engine::{Engine, EngineError};
+pub use kernels::isa;
 pub use params::{Layout, Param};
+pub use precision::Precision;
 pub use random::Random;
 pub use real::Real;
 pub use tape::{Gradients, Tape, Value};

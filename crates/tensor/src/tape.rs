@@ -2,7 +2,7 @@
 //! freed as the walk goes. Gradients of parameters accumulate in place in one flat buffer, those of values in recycled buffers.
 
 use crate::profile::{self, Cost, Direction};
-use crate::{Arena, Buffer, Engine, Param, Real};
+use crate::{Arena, Buffer, Engine, Param, Precision, Real};
 use candle_core::{Device, Tensor, Var};
 use std::sync::Arc;
 
@@ -62,6 +62,7 @@ type Backward<'a, T> = Box<dyn FnOnce(&mut Gradients<'_, T>) + 'a>;
 /// One forward pass over a flat parameter buffer.
 pub struct Tape<'a, T: Real = f32> {
     engine: Engine,
+    precision: Precision,
     params: &'a [T],
     arena: Arena<T>,
     recording: bool,
@@ -77,10 +78,11 @@ struct Node<'a, T: Real> {
 }
 
 impl<'a, T: Real> Tape<'a, T> {
-    /// A tape that records for `backward`.
+    /// A tape that records for `backward`, with f32 products.
     pub fn new(engine: Engine, params: &'a [T], arena: &Arena<T>) -> Self {
         Tape {
             engine,
+            precision: Precision::default(),
             params,
             arena: arena.clone(),
             recording: true,
@@ -95,8 +97,18 @@ impl<'a, T: Real> Tape<'a, T> {
         Tape { recording: false, ..Tape::new(engine, params, arena) }
     }
 
+    /// The same tape with products of this precision.
+    pub fn with_precision(self, precision: Precision) -> Self {
+        Tape { precision, ..self }
+    }
+
     pub fn engine(&self) -> Engine {
         self.engine
+    }
+
+    /// How the products of ops multiply; ops in f64 ignore it.
+    pub fn precision(&self) -> Precision {
+        self.precision
     }
 
     pub fn recording(&self) -> bool {
@@ -181,14 +193,14 @@ impl<'a, T: Real> Tape<'a, T> {
             })
             .collect();
         let slots: Vec<Slot> = outputs.iter().map(Value::slot).collect();
-        let (engine, params, arena) = (self.engine, self.params, self.arena.clone());
+        let (engine, precision, params, arena) = (self.engine, self.precision, self.params, self.arena.clone());
         self.op = ("replay", Cost::default());
         self.record(move |outer| {
             let upstream: Vec<Option<Buffer<T>>> = slots.iter().map(|&slot| outer.take(slot)).collect();
             if upstream.iter().all(Option::is_none) {
                 return;
             }
-            let mut tape = Tape::new(engine, params, &arena);
+            let mut tape = Tape::new(engine, params, &arena).with_precision(precision);
             let leaves: Vec<Value<T>> =
                 inputs.iter().map(|v| tape.output(arena.copy(v.data()), v.rows, v.width, v.needs_grad())).collect();
             let outputs = block(&mut tape, &leaves);

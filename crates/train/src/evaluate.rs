@@ -77,7 +77,7 @@ fn forward(
     offsets_b1: Vec<usize>,
     arena: &Arena<f32>,
 ) -> Vec<f64> {
-    let mut tape = Tape::inference(weights.engine, weights.params, arena);
+    let mut tape = Tape::inference(weights.engine, weights.params, arena).with_precision(weights.precision);
     let batch = Documents::new(tokens_n, offsets_b1);
     let model = weights.transformer;
     let output =

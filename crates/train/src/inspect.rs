@@ -14,7 +14,7 @@ use std::time::Instant;
 use tensor::kernels::gemm::{Matrix, matmul};
 use tensor::ops::cross_entropy::Targets;
 use tensor::ops::linear::linear;
-use tensor::{Arena, Engine, Real, Tape};
+use tensor::{Arena, Engine, Precision, Real, Tape};
 
 /// Statistics of data files (None: the shipped one) as JSON and as a text table.
 pub fn data_stats(
@@ -93,9 +93,13 @@ pub fn loss_and_gradients(
         None => model.initialise(run.seed).into_iter().map(f64::from).collect(),
     };
     match dtype {
-        "f64" => Ok(pass::<f64>(&run, &model, &params, documents, engine)),
-        "f32" => Ok(pass::<f32>(&run, &model, &params, documents, engine)),
-        other => Err(TrainError::Usage(format!("dtype = {other:?}: must be \"f32\" or \"f64\""))),
+        "f64" => Ok(pass::<f64>(&run, &model, &params, documents, (engine, Precision::F32))),
+        "f32" => Ok(pass::<f32>(&run, &model, &params, documents, (engine, Precision::F32))),
+        "bf16" if engine == Engine::Reference => Err(TrainError::Usage(
+            "dtype = \"bf16\": engine = \"reference\" has no bf16 products; use engine = \"cpu\"".into(),
+        )),
+        "bf16" => Ok(pass::<f32>(&run, &model, &params, documents, (engine, Precision::Bf16))),
+        other => Err(TrainError::Usage(format!("dtype = {other:?}: must be \"f32\", \"bf16\" or \"f64\""))),
     }
 }
 
@@ -104,7 +108,7 @@ fn pass<T: Real>(
     model: &Transformer,
     params: &[f64],
     documents: &[Vec<u32>],
-    engine: Engine,
+    (engine, precision): (Engine, Precision),
 ) -> LossAndGradients {
     let params: Vec<T> = params.iter().map(|x| T::from_f64(*x)).collect();
     let mut offsets = vec![0];
@@ -116,13 +120,13 @@ fn pass<T: Real>(
         offsets.push(tokens.len());
     }
     let arena = Arena::default();
-    let mut tape = Tape::new(engine, &params, &arena);
+    let mut tape = Tape::new(engine, &params, &arena).with_precision(precision);
     let batch = Documents::new(tokens, offsets);
     let mut watch = |_: &mut Tape<'_, T>, _: usize, _: &tensor::Value<T>| {};
     let policies = model.policies();
     let output = model.forward(&mut tape, &batch, &policies, Mode::Train, Context::Documents, &mut watch);
     let logits = {
-        let mut plain = Tape::inference(engine, &params, &arena);
+        let mut plain = Tape::inference(engine, &params, &arena).with_precision(precision);
         let hidden = plain.constant(output.hidden_nd.data(), output.hidden_nd.rows(), output.hidden_nd.width());
         linear(&mut plain, &hidden, model.output)
     };
@@ -158,6 +162,11 @@ fn named<T: Real>(model: &Transformer, flat: &[T]) -> Vec<Named> {
     model.layout.iter().map(tensor).collect()
 }
 
+/// Refuses an instruction set in `MOE_LAB_ISA` that this machine lacks. Programs call it before any work.
+pub fn check_machine() -> Result<(), TrainError> {
+    tensor::isa::check().map(|_| ()).map_err(|error| TrainError::Usage(error.to_string()))
+}
+
 /// What this machine and this build have.
 pub fn doctor() -> Map<String, Value> {
     let mut report = Map::new();
@@ -177,7 +186,7 @@ fn measured_gflops() -> f64 {
     let mut best = 0.0f64;
     for _ in 0..6 {
         let start = Instant::now();
-        matmul(&mut c, Matrix::new(&a, SIZE, SIZE), Matrix::new(&b, SIZE, SIZE), false);
+        matmul(Precision::F32, &mut c, Matrix::new(&a, SIZE, SIZE), Matrix::new(&b, SIZE, SIZE), false);
         best = best.max(2.0 * (SIZE as f64).powi(3) / start.elapsed().as_secs_f64() / 1e9);
     }
     best

@@ -16,7 +16,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use tensor::ops::cross_entropy::Targets;
 use tensor::profile::{self, Direction, Work};
-use tensor::{Arena, Engine, Tape, Value};
+use tensor::{Arena, Engine, Precision, Tape, Value};
 
 /// Beyond these a run has diverged although every number is finite (the roadmap program's limits).
 const MAX_LOSS: f64 = 1e6;
@@ -30,6 +30,7 @@ pub struct Learner {
     pub policies: Vec<Policy>,
     pub pool: Arc<rayon::ThreadPool>,
     engine: Engine,
+    precision: Precision,
     coefficients: crate::run::Losses,
     grads: Vec<f32>,
     arena: Arena<f32>,
@@ -73,6 +74,7 @@ impl Learner {
             policies: model.policies(),
             pool: Arc::new(thread_pool(run.threads)?),
             engine: run.engine,
+            precision: run.dtype,
             coefficients: run.losses.clone(),
             grads: vec![0.0; params.len()],
             arena: Arena::default(),
@@ -84,7 +86,13 @@ impl Learner {
 
     /// The model as evaluation sees it.
     pub fn weights(&self) -> Weights<'_> {
-        Weights { transformer: &self.model, params: &self.params, policies: &self.policies, engine: self.engine }
+        Weights {
+            transformer: &self.model,
+            params: &self.params,
+            policies: &self.policies,
+            engine: self.engine,
+            precision: self.precision,
+        }
     }
 
     /// The next phase goes on with the moments of the last one, unless it names another optimizer.
@@ -143,6 +151,7 @@ impl Learner {
                 params: &self.params,
                 policies: &self.policies,
                 engine: self.engine,
+                precision: self.precision,
                 coefficients: &self.coefficients,
                 arena: &self.arena,
             };
@@ -194,6 +203,7 @@ struct Pass<'p> {
     params: &'p [f32],
     policies: &'p [Policy],
     engine: Engine,
+    precision: Precision,
     coefficients: &'p crate::run::Losses,
     arena: &'p Arena<f32>,
 }
@@ -202,7 +212,7 @@ impl Pass<'_> {
     /// One micro-batch: gradients into `grads`, measurements into `sum` and `epoch`.
     fn run(&self, part: &Batch, share: Share, grads: &mut [f32], sum: &mut Update, epoch: &mut Epoch) {
         let norms = Rc::new(RefCell::new(vec![0.0; sum.activation_norms.len()]));
-        let mut tape = Tape::new(self.engine, self.params, self.arena);
+        let mut tape = Tape::new(self.engine, self.params, self.arena).with_precision(self.precision);
         let documents = Documents::new(part.tokens_n.clone(), part.offsets_b1.clone());
         let offsets = documents.offsets_b1.clone();
         let mut watch = |tape: &mut Tape<'_, f32>, layer: usize, value: &Value<f32>| {

@@ -108,6 +108,7 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> Result<u8, TrainError> {
+    train::inspect::check_machine()?;
     if let Some(Verb::Resume { run, json }) = cli.verb {
         return train(Trainer::resume(&run)?, json);
     }

@@ -194,7 +194,7 @@ fn git_state(folder: &Path) -> (Option<String>, Option<bool>) {
     (Some(commit), dirty)
 }
 
-/// What this machine has: `cpu`, `cores`, `memory_bytes`, `instruction_sets`, `os`, `arch`; null where it does not say.
+/// What this machine has: `cpu`, `cores`, `memory_bytes`, `instruction_sets`, `isa` (the one that the kernels of this process use), `os`, `arch`; null where it does not say.
 pub fn machine() -> Map<String, Value> {
     let cpu_info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let memory = fs::read_to_string("/proc/meminfo").unwrap_or_default();
@@ -203,6 +203,7 @@ pub fn machine() -> Map<String, Value> {
         ("cores".to_owned(), json!(std::thread::available_parallelism().map_or(1, usize::from))),
         ("memory_bytes".to_owned(), json!(kibibytes(&memory, "MemTotal"))),
         ("instruction_sets".to_owned(), json!(instruction_sets(&cpu_info))),
+        ("isa".to_owned(), json!(tensor::isa::current())),
         ("os".to_owned(), json!(std::env::consts::OS)),
         ("arch".to_owned(), json!(std::env::consts::ARCH)),
     ])

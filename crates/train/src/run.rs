@@ -18,7 +18,7 @@ use crate::{optimizers, schedule};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
-use tensor::Engine;
+use tensor::{Engine, Precision};
 use toml::Table;
 
 /// Epochs that a quick run leaves of each phase.
@@ -36,8 +36,8 @@ pub struct Run {
     pub engine: Engine,
     /// Where it computes; `cpu` and `reference` know only "cpu".
     pub device: String,
-    /// Type of parameters and arithmetic; training knows only `f32`.
-    pub dtype: Dtype,
+    /// How matrix products multiply: `bf16` rounds their operands. Parameters, sums and checkpoints are f32 either way.
+    pub dtype: Precision,
     /// Threads of the trainer, more than the cores allowed; 0 = one for each core. Results do not depend on it.
     pub threads: usize,
     /// Train 10 epochs a phase, or a tenth of `train.max_steps`, and change nothing else: a look, not a result.
@@ -57,14 +57,6 @@ pub struct Run {
     /// What one phase does otherwise than `[train]` says.
     #[serde(skip_serializing_if = "Phases::is_empty")]
     pub phase: Phases,
-}
-
-/// Type of parameters and arithmetic.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum Dtype {
-    #[default]
-    F32,
 }
 
 /// Two files of documents (facts, then chat), or one running text. Relative paths are relative to the file that says them, in `--set` to the

@@ -14,7 +14,7 @@ use moe_router::{Mode, Policy};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use std::path::Path;
-use tensor::{Arena, Engine, Tape};
+use tensor::{Arena, Engine, Precision, Tape};
 
 pub struct Trained {
     /// The run the model came from, where it was given as a run directory.
@@ -87,8 +87,19 @@ impl Trained {
         Ok(Trained { params: loaded.params, run, model, policies, tokenizer, pool })
     }
 
+    /// As the run trained; f32 for a checkpoint folder alone.
+    fn precision(&self) -> Precision {
+        self.run.as_ref().map_or(Precision::F32, |run| run.dtype)
+    }
+
     fn weights(&self) -> Weights<'_> {
-        Weights { transformer: &self.model, params: &self.params, policies: &self.policies, engine: Engine::Cpu }
+        Weights {
+            transformer: &self.model,
+            params: &self.params,
+            policies: &self.policies,
+            engine: Engine::Cpu,
+            precision: self.precision(),
+        }
     }
 
     /// Token ids of a text; empty texts and texts too long for learned positions are refused.
@@ -137,7 +148,7 @@ impl Trained {
         let tokens = self.encode(text)?;
         let arena = Arena::default();
         let layers = self.pool.install(|| {
-            let mut tape = Tape::inference(Engine::Cpu, &self.params, &arena);
+            let mut tape = Tape::inference(Engine::Cpu, &self.params, &arena).with_precision(self.precision());
             let documents = Documents::new(tokens.clone(), vec![0, tokens.len()]);
             let mut watch = |_: &mut Tape<'_, f32>, _: usize, _: &tensor::Value<f32>| {};
             let output = self.model.forward(

@@ -52,6 +52,31 @@ fn outcome(out: &Path) -> (Vec<(String, Vec<u8>)>, Vec<String>) {
 }
 
 #[test]
+fn bf16_products_move_the_run_a_little_and_are_evaluated_as_trained() {
+    let folder = tempfile::tempdir().unwrap();
+    let sparse = "model.router={kind='top_p', p=0.4, num_experts=4, expert_hidden_size=6}";
+    let [(wide, _), (narrow, judged)] = ["f32", "bf16"].map(|dtype| {
+        let out = folder.path().join(dtype);
+        let mut trainer =
+            Trainer::new(run(folder.path(), &[sparse, &format!("dtype={dtype}")]), Some(&out), None).unwrap();
+        while trainer.next_row().unwrap().is_some() {}
+        let judged = train::trained::Trained::load(&out, None).unwrap().evaluate().unwrap();
+        assert!(fs::read_to_string(out.join("run.toml")).unwrap().contains(&format!("dtype = \"{dtype}\"")));
+        let newest = train::checkpoint::newest_whole(&out).unwrap().path.unwrap();
+        let header = fs::read(newest.join("model.safetensors")).unwrap();
+        let header = String::from_utf8_lossy(&header[8..200]).into_owned();
+        assert!(header.contains("\"F32\"") && !header.contains("BF16"), "{header}");
+        (trainer.results()["loss"].as_f64().unwrap(), judged["chat_loss"].as_f64().unwrap())
+    });
+    assert!(wide != narrow && (wide / narrow - 1.0).abs() < 0.1, "{wide} {narrow}");
+    // The same weights without the run's own file compute in f32.
+    let newest = train::checkpoint::newest_whole(&folder.path().join("bf16")).unwrap().path.unwrap();
+    let [as_run, plain] = [(folder.path().join("bf16"), None), (newest, None)]
+        .map(|(path, name)| train::trained::Trained::load(&path, name).unwrap().logits("the Sun is").unwrap());
+    assert!(as_run != plain && judged.is_finite());
+}
+
+#[test]
 fn a_killed_run_ends_with_the_bytes_of_one_that_never_stopped() {
     let variants: [&[&str]; 7] = [
         &[],
@@ -63,7 +88,11 @@ fn a_killed_run_ends_with_the_bytes_of_one_that_never_stopped() {
             "phase.chat.train.optimizer=adam",
             "phase.chat.train.learning_rate=0.001",
         ],
-        &["model.router={kind='top_p', p=0.4, num_experts=4, expert_hidden_size=6}", "train.accumulate=2"],
+        &[
+            "model.router={kind='top_p', p=0.4, num_experts=4, expert_hidden_size=6}",
+            "train.accumulate=2",
+            "dtype=bf16",
+        ],
         &["model.router={kind='top_k', k=2, num_experts=4, expert_hidden_size=6}", "data.val_fraction=0.34"],
         &["model.router={kind='expert_choice', k=1.5, num_experts=4, expert_hidden_size=6}"],
     ];

@@ -1,8 +1,10 @@
-//! Matrix products through the `gemm` crate, on strided views whose bounds are checked here once.
+//! Matrix products on strided views whose bounds are checked here once: through the `gemm` crate, in bf16 on operands rounded before.
 #![allow(unsafe_code)]
 
-use crate::Real;
+use crate::{Precision, Real};
 use gemm::Parallelism;
+use rayon::prelude::*;
+use std::any::TypeId;
 
 /// A read-only strided matrix over a slice.
 #[derive(Clone, Copy)]
@@ -14,7 +16,7 @@ pub struct Matrix<'a, T> {
     col_stride: usize,
 }
 
-impl<'a, T> Matrix<'a, T> {
+impl<'a, T: Real> Matrix<'a, T> {
     /// [rows, cols] stored row after row.
     pub fn new(data: &'a [T], rows: usize, cols: usize) -> Self {
         Matrix::strided(data, rows, cols, cols)
@@ -26,10 +28,34 @@ impl<'a, T> Matrix<'a, T> {
         Matrix { data, rows, cols, row_stride, col_stride: 1 }
     }
 
+    /// The same matrix with every number rounded to bf16 (nearest, ties to even), copied into `to`.
+    fn rounded<'r>(self, to: &'r mut Vec<T>) -> Matrix<'r, T> {
+        let by_rows = self.col_stride == 1;
+        let (outer, inner) = if by_rows { (self.rows, self.cols) } else { (self.cols, self.rows) };
+        let stride = if by_rows { self.row_stride } else { self.col_stride };
+        to.reserve_exact(outer * inner);
+        (0..outer).for_each(|i| to.extend(self.data[i * stride..i * stride + inner].iter().map(|x| round(*x))));
+        let view = Matrix::new(&to[..], outer, inner);
+        if by_rows { view } else { view.t() }
+    }
+
     /// The transposed view.
     pub fn t(self) -> Self {
         Matrix { rows: self.cols, cols: self.rows, row_stride: self.col_stride, col_stride: self.row_stride, ..self }
     }
+}
+
+/// An f32 rounded to the nearest bf16, ties to even; other types as they are.
+fn round<T: Real>(x: T) -> T {
+    if TypeId::of::<T>() != TypeId::of::<f32>() {
+        return x;
+    }
+    // SAFETY: T is f32.
+    let bits: u32 = unsafe { std::mem::transmute_copy(&x) };
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) & 0xffff_0000;
+    let rounded = if bits & 0x7fff_ffff > 0x7f80_0000 { bits } else { rounded }; // NaN stays NaN
+    // SAFETY: T is f32.
+    unsafe { std::mem::transmute_copy(&rounded) }
 }
 
 /// Threads a product may use. Results do not depend on it (measured for the gemm crate; held by a test).
@@ -41,6 +67,7 @@ pub enum Threads {
 
 /// dst [m, n] (rows `dst_stride` apart) = a [m, k] · b [k, n], or += when `accumulate`.
 pub fn matmul_strided<T: Real>(
+    precision: Precision,
     dst: &mut [T],
     dst_stride: usize,
     a: Matrix<'_, T>,
@@ -63,6 +90,13 @@ pub fn matmul_strided<T: Real>(
     let parallelism = match threads {
         Threads::One => Parallelism::None,
         Threads::Pool => Parallelism::Rayon(0),
+    };
+    let (mut rounded_a, mut rounded_b) = (Vec::new(), Vec::new());
+    let (a, b) = match precision {
+        Precision::Bf16 if TypeId::of::<T>() == TypeId::of::<f32>() => {
+            (a.rounded(&mut rounded_a), b.rounded(&mut rounded_b))
+        }
+        _ => (a, b),
     };
     // SAFETY: `Matrix` proved on construction that every (row, col) of a and b lies inside its slice, the assertion above does so for dst, dst is
     // borrowed mutably (no overlap with a and b), and T is f32 or f64 (`Real` is closed).
@@ -92,8 +126,30 @@ pub fn matmul_strided<T: Real>(
 }
 
 /// dst [m, n] = a · b, or += when `accumulate`, on the current thread pool.
-pub fn matmul<T: Real>(dst: &mut [T], a: Matrix<'_, T>, b: Matrix<'_, T>, accumulate: bool) {
-    matmul_strided(dst, b.cols, a, b, accumulate, Threads::Pool);
+pub fn matmul<T: Real>(precision: Precision, dst: &mut [T], a: Matrix<'_, T>, b: Matrix<'_, T>, accumulate: bool) {
+    matmul_strided(precision, dst, b.cols, a, b, accumulate, Threads::Pool);
+}
+
+/// One product of a group: dst [m, n] = a [m, k] · b [k, n], rows of dst n apart.
+pub struct Product<'a, T> {
+    pub dst: &'a mut [T],
+    pub a: Matrix<'a, T>,
+    pub b: Matrix<'a, T>,
+}
+
+/// All products of a group (the experts of a layer), or += when `accumulate`: one list of work for the thread pool, whatever the sizes.
+pub fn grouped<T: Real>(precision: Precision, products: Vec<Product<'_, T>>, accumulate: bool) {
+    const SMALL: usize = 1 << 21; // multiplications
+    let work: usize = products.iter().map(|p| p.a.rows * p.a.cols * p.b.cols).sum();
+    let run = |p: Product<'_, T>, threads| {
+        matmul_strided(precision, p.dst, p.b.cols, p.a, p.b, accumulate, threads);
+    };
+    if work < SMALL {
+        products.into_iter().for_each(|p| run(p, Threads::One));
+    } else {
+        let threads = if products.len() < rayon::current_num_threads() { Threads::Pool } else { Threads::One };
+        products.into_par_iter().for_each(|p| run(p, threads));
+    }
 }
 
 #[cfg(test)]
@@ -118,14 +174,34 @@ mod tests {
             let (a, b) = (fill(0, m * k), fill(1 << 20, k * n));
             let expected = naive(&a, &b, m, k, n);
             let mut found = vec![1.0; m * n];
-            matmul(&mut found, Matrix::new(&a, m, k), Matrix::new(&b, k, n), false);
+            matmul(Precision::F32, &mut found, Matrix::new(&a, m, k), Matrix::new(&b, k, n), false);
             let bt: Vec<f64> = (0..n * k).map(|x| b[(x % k.max(1)) * n + x / k.max(1)]).collect();
             let mut transposed = vec![1.0; m * n];
-            matmul(&mut transposed, Matrix::new(&a, m, k), Matrix::new(&bt, n, k).t(), true);
+            matmul(Precision::F32, &mut transposed, Matrix::new(&a, m, k), Matrix::new(&bt, n, k).t(), true);
             for i in 0..m * n {
                 assert!((found[i] - expected[i]).abs() < 1e-12 && (transposed[i] - expected[i] - 1.0).abs() < 1e-12);
             }
         }
+    }
+
+    #[test]
+    fn bf16_rounds_the_operands_and_nothing_else() {
+        // 1 + i/256 lies on a bf16 number for even i and halfway between two for odd i: the even one is nearest.
+        for (i, even) in [(0u16, 0u16), (1, 0), (2, 2), (3, 4), (5, 4), (7, 8)] {
+            assert_eq!(round(1.0 + f32::from(i) / 256.0), 1.0 + f32::from(even) / 256.0, "{i}");
+            assert_eq!(round(-1.0 - f32::from(i) / 256.0 - 1e-6), -1.0 - f32::from(i + i % 2) / 256.0, "{i}");
+        }
+        assert!(round(f32::MAX).is_infinite() && round(f32::NAN).is_nan() && round(f32::NEG_INFINITY) < 0.0);
+        let numbers = |seed, len| crate::check::normals(seed, len, 1.0).iter().map(|x| *x as f32).collect::<Vec<_>>();
+        let (a, b) = (numbers(1, 7 * 5), numbers(2, 5 * 9));
+        let (ra, rb): (Vec<f32>, Vec<f32>) =
+            (a.iter().map(|x| round(*x)).collect(), b.iter().map(|x| round(*x)).collect());
+        let [mut narrow, mut wide, mut expected] = [(); 3].map(|_| vec![0.0f32; 63]);
+        matmul(Precision::Bf16, &mut narrow, Matrix::new(&a, 7, 5), Matrix::new(&b, 5, 9), false);
+        matmul(Precision::F32, &mut wide, Matrix::new(&a, 7, 5), Matrix::new(&b, 5, 9), false);
+        matmul(Precision::F32, &mut expected, Matrix::new(&ra, 7, 5), Matrix::new(&rb, 5, 9), false);
+        assert_eq!(narrow, expected);
+        assert_ne!(narrow, wide);
     }
 
     #[test]
@@ -139,7 +215,7 @@ mod tests {
             let run = |threads: usize| {
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
                 let mut dst = vec![0.0f32; m * n];
-                pool.install(|| matmul(&mut dst, Matrix::new(&a, m, k), Matrix::new(&b, k, n), false));
+                pool.install(|| matmul(Precision::F32, &mut dst, Matrix::new(&a, m, k), Matrix::new(&b, k, n), false));
                 dst.iter().map(|x| x.to_bits()).collect::<Vec<_>>()
             };
             let one = run(1);

@@ -5,6 +5,7 @@
 #![allow(clippy::needless_range_loop)] // arrays of lanes side by side
 
 use crate::Real;
+use crate::isa::{self, Isa};
 use std::any::TypeId;
 
 /// Numbers a padded row is a multiple of.
@@ -22,7 +23,7 @@ pub trait Kernel {
 /// Runs `kernel` with the best instruction set of this machine.
 pub fn dispatch<K: Kernel>(kernel: K) -> K::Output {
     #[cfg(target_arch = "x86_64")]
-    if std::arch::is_x86_feature_detected!("avx2") {
+    if isa::current() >= Isa::Avx2 {
         // SAFETY: the machine has AVX2.
         return unsafe { run_avx2(kernel) };
     }

@@ -44,6 +44,7 @@ pub fn cross_entropy<'a, T: Real>(
         return reference(tape, x, weight, targets, &share_n);
     }
     let needs = tape.recording() && (x.needs_grad() || weight.trainable);
+    let precision = tape.precision();
     let w_vd = &tape.param(&weight)[..v * d];
     let mut losses_n = vec![0.0; n];
     let mut dx_nd: Option<Buffer<T>> = (needs && x.needs_grad()).then(|| tape.arena().take(n * d));
@@ -53,7 +54,7 @@ pub fn cross_entropy<'a, T: Real>(
     for start in (0..n).step_by(rows) {
         let c = rows.min(n - start);
         let (x_cd, logits_cv) = (Matrix::new(&x.data()[start * d..(start + c) * d], c, d), &mut logits[..c * v]);
-        matmul(logits_cv, x_cd, Matrix::new(w_vd, v, d).t(), false);
+        matmul(precision, logits_cv, x_cd, Matrix::new(w_vd, v, d).t(), false);
         let losses_c = losses_n[start..start + c].par_chunks_mut(ROWS).zip(logits_cv.par_chunks_mut(ROWS * v));
         losses_c.enumerate().for_each(|(b, (losses, rows_v))| {
             for (i, (loss, row_v)) in losses.iter_mut().zip(rows_v.chunks_mut(v)).enumerate() {
@@ -65,10 +66,10 @@ pub fn cross_entropy<'a, T: Real>(
         if needs {
             let dlogits = Matrix::new(&*logits_cv, c, v);
             if let Some(dx_nd) = &mut dx_nd {
-                matmul(&mut dx_nd[start * d..(start + c) * d], dlogits, Matrix::new(w_vd, v, d), false);
+                matmul(precision, &mut dx_nd[start * d..(start + c) * d], dlogits, Matrix::new(w_vd, v, d), false);
             }
             if let Some(dw_vd) = &mut dw_vd {
-                matmul(dw_vd, dlogits.t(), x_cd, start > 0);
+                matmul(precision, dw_vd, dlogits.t(), x_cd, start > 0);
             }
         }
     }

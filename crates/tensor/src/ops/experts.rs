@@ -1,13 +1,12 @@
 //! SwiGLU experts on a ragged list of assignments: y_t = Σ_a w_a W_down,e (silu(G_e x_t) * (U_e x_t)) over the assignments a = (t, e) of token t.
 //! Tokens are counting-sorted by expert and every expert is one product per weight; nothing of size tokens x experts x width exists.
 
-use crate::kernels::gemm::{Matrix, Threads, matmul_strided};
+use crate::kernels::gemm::{Matrix, Product, grouped};
 use crate::kernels::parallel;
 use crate::ops::swiglu::{activate, activate_backward};
 use crate::profile::Cost;
-use crate::{Buffer, Engine, Param, Real, Tape, Value};
+use crate::{Buffer, Engine, Param, Precision, Real, Tape, Value};
 use candle_core::{Device, Tensor};
-use rayon::prelude::*;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -182,29 +181,36 @@ impl Sorted {
     }
 
     /// For every expert with tokens: dst rows of its segment = its a rows · W_e (or W_eᵀ), e.g. [s, k] x [e, k, m] -> [s, m].
-    fn multiply<T: Real>(&self, dst: &mut [T], a: &[T], weight: &Param, w: &[T], transpose: bool) {
+    fn multiply<T: Real>(
+        &self,
+        precision: Precision,
+        dst: &mut [T],
+        a: &[T],
+        weight: &Param,
+        w: &[T],
+        transpose: bool,
+    ) {
         let (rows, cols) = (weight.rows, weight.width);
         let (k, m) = if transpose { (cols, rows) } else { (rows, cols) };
-        let segments = self.segments(dst, m);
-        self.each(segments, a.len() * m, |expert, dst, threads| {
+        let product = |(expert, dst)| {
             let span = self.offsets_e1[expert]..self.offsets_e1[expert + 1];
             let w = Matrix::new(&w[expert * weight.stride..][..weight.len()], rows, cols);
             let a = Matrix::new(&a[span.start * k..span.end * k], span.len(), k);
-            matmul_strided(dst, m, a, if transpose { w.t() } else { w }, false, threads);
-        });
+            Product { dst, a, b: if transpose { w.t() } else { w } }
+        };
+        grouped(precision, self.segments(dst, m).into_iter().map(product).collect(), false);
     }
 
     /// For every expert with tokens: dW_e += (left rows of its segment)ᵀ · (right rows of its segment).
-    fn accumulate<T: Real>(&self, dw: &mut [T], weight: &Param, left: &[T], right: &[T]) {
+    fn accumulate<T: Real>(&self, precision: Precision, dw: &mut [T], weight: &Param, left: &[T], right: &[T]) {
         let (rows, cols) = (weight.rows, weight.width);
-        let parts = dw.chunks_mut(weight.stride).map(|part| &mut part[..weight.len()]).enumerate();
-        let parts = parts.filter(|(expert, _)| self.offsets_e1[*expert] < self.offsets_e1[*expert + 1]).collect();
-        self.each(parts, left.len() * cols, |expert, dw, threads| {
-            let span = self.offsets_e1[expert]..self.offsets_e1[expert + 1];
-            let left = Matrix::new(&left[span.start * rows..span.end * rows], span.len(), rows);
-            let right = Matrix::new(&right[span.start * cols..span.end * cols], span.len(), cols);
-            matmul_strided(dw, cols, left.t(), right, true, threads);
-        });
+        let mut products = Vec::new();
+        for (span, dw) in self.offsets_e1.windows(2).zip(dw.chunks_mut(weight.stride)).filter(|(w, _)| w[0] < w[1]) {
+            let left = Matrix::new(&left[span[0] * rows..span[1] * rows], span[1] - span[0], rows);
+            let right = Matrix::new(&right[span[0] * cols..span[1] * cols], span[1] - span[0], cols);
+            products.push(Product { dst: &mut dw[..weight.len()], a: left.t(), b: right });
+        }
+        grouped(precision, products, true);
     }
 
     /// The segments of the experts with tokens in an array of sorted rows.
@@ -219,17 +225,6 @@ impl Sorted {
         }
         segments
     }
-
-    /// Runs `f` for every part: experts side by side where there are enough of them, else threads inside each product. Neither changes a byte.
-    fn each<P: Send>(&self, parts: Vec<(usize, P)>, work: usize, f: impl Fn(usize, P, Threads) + Sync) {
-        const SMALL: usize = 1 << 16;
-        if work < SMALL {
-            parts.into_iter().for_each(|(expert, part)| f(expert, part, Threads::One));
-        } else {
-            let threads = if parts.len() < rayon::current_num_threads() { Threads::Pool } else { Threads::One };
-            parts.into_par_iter().for_each(|(expert, part)| f(expert, part, threads));
-        }
-    }
 }
 
 fn cpu<'a, T: Real>(
@@ -240,17 +235,17 @@ fn cpu<'a, T: Real>(
     gate_up: Param,
     down: Param,
 ) -> Value<T> {
-    let (n, d, g) = (x.rows(), x.width(), down.width);
+    let (n, d, g, precision) = (x.rows(), x.width(), down.width, tape.precision());
     let sorted = Sorted::new(routing);
     let s = sorted.len();
     let (w_gate_up, w_down) = (tape.param(&gate_up), tape.param(&down));
     let mut rows_sd = tape.arena().take(s * d);
     sorted.gather(&mut rows_sd, x.data(), d);
     let mut pre_s2g = tape.arena().take(s * 2 * g);
-    sorted.multiply(&mut pre_s2g, &rows_sd, &gate_up, w_gate_up, true);
+    sorted.multiply(precision, &mut pre_s2g, &rows_sd, &gate_up, w_gate_up, true);
     let mut hidden_sg = tape.arena().take(s * g);
     activate(&pre_s2g, &mut hidden_sg, g);
-    sorted.multiply(&mut rows_sd, &hidden_sg, &down, w_down, true);
+    sorted.multiply(precision, &mut rows_sd, &hidden_sg, &down, w_down, true);
     drop(hidden_sg); // recomputed from the pre-activations on the way back
     let mut y_nd = tape.arena().take(n * d);
     let weights = weights_a.data();
@@ -268,7 +263,7 @@ fn cpu<'a, T: Real>(
             let mut rows_sd = arena.take(s * d);
             sorted.gather(&mut rows_sd, &dy_nd, d);
             let mut hidden_sg = arena.take(s * g);
-            sorted.multiply(&mut hidden_sg, &rows_sd, &down, w_down, false);
+            sorted.multiply(precision, &mut hidden_sg, &rows_sd, &down, w_down, false);
             let mut dweights_s = arena.take(s);
             let weight = |place: usize| weights[sorted.assignments_s[place] as usize];
             activate_backward(&mut pre_s2g, &mut hidden_sg, g, weight, &mut dweights_s);
@@ -277,14 +272,14 @@ fn cpu<'a, T: Real>(
                 sorted.assignments_s.iter().zip(dweights_s.iter()).for_each(|(&a, dw)| dw_a[a as usize] += *dw);
             });
             if let Some(ddown) = grads.param(&down) {
-                sorted.accumulate(ddown, &down, &rows_sd, &hidden_sg);
+                sorted.accumulate(precision, ddown, &down, &rows_sd, &hidden_sg);
             }
             if let Some(dgate_up) = grads.param(&gate_up) {
                 sorted.gather(&mut rows_sd, x.data(), d);
-                sorted.accumulate(dgate_up, &gate_up, dpre_s2g, &rows_sd);
+                sorted.accumulate(precision, dgate_up, &gate_up, dpre_s2g, &rows_sd);
             }
             grads.write(x.slot(), |dx_nd, accumulate| {
-                sorted.multiply(&mut rows_sd, dpre_s2g, &gate_up, w_gate_up, false);
+                sorted.multiply(precision, &mut rows_sd, dpre_s2g, &gate_up, w_gate_up, false);
                 sorted.combine(dx_nd, &rows_sd, d, &routing, |_| T::ONE, accumulate);
             });
         });

@@ -2,23 +2,33 @@
 
 use crate::kernels::gemm::{Matrix, matmul};
 use crate::profile::Cost;
-use crate::{Engine, Param, Real, Tape, Value};
+use crate::{Engine, Param, Precision, Real, Tape, Value};
 
 /// Panics if the widths differ: shapes are fixed by the model's configuration, which is validated before.
 pub fn linear<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, weight: Param) -> Value<T> {
+    let precision = tape.precision();
+    multiply(tape, x, weight, precision)
+}
+
+/// The same with f32 products in every precision: for routers, whose choices should not hang on rounding (Fedus 2021, section 2.4).
+pub fn linear_f32<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, weight: Param) -> Value<T> {
+    multiply(tape, x, weight, Precision::F32)
+}
+
+fn multiply<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, weight: Param, precision: Precision) -> Value<T> {
     assert_eq!(x.width(), weight.width, "linear: input width differs from the weight's");
     let _span = tape.span("linear", Cost::product::<T>(x.rows(), weight.width, weight.rows));
     match tape.engine() {
         Engine::Reference => tape.reference(&[x], &[weight], |t| Ok(vec![t[0].matmul(&t[1].t()?)?])).remove(0),
-        _ => cpu(tape, x, weight),
+        _ => cpu(tape, x, weight, precision),
     }
 }
 
-fn cpu<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, weight: Param) -> Value<T> {
+fn cpu<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, weight: Param, precision: Precision) -> Value<T> {
     let (n, d, f) = (x.rows(), weight.width, weight.rows);
     let w_fd = &tape.param(&weight)[..weight.len()];
     let mut y_nf = tape.arena().take(n * f);
-    matmul(&mut y_nf, Matrix::new(x.data(), n, d), Matrix::new(w_fd, f, d).t(), false);
+    matmul(precision, &mut y_nf, Matrix::new(x.data(), n, d), Matrix::new(w_fd, f, d).t(), false);
     let y = tape.output(y_nf, n, f, x.needs_grad() || weight.trainable);
     if y.needs_grad() {
         let (x, y) = (x.clone(), y.slot());
@@ -26,9 +36,10 @@ fn cpu<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, weight: Param) -> Valu
             let Some(dy_nf) = grads.take(y) else { return };
             let dy = Matrix::new(&dy_nf, n, f);
             if let Some(dw_fd) = grads.param(&weight) {
-                matmul(&mut dw_fd[..f * d], dy.t(), Matrix::new(x.data(), n, d), true);
+                matmul(precision, &mut dw_fd[..f * d], dy.t(), Matrix::new(x.data(), n, d), true);
             }
-            grads.write(x.slot(), |dx_nd, accumulate| matmul(dx_nd, dy, Matrix::new(w_fd, f, d), accumulate));
+            grads
+                .write(x.slot(), |dx_nd, accumulate| matmul(precision, dx_nd, dy, Matrix::new(w_fd, f, d), accumulate));
         });
     }
     y

@@ -27,7 +27,7 @@ pub fn swiglu<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, gate: Param, up
 }
 
 fn cpu<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, gate: Param, up: Param, down: Param) -> Value<T> {
-    let (n, d, f) = (x.rows(), gate.width, gate.rows);
+    let (n, d, f, precision) = (x.rows(), gate.width, gate.rows, tape.precision());
     let weights = [gate, up].map(|p| &tape.param(&p)[..p.len()]);
     let down_df = &tape.param(&down)[..down.len()];
     // Gate and up pre-activations side by side, as the experts keep them.
@@ -35,13 +35,13 @@ fn cpu<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, gate: Param, up: Param
     for (half, w_fd) in weights.into_iter().enumerate() {
         if n > 0 {
             let (x, w) = (Matrix::new(x.data(), n, d), Matrix::new(w_fd, f, d).t());
-            matmul_strided(&mut pre_n2f[half * f..], 2 * f, x, w, false, Threads::Pool);
+            matmul_strided(precision, &mut pre_n2f[half * f..], 2 * f, x, w, false, Threads::Pool);
         }
     }
     let mut hidden_nf = tape.arena().take(n * f);
     activate(&pre_n2f, &mut hidden_nf, f);
     let mut y_nd = tape.arena().take(n * d);
-    matmul(&mut y_nd, Matrix::new(&hidden_nf, n, f), Matrix::new(down_df, d, f).t(), false);
+    matmul(precision, &mut y_nd, Matrix::new(&hidden_nf, n, f), Matrix::new(down_df, d, f).t(), false);
     drop(hidden_nf); // recomputed from the pre-activations on the way back
     let needs_grad = x.needs_grad() || gate.trainable || up.trainable || down.trainable;
     let y = tape.output(y_nd, n, d, needs_grad);
@@ -54,22 +54,24 @@ fn cpu<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, gate: Param, up: Param
             }
             let dy = Matrix::new(&dy_nd, n, d);
             let mut hidden_nf = grads.arena().take(n * f);
-            matmul(&mut hidden_nf, dy, Matrix::new(down_df, d, f), false);
+            matmul(precision, &mut hidden_nf, dy, Matrix::new(down_df, d, f), false);
             let mut unused_n = grads.arena().take(n);
             activate_backward(&mut pre_n2f, &mut hidden_nf, f, |_| T::ONE, &mut unused_n);
             let hidden = Matrix::new(&hidden_nf, n, f);
             if let Some(ddown_df) = grads.param(&down) {
-                matmul(&mut ddown_df[..d * f], dy.t(), hidden, true);
+                matmul(precision, &mut ddown_df[..d * f], dy.t(), hidden, true);
             }
             for (half, p) in [gate, up].into_iter().enumerate() {
                 let dpre = Matrix::strided(&pre_n2f[half * f..], n, f, 2 * f);
                 if let Some(dw_fd) = grads.param(&p) {
-                    matmul(&mut dw_fd[..f * d], dpre.t(), Matrix::new(x.data(), n, d), true);
+                    matmul(precision, &mut dw_fd[..f * d], dpre.t(), Matrix::new(x.data(), n, d), true);
                 }
             }
             for (half, w_fd) in weights.into_iter().enumerate() {
                 let dpre = Matrix::strided(&pre_n2f[half * f..], n, f, 2 * f);
-                grads.write(x.slot(), |dx_nd, accumulate| matmul(dx_nd, dpre, Matrix::new(w_fd, f, d), accumulate));
+                grads.write(x.slot(), |dx_nd, accumulate| {
+                    matmul(precision, dx_nd, dpre, Matrix::new(w_fd, f, d), accumulate)
+                });
             }
         });
     }

@@ -1,7 +1,7 @@
 //! The default of every value: the baseline's, where it has one.
 
-use super::{Checkpoint, Data, Dtype, Eval, Losses, LrScale, Optimizer, Phases, Run, Schedule, Train};
-use tensor::Engine;
+use super::{Checkpoint, Data, Eval, Losses, LrScale, Optimizer, Phases, Run, Schedule, Train};
+use tensor::{Engine, Precision};
 
 impl Default for Run {
     fn default() -> Self {
@@ -10,7 +10,7 @@ impl Default for Run {
             seed: 0,
             engine: Engine::default(),
             device: "cpu".into(),
-            dtype: Dtype::default(),
+            dtype: Precision::default(),
             threads: 0,
             quick: false,
             data: Data::default(),

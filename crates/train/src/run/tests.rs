@@ -243,6 +243,9 @@ fn every_range_is_checked() {
         assert_eq!(problems.iter().map(|p| p.key.as_str()).collect::<Vec<_>>(), [bad.split_once('=').unwrap().0]);
     }
     good("", &["dtype=f32", "engine=reference"]);
+    let refused = parse("", &["dtype=bf16", "engine=reference"]).unwrap_err().problems;
+    assert_eq!(refused.iter().map(|p| p.key.as_str()).collect::<Vec<_>>(), ["dtype"]);
+    assert_eq!(good("", &["dtype=bf16"]).dtype, tensor::Precision::Bf16);
     good("", &["train.learning_rate=0", "threads=64"]);
 }
 

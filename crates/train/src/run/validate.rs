@@ -3,6 +3,7 @@
 use super::merge::{CHOICES, OF_DOCUMENTS, OF_TEXT, overridden};
 use super::{ConfigError, Problem, Run, Train, schema};
 use model::config::MAX_NUMBERS;
+use tensor::{Engine, Precision};
 use toml::{Table, Value};
 
 /// Counts above this are slips of the keyboard; the products of two fit into 64 bits.
@@ -71,6 +72,12 @@ fn general(run: &Run, found: &mut Found) {
         let message = error.to_string();
         found.require(false, "engine", message.trim_start_matches("engine = \"torch\" "));
     }
+    let multiplies = run.dtype == Precision::F32 || run.engine != Engine::Reference;
+    found.require(
+        multiplies,
+        "dtype",
+        "has no effect with engine = \"reference\", whose products are f32; use engine = \"cpu\"",
+    );
     found.require(run.device == "cpu", "device", "must be \"cpu\"; no other device is in this build");
     found.require(run.threads <= MAX_THREADS, "threads", "must be at most 1024; 0 takes every core");
 }
