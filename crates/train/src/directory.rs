@@ -1,24 +1,30 @@
 //! The run directory: made after everything was validated, owned by one process, appended to row by row, holding whole checkpoints.
 
-use crate::checkpoint;
+use crate::checkpoint::{self, Job, Outcome, Retention, Snapshot, Writer};
 use crate::data::Source;
 use crate::error::TrainError;
+use crate::files::{Disk, explain, make_folders, replace};
 use crate::lock::RunLock;
 use crate::metrics::{self, Row, Stream};
 use crate::record::{self, Record, Status};
 use crate::run::Run;
 use serde_json::{Map, Value, json};
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
+use tensor::Layout;
 
 pub struct RunDirectory {
+    // First, so that a save in flight ends before the lock goes.
+    writer: Writer,
+    disk: Disk,
     path: PathBuf,
     record: Record,
     stream: Stream,
     samples: Stream,
     _lock: RunLock,
-    keep: usize,
     started: Instant,
     /// Seconds and targets of earlier starts of this run.
     seconds_before: f64,
@@ -27,19 +33,18 @@ pub struct RunDirectory {
 impl RunDirectory {
     /// Makes the directory of a new run and writes run.toml and run.json. An existing run is never overwritten.
     pub fn create(
+        disk: &Disk,
         run: &Run,
         out: Option<&Path>,
         parent: Option<String>,
         sources: &[(&'static str, Source)],
     ) -> Result<Self, TrainError> {
         let (id, path) = match out {
-            None => record::new_run_folder(Path::new("runs"), &run.name)?,
+            None => record::new_run_folder(&**disk, Path::new("runs"), &run.name)?,
             Some(path) => {
                 refuse_occupied(path)?;
-                fs::create_dir_all(path).map_err(|error| {
-                    let text = format!("cannot make {}: {error}; choose another --out", path.display());
-                    std::io::Error::new(error.kind(), text)
-                })?;
+                make_folders(&**disk, path)
+                    .map_err(|error| io::Error::new(error.kind(), format!("{error}; choose another --out")))?;
                 let name = path.file_name().map_or("run".into(), |name| name.to_string_lossy().into_owned());
                 (name, path.to_path_buf())
             }
@@ -48,17 +53,18 @@ impl RunDirectory {
         let mut record = Record::start(&id, run.seed, threads(run.threads));
         record.parent = parent;
         record.data = sources.iter().map(|(role, source)| (role.to_string(), json!(source))).collect();
-        record::write_run_file(&path, &run.to_toml())?;
-        record.write(&path)?;
-        Self::opened(path, record, lock, run)
+        record::write_run_file(&**disk, &path, &run.to_toml())?;
+        record.write(&**disk, &path)?;
+        Self::opened(disk, path, record, lock)
     }
 
-    fn opened(path: PathBuf, record: Record, lock: RunLock, run: &Run) -> Result<Self, TrainError> {
+    fn opened(disk: &Disk, path: PathBuf, record: Record, lock: RunLock) -> Result<Self, TrainError> {
         let seconds_before = record.results.get("seconds").and_then(Value::as_f64).unwrap_or(0.0);
         Ok(RunDirectory {
-            stream: Stream::open(&path.join("metrics.jsonl"))?,
-            samples: Stream::open(&path.join("samples.jsonl"))?,
-            keep: run.checkpoint.keep,
+            writer: Writer::default(),
+            disk: disk.clone(),
+            stream: Stream::open(disk, &path.join("metrics.jsonl"))?,
+            samples: Stream::open(disk, &path.join("samples.jsonl"))?,
             _lock: lock,
             started: Instant::now(),
             path,
@@ -88,19 +94,30 @@ impl RunDirectory {
     }
 
     /// Continues the streams of a run at `step`: rows of later steps are set aside.
-    pub fn reopen(path: &Path, run: &Run, mut record: Record, lock: RunLock, step: u64) -> Result<Self, TrainError> {
+    pub fn reopen(disk: &Disk, path: &Path, mut record: Record, lock: RunLock, step: u64) -> Result<Self, TrainError> {
         for stream in ["metrics.jsonl", "samples.jsonl"] {
-            metrics::prune(&path.join(stream), step)?;
+            metrics::prune(&**disk, &path.join(stream), step)?;
         }
         record.status = Status::Running;
         record.finished = None;
-        record.write(path)?;
-        Self::opened(path.to_path_buf(), record, lock, run)
+        record.write(&**disk, path)?;
+        Self::opened(disk, path.to_path_buf(), record, lock)
     }
 
     /// A completed run, opened to read it.
-    pub fn completed(path: &Path, run: &Run, record: Record, lock: RunLock) -> Result<Self, TrainError> {
-        Self::opened(path.to_path_buf(), record, lock, run)
+    pub fn completed(disk: &Disk, path: &Path, record: Record, lock: RunLock) -> Result<Self, TrainError> {
+        Self::opened(disk, path.to_path_buf(), record, lock)
+    }
+
+    /// Cuts the streams back to `step`, for a run that returns to an earlier checkpoint.
+    pub fn rewind(&mut self, step: u64) -> Result<(), TrainError> {
+        for (stream, name) in [(&mut self.stream, "metrics.jsonl"), (&mut self.samples, "samples.jsonl")] {
+            stream.flush()?;
+            let path = self.path.join(name);
+            metrics::prune(&*self.disk, &path, step)?;
+            *stream = Stream::open(&self.disk, &path)?;
+        }
+        Ok(())
     }
 
     pub fn path(&self) -> &Path {
@@ -111,8 +128,14 @@ impl RunDirectory {
         &self.record
     }
 
-    pub fn append(&mut self, row: &Row) -> Result<(), TrainError> {
-        Ok(self.stream.append(row)?)
+    /// Appends a row. After an error it waits in memory and goes out with the next one.
+    pub fn append(&mut self, row: &Row) -> io::Result<()> {
+        self.stream.append(row)
+    }
+
+    /// Whether more lines wait for the disk than memory should hold.
+    pub fn overflows(&self) -> bool {
+        self.stream.overflows() || self.samples.overflows()
     }
 
     /// Appends (prompt, text) pairs to samples.jsonl.
@@ -122,7 +145,7 @@ impl RunDirectory {
         phase: &str,
         epoch: u64,
         samples: &[(String, String)],
-    ) -> Result<(), TrainError> {
+    ) -> io::Result<()> {
         for (prompt, text) in samples {
             let line = json!({ "step": step, "phase": phase, "epoch": epoch, "prompt": prompt, "text": text });
             self.samples.append_line(&line.to_string())?;
@@ -130,15 +153,46 @@ impl RunDirectory {
         Ok(())
     }
 
-    /// Saves a whole checkpoint; the rows it covers are made durable first.
-    pub fn save(&mut self, contents: &checkpoint::Contents<'_>) -> Result<PathBuf, TrainError> {
-        self.stream.sync()?;
-        self.samples.sync()?;
-        let path =
-            checkpoint::save(&self.path, contents, self.keep).map_err(|error| TrainError::Failed(error.to_string()))?;
-        self.record.results.insert("seconds".into(), json!(self.seconds()));
-        self.record.write(&self.path)?;
-        Ok(path)
+    /// A snapshot to fill for [`start_save`](Self::start_save).
+    pub fn spare(&mut self) -> Snapshot {
+        self.writer.spare()
+    }
+
+    /// Whether a save is in flight.
+    pub fn saving(&self) -> bool {
+        self.writer.busy()
+    }
+
+    /// Starts to save a whole checkpoint beside the training; the rows it covers are made durable before it. Errors: rows that could not even be
+    /// written.
+    pub fn start_save(&mut self, layout: &Arc<Layout>, snapshot: Snapshot, retention: Retention) -> io::Result<()> {
+        self.stream.flush()?;
+        self.samples.flush()?;
+        let seconds = self.seconds();
+        self.record.results.insert("seconds".into(), json!(seconds));
+        self.writer.start(Job {
+            disk: self.disk.clone(),
+            run_folder: self.path.clone(),
+            layout: layout.clone(),
+            snapshot,
+            retention,
+            streams: vec![self.stream.handle()?, self.samples.handle()?],
+            record: self.record.text()?,
+        })
+    }
+
+    /// How the save in flight ended; none while it runs.
+    pub fn poll_save(&mut self) -> Option<Outcome> {
+        self.writer.poll()
+    }
+
+    /// Waits for the save in flight.
+    pub fn wait_save(&mut self) -> Option<Outcome> {
+        self.writer.wait()
+    }
+
+    pub fn disk(&self) -> &Disk {
+        &self.disk
     }
 
     /// Seconds of training over all starts of the run.
@@ -155,15 +209,24 @@ impl RunDirectory {
         results.insert("tokens_per_second".into(), json!(tokens.map(|tokens| tokens / seconds)));
         results.insert("peak_memory_bytes".into(), json!(record::peak_memory_bytes()));
         self.record.finish(status, results);
-        Ok(self.record.write(&self.path)?)
+        self.stream.flush()?;
+        self.samples.flush()?;
+        Ok(self.record.write(&*self.disk, &self.path)?)
     }
 
-    /// failure.json: where and why a run ended before its time.
-    pub fn failure(&self, step: u64, reason: &str) -> Result<(), TrainError> {
-        let failure = json!({ "step": step, "reason": reason, "run": self.record.id });
-        let mut text = serde_json::to_string_pretty(&failure).map_err(|error| TrainError::Failed(error.to_string()))?;
-        text.push('\n');
-        Ok(crate::files::replace(&self.path.join("failure.json"), text.as_bytes())?)
+    /// failure.json: what is known of a run that ended before its time.
+    pub fn failure(&self, failure: &Value) -> Result<(), TrainError> {
+        let path = self.path.join("failure.json");
+        Ok(replace(&*self.disk, &path, format!("{failure:#}\n").as_bytes())?)
+    }
+
+    /// Takes away the failure.json of an earlier start.
+    pub fn forget_failure(&self) -> Result<(), TrainError> {
+        let path = self.path.join("failure.json");
+        match self.disk.remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(explain("remove", &path)(error).into()),
+            _ => Ok(()),
+        }
     }
 }
 

@@ -95,6 +95,12 @@ impl Learner {
         }
     }
 
+    /// Bytes of parameters and moments, which is what a checkpoint takes.
+    pub fn state_bytes(&self) -> u64 {
+        let buffers = 1 + self.optimizer.state().moments.len();
+        (buffers * self.model.layout.len() * size_of::<f32>()) as u64
+    }
+
     /// The next phase goes on with the moments of the last one, unless it names another optimizer.
     pub fn carry_optimizer(&mut self, next: &Train) -> Result<(), TrainError> {
         let (kind, settings, layout) = (next.optimizer_kind(), next.optimizer_settings(), &self.model.layout);

@@ -9,7 +9,7 @@ pub mod directory;
 pub mod epoch;
 pub mod error;
 pub mod evaluate;
-mod files;
+pub mod files;
 pub mod inspect;
 pub mod layers;
 pub mod learner;

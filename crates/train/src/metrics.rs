@@ -1,9 +1,9 @@
 //! metrics.jsonl, the one stream every viewer reads: one flat JSON object a line, appended by one write, cut back to the checkpoint on resume.
 
-use crate::files::{explain, parent, replace, sync_folder};
+use crate::files::{Disk, Files, explain, parent, replace, sync_folder};
 use serde_json::{Map, Value};
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
+use std::fs::File;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -76,47 +76,78 @@ impl Row {
     }
 }
 
-/// The open stream of a run.
+/// Lines that may wait for room on the disk, in bytes.
+const MAX_WAITING: usize = 64 << 20;
+
+/// The open stream of a run. Lines that the disk refused wait in memory and go out, in order, before the next one.
 #[derive(Debug)]
 pub struct Stream {
+    disk: Disk,
     file: File,
     path: PathBuf,
+    /// Bytes of the whole lines in the file.
+    len: u64,
+    waiting: Vec<u8>,
+    /// Whether a piece of a line may stand behind the whole ones.
+    torn: bool,
 }
 
 impl Stream {
     /// Opens `metrics.jsonl` (or another stream of lines) for appending; makes it if need be.
-    pub fn open(path: &Path) -> io::Result<Self> {
-        let file = OpenOptions::new().append(true).create(true).open(path).map_err(explain("open", path))?;
-        sync_folder(parent(path))?;
-        Ok(Self { file, path: path.to_owned() })
+    pub fn open(disk: &Disk, path: &Path) -> io::Result<Self> {
+        let file = disk.open(path).map_err(explain("open", path))?;
+        sync_folder(&**disk, parent(path))?;
+        let len = file.metadata().map_err(explain("read", path))?.len();
+        Ok(Self { disk: disk.clone(), file, path: path.to_owned(), len, waiting: Vec::new(), torn: false })
     }
 
-    /// Appends a row in one write. If that fails half way (full disk), the torn piece is taken off again.
+    /// Appends a row in one write. After an error it waits for the next call.
     pub fn append(&mut self, row: &Row) -> io::Result<()> {
         self.append_line(&row.line())
     }
 
     /// Appends any line.
     pub fn append_line(&mut self, line: &str) -> io::Result<()> {
-        let before = self.file.metadata().map_err(explain("read", &self.path))?.len();
-        let written = self.file.write_all(format!("{line}\n").as_bytes());
-        if written.is_err() {
-            let _ = self.file.set_len(before); // a torn line that stays is taken out by `prune`
-        }
-        written.map_err(explain("write", &self.path))
+        self.waiting.extend_from_slice(line.as_bytes());
+        self.waiting.push(b'\n');
+        self.flush()
     }
 
-    /// Makes every appended line durable; called before the checkpoint that covers them is announced.
-    pub fn sync(&self) -> io::Result<()> {
-        self.file.sync_all().map_err(explain("fsync", &self.path))
+    /// Whether more lines wait than memory should hold.
+    pub fn overflows(&self) -> bool {
+        self.waiting.len() > MAX_WAITING
+    }
+
+    /// Writes what waits.
+    pub fn flush(&mut self) -> io::Result<()> {
+        if self.torn {
+            self.disk.set_len(&self.path, &self.file, self.len).map_err(explain("write", &self.path))?;
+            self.torn = false;
+        }
+        if self.waiting.is_empty() {
+            return Ok(());
+        }
+        if let Err(error) = self.disk.write(&self.path, &self.file, &self.waiting) {
+            // Take the torn piece off again; where that fails too it is tried before the next write, and `prune` does it after a kill.
+            self.torn = self.disk.set_len(&self.path, &self.file, self.len).is_err();
+            return Err(explain("write", &self.path)(error));
+        }
+        self.len += self.waiting.len() as u64;
+        self.waiting.clear();
+        Ok(())
+    }
+
+    /// A second handle, for a thread that makes the lines written so far durable.
+    pub fn handle(&self) -> io::Result<(PathBuf, File)> {
+        Ok((self.path.clone(), self.file.try_clone().map_err(explain("open", &self.path))?))
     }
 }
 
 /// For a resume at `step`: takes out of the stream at `path` a torn last line, lines that are no JSON object and every line of a later step,
 /// and keeps them beside it (metrics.jsonl: in metrics.pruned.jsonl). Atomic; call it before the
 /// stream is opened. Returns the number of lines taken out; a missing stream has none.
-pub fn prune(path: &Path, step: u64) -> io::Result<usize> {
-    let bytes = match fs::read(path) {
+pub fn prune(disk: &dyn Files, path: &Path, step: u64) -> io::Result<usize> {
+    let bytes = match disk.read(path) {
         Ok(bytes) => bytes,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
         Err(error) => return Err(explain("read", path)(error)),
@@ -134,9 +165,13 @@ pub fn prune(path: &Path, step: u64) -> io::Result<usize> {
     if lines > 0 {
         // First to safety, then out of the stream: a crash between the two keeps them twice rather than not at all.
         let aside = path.with_extension("pruned.jsonl");
-        let mut file = OpenOptions::new().append(true).create(true).open(&aside).map_err(explain("open", &aside))?;
-        file.write_all(&out).and_then(|()| file.sync_all()).map_err(explain("write", &aside))?;
-        replace(path, &kept)?;
+        let keep = || {
+            let file = disk.open(&aside)?;
+            disk.write(&aside, &file, &out)?;
+            disk.sync(&aside, &file)
+        };
+        keep().map_err(explain("write", &aside))?;
+        replace(disk, path, &kept)?;
     }
     Ok(lines)
 }
@@ -165,7 +200,9 @@ pub fn canonical(line: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::files::{System, system};
     use proptest::prelude::*;
+    use std::fs;
 
     fn row(step: u64) -> Row {
         let mut row = Row::new(step, step * 10, "train");
@@ -219,23 +256,25 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("metrics.jsonl");
         for steps in [1..3, 3..5] {
-            let mut stream = Stream::open(&path).unwrap();
+            let mut stream = Stream::open(&system(), &path).unwrap();
             steps.for_each(|step| stream.append(&row(step)).unwrap());
-            stream.sync().unwrap();
         }
         let text = fs::read_to_string(&path).unwrap();
         let steps: Vec<u64> =
             text.lines().map(|l| serde_json::from_str::<Value>(l).unwrap()["step"].as_u64().unwrap()).collect();
         assert_eq!(steps, [1, 2, 3, 4]);
         assert!(
-            Stream::open(&folder.path().join("no/metrics.jsonl")).unwrap_err().to_string().contains("no/metrics.jsonl")
+            Stream::open(&system(), &folder.path().join("no/metrics.jsonl"))
+                .unwrap_err()
+                .to_string()
+                .contains("no/metrics.jsonl")
         );
     }
 
     #[test]
     #[cfg(target_os = "linux")]
     fn a_full_disk_is_an_error_that_names_the_stream() {
-        let error = Stream::open(Path::new("/dev/full")).unwrap().append(&row(1)).unwrap_err();
+        let error = Stream::open(&system(), Path::new("/dev/full")).unwrap().append(&row(1)).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::StorageFull);
         assert!(error.to_string().starts_with("cannot write /dev/full: "), "{error}");
     }
@@ -244,20 +283,20 @@ mod tests {
     fn prune_cuts_the_stream_back_to_the_checkpoint_and_keeps_what_it_took() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("metrics.jsonl");
-        assert_eq!(prune(&path, 0).unwrap(), 0);
-        let mut stream = Stream::open(&path).unwrap();
+        assert_eq!(prune(&System, &path, 0).unwrap(), 0);
+        let mut stream = Stream::open(&system(), &path).unwrap();
         (1..=6).for_each(|step| stream.append(&row(step)).unwrap());
         let whole = fs::read_to_string(&path).unwrap();
-        assert_eq!(prune(&path, 6).unwrap(), 0);
+        assert_eq!(prune(&System, &path, 6).unwrap(), 0);
         stream.append_line("{\"step\":7,\"train/lo").unwrap();
         fs::write(&path, &fs::read(&path).unwrap()[..whole.len() + 10]).unwrap(); // torn
-        assert_eq!(prune(&path, 4).unwrap(), 3);
+        assert_eq!(prune(&System, &path, 4).unwrap(), 3);
         let kept: Vec<&str> = whole.lines().take(4).collect();
         assert_eq!(fs::read_to_string(&path).unwrap(), kept.join("\n") + "\n");
         let aside = fs::read_to_string(folder.path().join("metrics.pruned.jsonl")).unwrap();
         let taken: Vec<&str> = whole.lines().skip(4).chain(["{\"step\":7,"]).collect();
         assert_eq!(aside, taken.join("\n") + "\n");
-        assert_eq!(prune(&path, 2).unwrap(), 2);
+        assert_eq!(prune(&System, &path, 2).unwrap(), 2);
         assert_eq!(fs::read_to_string(folder.path().join("metrics.pruned.jsonl")).unwrap().lines().count(), 5);
     }
 
@@ -266,7 +305,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("metrics.jsonl");
         fs::write(&path, "{\"step\":1}\n\u{0}\u{0}\n{\"step\":2}").unwrap();
-        assert_eq!(prune(&path, 9).unwrap(), 2);
+        assert_eq!(prune(&System, &path, 9).unwrap(), 2);
         assert_eq!(fs::read_to_string(&path).unwrap(), "{\"step\":1}\n");
     }
 

@@ -1,6 +1,6 @@
 //! run.toml and run.json: what a run is, where and from what it was made, how it ended. Written atomically, readable with `cat`.
 
-use crate::files::{explain, make_folder, replace, sync_folder};
+use crate::files::{Files, explain, make_folders, replace, sync_folder};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use std::fs;
@@ -106,10 +106,15 @@ impl Record {
     }
 
     /// Writes run.json into `folder`, replacing the old one atomically.
-    pub fn write(&self, folder: &Path) -> io::Result<()> {
+    pub fn write(&self, disk: &dyn Files, folder: &Path) -> io::Result<()> {
+        replace(disk, &folder.join("run.json"), self.text()?.as_bytes())
+    }
+
+    /// The text of run.json.
+    pub fn text(&self) -> io::Result<String> {
         let mut text = serde_json::to_string_pretty(self).map_err(io::Error::other)?;
         text.push('\n');
-        replace(&folder.join("run.json"), text.as_bytes())
+        Ok(text)
     }
 
     /// Reads run.json of `folder`. Errors: one sentence naming the file.
@@ -123,8 +128,8 @@ impl Record {
 }
 
 /// Writes the resolved configuration as run.toml into `folder`, atomically.
-pub fn write_run_file(folder: &Path, text: &str) -> io::Result<()> {
-    replace(&folder.join("run.toml"), text.as_bytes())
+pub fn write_run_file(disk: &dyn Files, folder: &Path, text: &str) -> io::Result<()> {
+    replace(disk, &folder.join("run.toml"), text.as_bytes())
 }
 
 /// `results` with every key of [`RESULTS`], in their order, then the others.
@@ -136,15 +141,15 @@ fn complete(mut results: Map<String, Value>) -> Map<String, Value> {
 }
 
 /// Makes a new folder `<time>-<name>` under `root` (UTC) and returns its id and path. Two runs of one second get different ids.
-pub fn new_run_folder(root: &Path, name: &str) -> io::Result<(String, PathBuf)> {
-    make_folder(root)?;
+pub fn new_run_folder(disk: &dyn Files, root: &Path, name: &str) -> io::Result<(String, PathBuf)> {
+    make_folders(disk, root)?;
     let time: String = timestamp(SystemTime::now()).chars().filter(|c| !matches!(c, '-' | ':' | 'Z')).collect();
     let stem = format!("{}-{}", time.replace('T', "-"), folder_name(name));
     for attempt in 1u32.. {
         let id = if attempt == 1 { stem.clone() } else { format!("{stem}-{attempt}") };
         let path = root.join(&id);
-        match fs::create_dir(&path) {
-            Ok(()) => return sync_folder(root).map(|()| (id, path)),
+        match disk.make_folder(&path) {
+            Ok(()) => return sync_folder(disk, root).map(|()| (id, path)),
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             Err(error) => return Err(explain("make the folder", &path)(error)),
         }
@@ -243,13 +248,14 @@ fn kibibytes(text: &str, name: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::files::System;
     use std::time::Duration;
 
     #[test]
     fn the_record_is_replaced_whole_and_reads_back() {
         let folder = tempfile::tempdir().unwrap();
         let mut record = Record::start("20260101-000000-test", u64::MAX, 3);
-        record.write(folder.path()).unwrap();
+        record.write(&System, folder.path()).unwrap();
         let started = Record::read(folder.path()).unwrap();
         assert_eq!((started.status, started.seed, started.finished.clone()), (Status::Running, u64::MAX, None));
         assert!(RESULTS.iter().all(|name| started.results[*name].is_null()) && started.results.len() == RESULTS.len());
@@ -258,7 +264,7 @@ mod tests {
             Status::Completed,
             Map::from_iter([("extra".to_owned(), json!(1)), ("loss".to_owned(), json!(0.25))]),
         );
-        record.write(folder.path()).unwrap();
+        record.write(&System, folder.path()).unwrap();
         let read = Record::read(folder.path()).unwrap();
         assert_eq!(read, record);
         assert_eq!(
@@ -285,7 +291,7 @@ mod tests {
         let root = folder.path().join("runs");
         let mut ids = Vec::new();
         for name in ["base", "base", "base", "../../etc", "", ".", "a b/c\\d\u{0}é"] {
-            let (id, path) = new_run_folder(&root, name).unwrap();
+            let (id, path) = new_run_folder(&System, &root, name).unwrap();
             assert!(path.is_dir() && path.parent() == Some(root.as_path()), "{}", path.display());
             assert!(id.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c)), "{id}");
             ids.push(id);

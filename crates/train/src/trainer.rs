@@ -1,26 +1,29 @@
 //! The training loop: every call of `next_row` does one update (or hands out a row that an update left) and writes what it did. Kill it
 //! anywhere: `resume` goes on from the newest whole checkpoint and ends with the same bytes.
 
+mod report;
+mod save;
+
 use crate::checkpoint;
-use crate::data::{Batch, Split};
+use crate::data::{Batch, Split, sha256};
 use crate::dataset::{Dataset, PhaseData};
 use crate::directory::{self, RunDirectory};
 use crate::epoch::Epoch;
 use crate::error::TrainError;
-use crate::evaluate;
-use crate::learner::{Learner, Update};
-use crate::loss;
+use crate::files::{Disk, parent, system};
+use crate::learner::Learner;
 use crate::metrics::Row;
 use crate::optimizers::Optimizer;
 use crate::record::Status;
 use crate::run::{Run, Train};
-use model::generate::Sampling;
-use moe_router::{Control, Policy};
+use moe_router::Control;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use std::collections::VecDeque;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
+use tensor::Layout;
 
 /// What comes next.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -47,6 +50,13 @@ struct State {
     controls: Vec<Control>,
 }
 
+/// The same in every checkpoint of a run.
+struct Texts {
+    tokenizer: Arc<[u8]>,
+    config: Arc<str>,
+    fingerprints: Arc<Map<String, Value>>,
+}
+
 pub struct Trainer {
     run: Run,
     dataset: Dataset,
@@ -55,7 +65,19 @@ pub struct Trainer {
     at: Position,
     epoch: Epoch,
     results: Map<String, Value>,
+    layout: Arc<Layout>,
+    texts: Texts,
+    /// The newest step known to be saved, and the one this process resumed from.
     saved_step: Option<u64>,
+    resumed: Option<u64>,
+    /// A save is to be started as soon as none is in flight.
+    due: bool,
+    /// Saves that failed in a row, and why the last one did.
+    misses: u32,
+    missed: Option<String>,
+    /// The streams could not be written last time.
+    refused: bool,
+    last_row: Option<Row>,
     queue: VecDeque<Row>,
     notes: Vec<String>,
     done: bool,
@@ -65,8 +87,14 @@ impl Trainer {
     /// Validates everything, then makes the run directory (`out`, or runs/<time>-<name>) and writes run.toml and run.json. An error before
     /// that leaves no trace.
     pub fn new(run: Run, out: Option<&Path>, parent: Option<String>) -> Result<Self, TrainError> {
+        Self::new_on(system(), run, out, parent)
+    }
+
+    /// As [`Trainer::new`], on another disk.
+    pub fn new_on(disk: Disk, run: Run, out: Option<&Path>, parent: Option<String>) -> Result<Self, TrainError> {
         let (dataset, learner) = prepare(&run)?;
-        let directory = RunDirectory::create(&run, out, parent, &dataset.sources)?;
+        check_room(&disk, out.unwrap_or(Path::new("runs")), &learner)?;
+        let directory = RunDirectory::create(&disk, &run, out, parent, &dataset.sources)?;
         let mut trainer = Trainer::assemble(run, dataset, learner, directory);
         trainer.event("run_started", format!("run {} started", trainer.id()))?;
         trainer.event("phase_started", format!("phase {} started", trainer.phase_name()))?;
@@ -75,36 +103,55 @@ impl Trainer {
 
     /// Goes on where the run in `out` stopped: from its newest whole checkpoint, or from the beginning if there is none.
     pub fn resume(out: &Path) -> Result<Self, TrainError> {
+        Self::resume_on(system(), out)
+    }
+
+    /// As [`Trainer::resume`], on another disk.
+    pub fn resume_on(disk: Disk, out: &Path) -> Result<Self, TrainError> {
         let (run, record, lock) = RunDirectory::open(out)?;
         let (dataset, mut learner) = prepare(&run)?;
         directory::check_data(&record, &dataset.sources)?;
         if record.status == Status::Completed {
             let results = record.results.clone();
-            let directory = RunDirectory::completed(out, &run, record, lock)?;
+            let directory = RunDirectory::completed(&disk, out, record, lock)?;
             let mut trainer = Trainer::assemble(run, dataset, learner, directory);
             trainer.notes.push(format!("{} is completed; nothing to do", out.display()));
             (trainer.results, trainer.done) = (results, true);
             return Ok(trainer);
         }
-        let found = checkpoint::newest_whole(out).map_err(failed)?;
-        let mut notes: Vec<String> =
-            found.skipped.iter().map(|(path, reason)| format!("skipped {}: {reason}", path.display())).collect();
-        let state = match &found.path {
-            Some(path) => Some(restore(path, &run, &mut learner)?),
+        let found = checkpoint::recover(&*disk, out, &learner.model.layout).map_err(failed)?;
+        let mut notes = Vec::new();
+        for (path, reason) in &found.skipped {
+            let aside = match checkpoint::set_aside(&*disk, path) {
+                Ok(aside) => format!("kept as {}", aside.display()),
+                Err(error) => format!("left where it is ({error})"),
+            };
+            notes.push(format!("skipped {}: {reason}; {aside}", path.display()));
+        }
+        let fingerprint = found.checkpoint.as_ref().and_then(|(_, loaded)| loaded.fingerprints.get("config").cloned());
+        let state = match found.checkpoint {
+            Some((path, loaded)) => Some(restore(&path, loaded, &run, &mut learner)?),
             None => {
-                notes.push("no checkpoint yet; starting at step 0".into());
+                notes.push("no whole checkpoint; starting at step 0".into());
                 None
             }
         };
         let step = state.as_ref().map_or(0, |state| state.position.step);
-        let directory = RunDirectory::reopen(out, &run, record, lock, step)?;
+        let directory = RunDirectory::reopen(&disk, out, record, lock, step)?;
+        directory.forget_failure()?;
         let mut trainer = Trainer::assemble(run, dataset, learner, directory);
-        trainer.notes = notes;
+        if fingerprint.is_some_and(|saved| saved != trainer.texts.fingerprints["config"]) {
+            notes.push("run.toml has changed since the checkpoint; the run goes on with the new values".into());
+        }
         if let Some(state) = state {
             (trainer.at, trainer.epoch, trainer.results) = (state.position, state.epoch, state.results);
-            trainer.saved_step = Some(step);
+            (trainer.saved_step, trainer.resumed) = (Some(step), Some(step));
         }
         trainer.event("resumed", format!("resumed at step {step}"))?;
+        for note in &notes {
+            trainer.event("resume_note", note.clone())?;
+        }
+        trainer.notes = notes;
         Ok(trainer)
     }
 
@@ -113,7 +160,15 @@ impl Trainer {
             epoch: Epoch::new(&learner.policies),
             at: Position::default(),
             results: Map::new(),
+            layout: Arc::new(learner.model.layout.clone()),
+            texts: Texts::new(&run, &dataset, &learner),
             saved_step: None,
+            resumed: None,
+            due: false,
+            misses: 0,
+            missed: None,
+            refused: false,
+            last_row: None,
             queue: VecDeque::new(),
             notes: Vec::new(),
             done: false,
@@ -133,7 +188,12 @@ impl Trainer {
             if self.done {
                 return Ok(None);
             }
-            self.advance()?;
+            if let Err(error) = self.advance() {
+                if !self.done {
+                    self.fail(&error);
+                }
+                return Err(error);
+            }
         }
     }
 
@@ -142,10 +202,16 @@ impl Trainer {
         if self.done {
             return Ok(());
         }
-        self.done = true;
-        self.event("stopped", format!("stopped at step {}: {reason}", self.at.step))?;
-        self.save()?;
-        self.directory.finish(Status::Stopped, &self.results)
+        let stopped = self
+            .event("stopped", format!("stopped at step {}: {reason}", self.at.step))
+            .and_then(|()| self.save())
+            .and_then(|()| self.directory.finish(Status::Stopped, &self.results));
+        match stopped {
+            Ok(()) => self.done = true,
+            Err(ref error) if !self.done => self.fail(error),
+            Err(_) => {}
+        }
+        stopped
     }
 
     pub fn out(&self) -> &Path {
@@ -207,6 +273,9 @@ impl Trainer {
 
     /// One update, and what follows from where it ends: epoch rows, evaluation, checkpoint, the next phase, the end of the run.
     fn advance(&mut self) -> Result<(), TrainError> {
+        if self.at.phase == self.dataset.phases.len() {
+            return self.complete(); // killed between the last checkpoint and the record of the end
+        }
         self.update()?;
         let steps = phase_steps(&self.run, &self.dataset, self.at.phase);
         let last = self.at.phase_step == steps;
@@ -224,10 +293,7 @@ impl Trainer {
             self.learner.carry_optimizer(&settings)?;
             self.event("phase_started", format!("phase {} started", self.phase_name()))?;
         }
-        match self.run.checkpoint.every {
-            every if every > 0 && self.at.step.is_multiple_of(every) => self.save(),
-            _ => Ok(()),
-        }
+        self.save_if_due()
     }
 
     fn update(&mut self) -> Result<(), TrainError> {
@@ -247,10 +313,11 @@ impl Trainer {
         self.epoch.add(&update.document_losses, update.loss_sum, targets, update.activation_norms[0]);
         let mut row = self.row("train");
         row.integer("epoch", self.at.epoch + 1);
-        describe(&mut row, &update, rate);
+        report::describe(&mut row, &update, rate);
         let seconds = started.elapsed().as_secs_f64();
         row.number("train/dt", seconds);
         row.number("train/tok_per_sec", targets as f64 / seconds);
+        self.last_row = Some(row.clone());
         self.push(row)
     }
 
@@ -271,7 +338,7 @@ impl Trainer {
         let message = format!("diverged at step {step} (phase {phase}): {reason}; {remedy}");
         let written = self
             .event("diverged", message.clone())
-            .and_then(|()| self.directory.failure(step, &message))
+            .and_then(|()| self.directory.failure(&self.failure(step, reason, remedy)))
             .and_then(|()| self.directory.finish(Status::Diverged, &self.results));
         match written {
             Ok(()) => TrainError::Diverged(message),
@@ -279,109 +346,7 @@ impl Trainer {
         }
     }
 
-    /// The rows of an epoch that just ended: routing, loss beside its floor, and the evaluation where it is due.
-    fn end_epoch(&mut self, last: bool) -> Result<(), TrainError> {
-        let next = Epoch::new(&self.learner.policies);
-        let mut finished = std::mem::replace(&mut self.epoch, next);
-        if !self.learner.policies.is_empty() {
-            let mut row = self.row("moe");
-            row.integer("epoch", self.at.epoch);
-            let (summary, alarms) = finished.routing(&mut row, self.run.seed);
-            self.epoch.keep_alarms(&finished);
-            self.push(row)?;
-            for message in alarms {
-                self.event("collapse", message)?;
-            }
-            if last {
-                self.results.insert("experts_per_token".into(), json!(summary.mean));
-                self.results.insert("experts_std".into(), json!(summary.std));
-            }
-        }
-        let floor = self.dataset.phases[self.at.phase].floor;
-        let mut row = self.row("eval");
-        row.integer("epoch", self.at.epoch);
-        finished.losses(&mut row, floor);
-        if last {
-            let floor = floor.map(|floor| floor.macro_average);
-            self.results.insert("loss".into(), json!(finished.macro_loss()));
-            self.results.insert("loss_micro".into(), json!(finished.micro_loss()));
-            self.results.insert("floor".into(), json!(floor));
-            self.results.insert("excess".into(), json!(floor.map(|floor| finished.macro_loss() - floor)));
-            self.results.insert("l0".into(), json!(finished.l0_mean()));
-        }
-        let every = self.run.eval.every;
-        let text = matches!(self.dataset.phases[self.at.phase].data, PhaseData::Text(_));
-        if last || text || (every > 0 && self.at.epoch.is_multiple_of(every)) {
-            for (name, value) in self.evaluate(last) {
-                if last {
-                    self.results.insert(result_name(name, self.phase_name()).into(), value.clone());
-                }
-                row.value(name, value);
-            }
-            self.sample()?;
-        }
-        self.push(row)
-    }
-
-    /// Losses of sets that were not just trained on, and at the end of a phase recitation and forgetting. Touches no gradient.
-    fn evaluate(&self, last: bool) -> Vec<(&'static str, Value)> {
-        let mut found: Vec<(&'static str, Value)> = Vec::new();
-        let (weights, phase) = (self.learner.weights(), &self.dataset.phases[self.at.phase]);
-        self.learner.pool.install(|| {
-            match &phase.data {
-                PhaseData::Documents { validation, .. } => {
-                    let held_out: Vec<_> = validation.documents.iter().collect();
-                    found.extend(evaluate::losses(&weights, &held_out).map(|(mean, _)| ("eval/loss", json!(mean))));
-                }
-                PhaseData::Text(text) => {
-                    let windows = text.eval_batches(Split::Validation, self.run.eval.batches);
-                    found.extend(evaluate::window_loss(&weights, windows).map(|mean| ("eval/loss", json!(mean))));
-                }
-            }
-            if !last {
-                return;
-            }
-            if let Some((mean, micro)) = evaluate::losses(&weights, &phase.documents()) {
-                found.push(("eval/train_loss", json!(mean)));
-                found.push(("eval/train_loss_micro", json!(micro)));
-                let facts = evaluate::losses(&weights, &self.dataset.phases[0].documents());
-                found.extend(facts.map(|(mean, _)| ("eval/facts_loss", json!(mean))));
-            }
-            if phase.name == "chat" {
-                found.extend(evaluate::questions(&weights, &self.dataset, self.run.data.max_length));
-            }
-        });
-        if last && phase.name == "facts" {
-            found.push(("eval/facts_floor", json!(phase.floor.map(|floor| floor.macro_average))));
-        }
-        found
-    }
-
-    /// Greedy continuations of the fixed prompts into samples.jsonl.
-    fn sample(&mut self) -> Result<(), TrainError> {
-        let tokenizer = &self.dataset.tokenizer;
-        let prompts: Vec<Vec<u32>> = if self.run.eval.samples.is_empty() {
-            self.dataset.questions.iter().take(3).map(|question| question.prompt.clone()).collect()
-        } else {
-            let encoded = self.run.eval.samples.iter().map(|text| tokenizer.encode(text));
-            encoded.collect::<Result<_, _>>().map_err(failed)?
-        };
-        let samples: Vec<(String, String)> = prompts
-            .iter()
-            .filter(|prompt| !prompt.is_empty())
-            .map(|prompt| (tokenizer.decode(prompt), tokenizer.decode(&self.continue_greedily(prompt))))
-            .collect();
-        self.directory.append_samples(self.at.step, self.phase_name(), self.at.epoch, &samples)
-    }
-
-    fn continue_greedily(&self, prompt: &[u32]) -> Vec<u32> {
-        let (limit, stop) = (self.run.data.max_length, self.dataset.stop());
-        let weights = self.learner.weights();
-        self.learner.pool.install(|| weights.generate(prompt, limit, stop, Sampling::GREEDY, true))
-    }
-
     fn complete(&mut self) -> Result<(), TrainError> {
-        self.done = true;
         let experts = self.results.get("experts_per_token").and_then(Value::as_f64).unwrap_or(0.0);
         let model = &self.learner.model;
         self.results.insert("tokens".into(), json!(self.at.tokens));
@@ -390,31 +355,9 @@ impl Trainer {
         self.results.insert("unknown_words".into(), json!(self.dataset.unknowns.count));
         self.save()?;
         self.event("completed", format!("completed {} steps", self.at.step))?;
-        self.directory.finish(Status::Completed, &self.results)
-    }
-
-    fn save(&mut self) -> Result<(), TrainError> {
-        if self.saved_step == Some(self.at.step) {
-            return Ok(());
-        }
-        let state = State {
-            position: self.at,
-            epoch: self.epoch.clone(),
-            results: self.results.clone(),
-            controls: self.learner.policies.iter().map(Policy::control).collect(),
-        };
-        let config = crate::trained::config_json(&self.learner.model);
-        let path = self.directory.save(&checkpoint::Contents {
-            step: self.at.step,
-            layout: &self.learner.model.layout,
-            params: &self.learner.params,
-            optimizer: self.learner.optimizer.state(),
-            state: json!(state),
-            tokenizer: self.dataset.tokenizer.to_bytes(),
-            config: &config,
-        })?;
-        self.saved_step = Some(self.at.step);
-        self.event("checkpoint", format!("saved {}", path.display()))
+        self.directory.finish(Status::Completed, &self.results)?;
+        self.done = true;
+        Ok(())
     }
 
     fn row(&self, kind: &str) -> Row {
@@ -430,10 +373,46 @@ impl Trainer {
         self.push(row)
     }
 
+    /// Into the stream and to the caller. A disk that refuses is told once; the rows wait for it in memory.
     fn push(&mut self, row: Row) -> Result<(), TrainError> {
-        self.directory.append(&row)?;
+        let written = self.directory.append(&row);
         self.queue.push_back(row);
-        Ok(())
+        self.tell(written)
+    }
+}
+
+impl Texts {
+    fn new(run: &Run, dataset: &Dataset, learner: &Learner) -> Self {
+        // Nothing that may differ between equal runs: no place, no name, no thread count, no cadence.
+        let mut config = run.clone();
+        (config.name, config.threads, config.checkpoint) = (String::new(), 0, Default::default());
+        (config.data.facts, config.data.chat, config.data.paraphrases, config.data.text) = (None, None, None, None);
+        let tokenizer: Arc<[u8]> = dataset.tokenizer.to_bytes().into();
+        let sources = dataset.sources.iter().map(|(role, source)| (role.to_string(), json!(source.sha256)));
+        let fingerprints = Map::from_iter([
+            ("config".to_owned(), json!(sha256(config.to_toml().as_bytes()))),
+            ("data".to_owned(), Value::Object(sources.collect())),
+            ("tokenizer".to_owned(), json!(sha256(&tokenizer))),
+            ("seed".to_owned(), json!(run.seed)),
+        ]);
+        let config = crate::trained::config_json(&learner.model).into();
+        Texts { tokenizer, config, fingerprints: Arc::new(fingerprints) }
+    }
+}
+
+/// A run does not start where two checkpoints of it have no room.
+fn check_room(disk: &Disk, out: &Path, learner: &Learner) -> Result<(), TrainError> {
+    let mut place = out;
+    while !place.is_dir() && place != parent(place) {
+        place = parent(place);
+    }
+    let needed = 2 * learner.state_bytes();
+    match disk.free(place) {
+        Ok(free) if free < needed => Err(TrainError::Failed(format!(
+            "E-DISK: two checkpoints of this run need {needed} bytes but {} has {free} free; make room or choose another --out",
+            place.display()
+        ))),
+        _ => Ok(()),
     }
 }
 
@@ -457,9 +436,8 @@ fn prepare(run: &Run) -> Result<(Dataset, Learner), TrainError> {
 }
 
 /// Puts a checkpoint into `learner` and returns the rest of it.
-fn restore(path: &Path, run: &Run, learner: &mut Learner) -> Result<State, TrainError> {
+fn restore(path: &Path, loaded: checkpoint::Checkpoint, run: &Run, learner: &mut Learner) -> Result<State, TrainError> {
     let bad = |what: String| TrainError::Failed(format!("{}: {what}; choose another checkpoint", path.display()));
-    let loaded = checkpoint::load(path, &learner.model.layout).map_err(failed)?;
     let mut state: State = serde_json::from_value(loaded.state).map_err(|error| bad(format!("state.json: {error}")))?;
     learner.params = loaded.params;
     for (layer, (policy, control)) in learner.policies.iter_mut().zip(state.controls.drain(..)).enumerate() {
@@ -494,47 +472,6 @@ fn phase_steps(run: &Run, dataset: &Dataset, phase: usize) -> u64 {
     match &dataset.phases[phase].data {
         PhaseData::Documents { order, .. } => settings.epochs * order.batches_per_epoch() as u64,
         PhaseData::Text(_) => settings.max_steps,
-    }
-}
-
-/// The measurements of an update as columns of its row.
-fn describe(row: &mut Row, update: &Update, rate: f64) {
-    row.number("train/loss", update.cross_entropy);
-    row.number("train/total_loss", update.total);
-    row.number("train/learning_rate", rate);
-    row.number("train/lr_scale_mean", update.scale_mean);
-    row.number("train/grad_norm", update.grad_norm);
-    row.integer("train/clipped", u64::from(update.clipped));
-    row.number("train/l0", update.activation_norms[0]);
-    for (name, value) in loss::means(&update.auxiliary) {
-        row.number(&format!("losses/{name}"), value);
-    }
-    if !update.experts_per_token.is_empty() {
-        let sum: f64 = update.experts_per_token.iter().map(|(_, experts)| experts).sum();
-        row.number("moe/experts_per_token", sum / update.experts_per_token.len() as f64);
-    }
-    for (layer, experts) in &update.experts_per_token {
-        row.number(&format!("moe/layer_{layer:02}/experts_per_token"), *experts);
-    }
-    for layer in 0..update.param_norms.len() {
-        row.number(&format!("grad/layer_{layer:02}/param_norm"), six_digits(update.param_norms[layer]));
-        row.number(&format!("grad/layer_{layer:02}/activation_norm"), six_digits(update.activation_norms[layer]));
-        row.number(&format!("update/layer_{layer:02}/ratio"), six_digits(update.ratios[layer]));
-    }
-}
-
-/// Rounded to six significant digits: these columns are most of a row, and nobody reads more of them.
-fn six_digits(value: f64) -> f64 {
-    format!("{value:.5e}").parse().unwrap_or(value)
-}
-
-/// The name in `results` of an evaluation at the end of a phase.
-fn result_name(name: &'static str, phase: &str) -> &'static str {
-    match (name, phase) {
-        ("eval/facts_loss", "facts") => "facts_loss_before",
-        ("eval/facts_loss", _) => "facts_loss_after",
-        ("eval/loss", _) => "eval_loss",
-        _ => name.trim_start_matches("eval/"),
     }
 }
 

@@ -3,10 +3,10 @@
 use super::CheckpointError;
 use crate::layers::shape;
 use crate::optimizers::State;
-use safetensors::tensor::{Dtype, SafeTensors, View};
+use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo};
 use serde::de::{self, Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
-use std::borrow::Cow;
 use std::collections::{BTreeSet, HashMap};
+use std::io;
 use std::path::Path;
 use tensor::{Layout, Param};
 
@@ -15,11 +15,13 @@ const MAX_HEADER: u64 = 16 << 20;
 const MAX_TENSORS: usize = 100_000;
 
 /// Names in optimizer.safetensors beside `<moment>.<parameter>`.
+pub(super) const EMA: &str = "ema";
 const STEPS: &str = "step";
 const EXPERT_STEPS: &str = "expert_steps";
 
-/// One tensor to write; its bytes are made when the file is put together.
+/// One tensor to write.
 struct Tensor<'a> {
+    name: String,
     shape: Vec<usize>,
     data: Data<'a>,
 }
@@ -27,10 +29,10 @@ struct Tensor<'a> {
 enum Data<'a> {
     /// The matrices of a parameter in a flat buffer.
     Flat(&'a [f32], Param),
-    Counts(Vec<u64>),
+    Counts(&'a [u64]),
 }
 
-impl View for Tensor<'_> {
+impl Tensor<'_> {
     fn dtype(&self) -> Dtype {
         match self.data {
             Data::Flat(..) => Dtype::F32,
@@ -38,59 +40,110 @@ impl View for Tensor<'_> {
         }
     }
 
-    fn shape(&self) -> &[usize] {
-        &self.shape
-    }
-
-    fn data(&self) -> Cow<'_, [u8]> {
-        let mut bytes = Vec::with_capacity(self.data_len());
-        match &self.data {
-            Data::Flat(buffer, param) => (0..param.count)
-                .for_each(|i| buffer[param.range(i)].iter().for_each(|x| bytes.extend_from_slice(&x.to_le_bytes()))),
-            Data::Counts(counts) => counts.iter().for_each(|count| bytes.extend_from_slice(&count.to_le_bytes())),
-        }
-        bytes.into()
-    }
-
-    fn data_len(&self) -> usize {
-        match &self.data {
+    /// Bytes of its data.
+    fn size(&self) -> usize {
+        match self.data {
             Data::Flat(_, param) => 4 * param.count * param.len(),
             Data::Counts(counts) => 8 * counts.len(),
         }
     }
+
+    fn write(&self, sink: &mut Sink<'_>) -> io::Result<()> {
+        let mut bytes = Vec::with_capacity(PIECE);
+        match self.data {
+            Data::Flat(buffer, param) => {
+                for piece in (0..param.count).flat_map(|i| buffer[param.range(i)].chunks(PIECE / 4)) {
+                    if bytes.len() + 4 * piece.len() > PIECE {
+                        sink(&bytes)?;
+                        bytes.clear();
+                    }
+                    bytes.extend(piece.iter().flat_map(|x| x.to_le_bytes()));
+                }
+            }
+            Data::Counts(counts) => bytes.extend(counts.iter().flat_map(|count| count.to_le_bytes())),
+        }
+        sink(&bytes)
+    }
 }
 
-fn flat<'a>(layout: &'a Layout, prefix: &str, buffer: &'a [f32]) -> impl Iterator<Item = (String, Tensor<'a>)> {
-    layout.iter().map(move |(name, param)| {
-        (format!("{prefix}{name}"), Tensor { shape: shape(name, param), data: Data::Flat(buffer, param) })
+/// Where the bytes of a file go, piece by piece.
+pub(super) type Sink<'s> = dyn FnMut(&[u8]) -> io::Result<()> + 's;
+
+/// Bytes converted at once.
+const PIECE: usize = 1 << 20;
+
+/// A safetensors file that is written piece by piece: a saver needs no second copy of the state.
+pub(super) struct Serialised<'a> {
+    header: Vec<u8>,
+    tensors: Vec<Tensor<'a>>,
+}
+
+impl<'a> Serialised<'a> {
+    /// In the order of the safetensors crate: largest dtype first, then by name.
+    fn new(mut tensors: Vec<Tensor<'a>>) -> io::Result<Self> {
+        tensors.sort_by(|a, b| b.dtype().cmp(&a.dtype()).then_with(|| a.name.cmp(&b.name)));
+        let mut end = 0;
+        let mut infos = Vec::with_capacity(tensors.len());
+        for tensor in &tensors {
+            let start = end;
+            end += tensor.size();
+            let info = TensorInfo { dtype: tensor.dtype(), shape: tensor.shape.clone(), data_offsets: (start, end) };
+            infos.push((tensor.name.clone(), info));
+        }
+        let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+        let metadata = Metadata::new(Some(metadata), infos).map_err(io::Error::other)?;
+        let mut text = serde_json::to_vec(&metadata)?;
+        text.resize(text.len().next_multiple_of(8), b' ');
+        let mut header = (text.len() as u64).to_le_bytes().to_vec();
+        header.append(&mut text);
+        Ok(Self { header, tensors })
+    }
+
+    /// Bytes of the whole file.
+    pub(super) fn size(&self) -> u64 {
+        (self.header.len() + self.tensors.iter().map(Tensor::size).sum::<usize>()) as u64
+    }
+
+    pub(super) fn write(&self, sink: &mut Sink<'_>) -> io::Result<()> {
+        sink(&self.header)?;
+        self.tensors.iter().try_for_each(|tensor| tensor.write(sink))
+    }
+}
+
+fn flat<'a>(layout: &'a Layout, prefix: &str, buffer: &'a [f32]) -> impl Iterator<Item = Tensor<'a>> {
+    layout.iter().map(move |(name, param)| Tensor {
+        name: format!("{prefix}{name}"),
+        shape: shape(name, param),
+        data: Data::Flat(buffer, param),
     })
 }
 
-fn serialise(tensors: Vec<(String, Tensor<'_>)>) -> std::io::Result<Vec<u8>> {
-    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    safetensors::serialize(tensors, Some(metadata)).map_err(std::io::Error::other)
-}
-
 /// model.safetensors: the parameters by name.
-pub(super) fn model_bytes(layout: &Layout, params: &[f32]) -> std::io::Result<Vec<u8>> {
-    serialise(flat(layout, "", params).collect())
+pub(super) fn model<'a>(layout: &'a Layout, params: &'a [f32]) -> io::Result<Serialised<'a>> {
+    Serialised::new(flat(layout, "", params).collect())
 }
 
-/// optimizer.safetensors: `<moment>.<parameter>`, `step` [1] and `expert_steps.<parameter>` [experts].
-pub(super) fn optimizer_bytes(layout: &Layout, state: &State) -> std::io::Result<Vec<u8>> {
-    let counts = |counts: Vec<u64>| Tensor { shape: vec![counts.len()], data: Data::Counts(counts) };
-    let mut tensors = vec![(STEPS.to_owned(), counts(vec![state.steps]))];
-    tensors.extend(
-        state.expert_steps.iter().map(|(name, steps)| (format!("{EXPERT_STEPS}.{name}"), counts(steps.clone()))),
-    );
+/// optimizer.safetensors: `<moment>.<parameter>`, `ema.<parameter>` where the run keeps a running mean, `step` [1] and `expert_steps.<parameter>` [experts].
+pub(super) fn optimizer<'a>(
+    layout: &'a Layout,
+    state: &'a State,
+    ema: Option<&'a [f32]>,
+) -> io::Result<Serialised<'a>> {
+    let counts =
+        |name: String, counts: &'a [u64]| Tensor { name, shape: vec![counts.len()], data: Data::Counts(counts) };
+    let mut tensors = vec![counts(STEPS.to_owned(), std::slice::from_ref(&state.steps))];
+    tensors.extend(state.expert_steps.iter().map(|(name, steps)| counts(format!("{EXPERT_STEPS}.{name}"), steps)));
     for (name, moment) in &state.moments {
         tensors.extend(flat(layout, &format!("{name}."), moment));
     }
-    serialise(tensors)
+    if let Some(ema) = ema {
+        tensors.extend(flat(layout, &format!("{EMA}."), ema));
+    }
+    Serialised::new(tensors)
 }
 
 /// The flat parameter buffer in the bytes of a model.safetensors; `file` is named in errors.
-pub(super) fn params(file: &Path, bytes: &[u8], layout: &Layout) -> Result<Vec<f32>, CheckpointError> {
+pub(super) fn read_params(file: &Path, bytes: &[u8], layout: &Layout) -> Result<Vec<f32>, CheckpointError> {
     let tensors = Tensors::open(file, bytes)?;
     tensors.refuse_others(|name| layout.get(name).is_some())?;
     tensors.flat("", layout, &[Dtype::F32], |x| x as f32)
@@ -99,14 +152,18 @@ pub(super) fn params(file: &Path, bytes: &[u8], layout: &Layout) -> Result<Vec<f
 /// The flat parameter buffer in the safetensors file at `path`, of f32 or f64, wherever it comes from: names and shapes must be those of
 /// `layout`. Padding is zero.
 pub fn read_weights(path: &Path, layout: &Layout) -> Result<Vec<f64>, CheckpointError> {
-    let bytes = super::read_plain(path, u64::MAX)?;
+    let bytes = super::read::read_plain(&crate::files::System, path, u64::MAX)?;
     let tensors = Tensors::open(path, &bytes)?;
     tensors.refuse_others(|name| layout.get(name).is_some())?;
     tensors.flat("", layout, &[Dtype::F32, Dtype::F64], |x| x)
 }
 
-/// The optimizer state in the bytes of an optimizer.safetensors.
-pub(super) fn optimizer(file: &Path, bytes: &[u8], layout: &Layout) -> Result<State, CheckpointError> {
+/// The optimizer state and the running mean of the parameters in the bytes of an optimizer.safetensors.
+pub(super) fn read_optimizer(
+    file: &Path,
+    bytes: &[u8],
+    layout: &Layout,
+) -> Result<(State, Option<Vec<f32>>), CheckpointError> {
     let tensors = Tensors::open(file, bytes)?;
     let stacked = |name: &str| layout.get(name).is_some_and(|param| param.count > 1);
     let mut moments = BTreeSet::new();
@@ -124,11 +181,10 @@ pub(super) fn optimizer(file: &Path, bytes: &[u8], layout: &Layout) -> Result<St
         .filter(|(_, param)| param.count > 1)
         .map(|(name, param)| Ok((name.to_owned(), tensors.counts(&format!("{EXPERT_STEPS}.{name}"), param.count)?)))
         .collect::<Result<_, CheckpointError>>()?;
-    let moments = moments
-        .into_iter()
-        .map(|moment| Ok((moment.clone(), tensors.flat(&format!("{moment}."), layout, &[Dtype::F32], |x| x as f32)?)))
-        .collect::<Result<_, CheckpointError>>()?;
-    Ok(State { steps, expert_steps, moments })
+    let buffer = |name: &str| tensors.flat(&format!("{name}."), layout, &[Dtype::F32], |x| x as f32);
+    let ema = moments.remove(EMA).then(|| buffer(EMA)).transpose()?;
+    let moments = moments.into_iter().map(|name| Ok((name.clone(), buffer(&name)?)));
+    Ok((State { steps, expert_steps, moments: moments.collect::<Result<_, CheckpointError>>()? }, ema))
 }
 
 /// A parsed safetensors file.

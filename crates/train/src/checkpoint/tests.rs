@@ -1,6 +1,8 @@
 //! Round trip, every kind of damage, the wrong model, retention, and a saver that is killed while it saves.
 
+use super::read::read_manifest;
 use super::*;
+use crate::files::System;
 use crate::layers::Rates;
 use crate::optimizers::{Kind, Optimizer, Settings};
 use std::io::{BufRead, BufReader, Seek, SeekFrom, Write};
@@ -29,6 +31,9 @@ struct Run {
     layout: Layout,
     params: Vec<f32>,
     optimizer: Optimizer,
+    ema: Vec<f32>,
+    state: Value,
+    fingerprints: Map<String, Value>,
     step: u64,
 }
 
@@ -47,7 +52,10 @@ impl Run {
         (0..3).for_each(|_| drop(optimizer.step(&layout, &mut params, &grads, &Rates::uniform(&layout, 0.01))));
         params[0] = -0.0;
         params[1] = f32::from_bits(1); // the smallest number there is
-        Run { layout, params, optimizer, step }
+        let ema = params.iter().map(|x| x * 0.5).collect();
+        let state = json!({ "step": step, "large": u64::MAX, "third": 1.0 / 3.0, "tiny": 5e-324, "list": [0.1, -0.0] });
+        let fingerprints = Map::from_iter([("config".to_owned(), json!("abc"))]);
+        Run { layout, params, optimizer, ema, state, fingerprints, step }
     }
 
     fn contents(&self) -> Contents<'_> {
@@ -56,15 +64,21 @@ impl Run {
             layout: &self.layout,
             params: &self.params,
             optimizer: self.optimizer.state(),
-            state: json!({ "step": self.step, "large": u64::MAX, "third": 1.0 / 3.0, "tiny": 5e-324, "list": [0.1, -0.0] }),
-            tokenizer: vec![b'{', b'}', 0xff],
+            ema: Some(&self.ema),
+            state: &self.state,
+            tokenizer: &[b'{', b'}', 0xff],
             config: "{\"hidden_size\": 5}",
+            fingerprints: &self.fingerprints,
         }
     }
 
     fn save(&self, folder: &TempDir, keep: usize) -> PathBuf {
-        save(folder.path(), &self.contents(), keep).unwrap()
+        save(&System, folder.path(), &self.contents(), keeping(keep)).unwrap()
     }
+}
+
+fn keeping(keep: usize) -> Retention {
+    Retention { keep, ..Retention::default() }
 }
 
 fn bits(numbers: &[f32]) -> Vec<u32> {
@@ -88,9 +102,9 @@ fn put(file: &Path, place: usize, byte: u8) {
 /// Replaces a file and makes the manifest fit, as an adversary or a bug of ours would.
 fn forge(folder: &Path, name: &str, bytes: &[u8]) {
     fs::write(folder.join(name), bytes).unwrap();
-    let (step, mut entries) = read_manifest(folder).unwrap();
-    entries[name] = entry(bytes);
-    fs::write(folder.join(MANIFEST), manifest(step, entries)).unwrap();
+    let mut found = read_manifest(&System, folder).unwrap();
+    found.files[name] = json!({ "size": bytes.len(), "sha256": crate::data::sha256(bytes) });
+    fs::write(folder.join(MANIFEST), manifest(found.step, &found.files, &found.fingerprints)).unwrap();
 }
 
 #[test]
@@ -110,7 +124,8 @@ fn a_checkpoint_comes_back_to_the_bit() {
     for ((_, loaded), (_, saved)) in loaded.optimizer.moments.iter().zip(&run.optimizer.state().moments) {
         assert_eq!(bits(loaded), bits(saved));
     }
-    assert_eq!(loaded.state, run.contents().state);
+    assert_eq!(bits(loaded.ema.as_ref().unwrap()), bits(&run.ema));
+    assert_eq!((&loaded.state, &loaded.fingerprints), (&run.state, &run.fingerprints));
     assert_eq!(loaded.state["tiny"].as_f64().unwrap().to_bits(), 1);
     assert!(loaded.state["list"][1].as_f64().unwrap().is_sign_negative());
     assert_eq!((loaded.tokenizer.as_slice(), loaded.config.as_str()), (&[b'{', b'}', 0xff][..], run.contents().config));
@@ -268,7 +283,15 @@ fn files_that_fit_their_hash_but_are_wrong_are_refused_without_panic() {
         let nested = format!("{{\"a\":{}{}}}", "[".repeat(100_000), "]".repeat(100_000));
         refused(name, &header(&nested, 0), "");
     }
-    let wrong_dtype = tensors::optimizer_bytes(&Layout::default(), &State::default()).unwrap();
+    let mut wrong_dtype = Vec::new();
+    let (layout, state) = (Layout::default(), State::default());
+    let empty = tensors::optimizer(&layout, &state, None).unwrap();
+    empty
+        .write(&mut |piece| {
+            wrong_dtype.extend_from_slice(piece);
+            Ok(())
+        })
+        .unwrap();
     refused(OPTIMIZER, &wrong_dtype, "is missing");
     refused(STATE, b"{\"step\": ", "no JSON");
     refused(STATE, "[".repeat(100_000).as_bytes(), "no JSON");
@@ -324,12 +347,14 @@ fn state_that_is_not_finite_is_not_saved() {
     for value in [f32::NAN, f32::INFINITY] {
         let mut run = Run::at(7);
         run.params[run.layout.get(EXPERTS).unwrap().range(2).start] = value;
-        let error = save(folder.path(), &run.contents(), 2).unwrap_err().to_string();
+        let error = save(&System, folder.path(), &run.contents(), keeping(2)).unwrap_err().to_string();
         assert!(error.contains(EXPERTS) && error.contains("nothing was saved"), "{error}");
         let run = Run::at(7);
         let mut state = run.optimizer.state().clone();
         state.moments[1].1[0] = value;
-        let error = save(folder.path(), &Contents { optimizer: &state, ..run.contents() }, 2).unwrap_err().to_string();
+        let error = save(&System, folder.path(), &Contents { optimizer: &state, ..run.contents() }, keeping(2))
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("exp_avg_sq"), "{error}");
     }
     assert!(names(folder.path()).is_empty());
@@ -357,7 +382,7 @@ fn resume_falls_back_over_damage_by_step_number_and_says_why() {
     assert_eq!(skipped, [&place("checkpoint-500"), &place("checkpoint-100"), &place("checkpoint-10")]);
     assert!(newest.skipped[1].1.contains("state.json") && newest.skipped[2].1.contains("MANIFEST.json"));
     for (path, _) in &newest.skipped {
-        set_aside(path).unwrap();
+        set_aside(&System, path).unwrap();
     }
     assert!(place("checkpoint-100.bad").is_dir());
     assert_eq!(list(folder.path()).unwrap(), [(9, place("checkpoint-9"))]);
@@ -368,22 +393,52 @@ fn resume_falls_back_over_damage_by_step_number_and_says_why() {
 }
 
 #[test]
-fn the_newest_are_kept_with_the_best_and_leftovers_go() {
+fn the_newest_whole_are_kept_with_the_chosen_and_leftovers_go() {
     let folder = TempDir::new().unwrap();
     let checkpoints = folder.path().join("checkpoints");
-    Run::at(1).save(&folder, 2);
-    #[cfg(unix)]
-    std::os::unix::fs::symlink("checkpoint-1", checkpoints.join("best")).unwrap();
+    let save = |step, retention| save(&System, folder.path(), &Run::at(step).contents(), retention).unwrap();
+    let retention = Retention { keep: 2, best: Some(1), resumed: Some(3), keep_every: 5 };
+    for step in [1, 2, 3, 5] {
+        save(step, Retention { keep: 9, ..retention });
+    }
     fs::create_dir(checkpoints.join(".tmp-3-1-0")).unwrap();
     fs::create_dir(checkpoints.join("checkpoint-0.bad")).unwrap();
-    for step in [2, 9, 10, 11] {
-        Run::at(step).save(&folder, 2);
+    for step in [9, 11, 12] {
+        save(step, retention);
     }
-    let expected = ["best", "checkpoint-0.bad", "checkpoint-1", "checkpoint-10", "checkpoint-11", "latest"];
+    let expected = [
+        "checkpoint-0.bad",
+        "checkpoint-1",
+        "checkpoint-11",
+        "checkpoint-12",
+        "checkpoint-3",
+        "checkpoint-5",
+        "latest",
+    ];
     assert_eq!(names(&checkpoints), expected);
-    assert_eq!(fs::read_link(checkpoints.join("latest")).unwrap(), Path::new("checkpoint-11"));
-    Run::at(12).save(&folder, 0);
-    assert_eq!(newest_whole(folder.path()).unwrap().path, Some(checkpoints.join("checkpoint-12")));
+    assert_eq!(fs::read_link(checkpoints.join("latest")).unwrap(), Path::new("checkpoint-12"));
+    // Damaged folders do not count: the last whole one stays.
+    for (step, name) in [(11, STATE), (12, MODEL)] {
+        fs::remove_file(checkpoints.join(folder_name(step)).join(name)).unwrap();
+    }
+    save(13, keeping(2));
+    assert!(names(&checkpoints).contains(&"checkpoint-5".to_owned()));
+    save(14, keeping(0));
+    assert_eq!(newest_whole(folder.path()).unwrap().path, Some(checkpoints.join("checkpoint-14")));
+}
+
+#[test]
+fn files_are_those_of_the_safetensors_crate_and_their_size_is_known_before() {
+    let (folder, run) = (TempDir::new().unwrap(), Run::at(7));
+    let contents = run.contents();
+    let path = run.save(&folder, 2);
+    let written = fs::read(path.join(OPTIMIZER)).unwrap();
+    let read = safetensors::SafeTensors::deserialize(&written).unwrap();
+    let metadata = std::collections::HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    assert_eq!(safetensors::serialize(read.tensors(), Some(metadata)).unwrap(), written);
+    let total: u64 = fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().metadata().unwrap().len()).sum();
+    let known = size(&contents).unwrap();
+    assert!((total..total + 8192).contains(&known), "{known} {total}");
 }
 
 #[test]
@@ -409,7 +464,7 @@ fn a_step_that_is_there_is_done_if_whole_and_set_aside_if_not() {
 fn a_save_that_fails_names_the_path_and_leaves_no_trace() {
     let (folder, run) = (TempDir::new().unwrap(), Run::at(7));
     fs::write(folder.path().join("checkpoints"), "a file in the way").unwrap();
-    let error = save(folder.path(), &run.contents(), 2).unwrap_err().to_string();
+    let error = save(&System, folder.path(), &run.contents(), keeping(2)).unwrap_err().to_string();
     assert!(error.contains("checkpoints") && error.contains("untouched"), "{error}");
     assert_eq!(names(folder.path()), ["checkpoints"]);
 }
@@ -422,7 +477,7 @@ fn save_until_killed() {
     let folder = Path::new(&folder);
     let first = list(folder).unwrap().first().map_or(1, |(step, _)| step + 1);
     for step in first..first + 10_000 {
-        save(folder, &Run::at(step).contents(), 2).unwrap();
+        save(&System, folder, &Run::at(step).contents(), keeping(2)).unwrap();
         println!("saved {step}");
     }
 }

@@ -1,0 +1,158 @@
+//! What the loop says on the way: the row of an update, the rows of an epoch, evaluation, samples.
+
+use super::{Trainer, failed};
+use crate::data::Split;
+use crate::dataset::PhaseData;
+use crate::epoch::Epoch;
+use crate::error::TrainError;
+use crate::evaluate;
+use crate::learner::Update;
+use crate::loss;
+use crate::metrics::Row;
+use model::generate::Sampling;
+use serde_json::{Value, json};
+
+impl Trainer {
+    /// The rows of an epoch that just ended: routing, loss beside its floor, and the evaluation where it is due.
+    pub(super) fn end_epoch(&mut self, last: bool) -> Result<(), TrainError> {
+        let next = Epoch::new(&self.learner.policies);
+        let mut finished = std::mem::replace(&mut self.epoch, next);
+        if !self.learner.policies.is_empty() {
+            let mut row = self.row("moe");
+            row.integer("epoch", self.at.epoch);
+            let (summary, alarms) = finished.routing(&mut row, self.run.seed);
+            self.epoch.keep_alarms(&finished);
+            self.push(row)?;
+            for message in alarms {
+                self.event("collapse", message)?;
+            }
+            if last {
+                self.results.insert("experts_per_token".into(), json!(summary.mean));
+                self.results.insert("experts_std".into(), json!(summary.std));
+            }
+        }
+        let floor = self.dataset.phases[self.at.phase].floor;
+        let mut row = self.row("eval");
+        row.integer("epoch", self.at.epoch);
+        finished.losses(&mut row, floor);
+        if last {
+            let floor = floor.map(|floor| floor.macro_average);
+            self.results.insert("loss".into(), json!(finished.macro_loss()));
+            self.results.insert("loss_micro".into(), json!(finished.micro_loss()));
+            self.results.insert("floor".into(), json!(floor));
+            self.results.insert("excess".into(), json!(floor.map(|floor| finished.macro_loss() - floor)));
+            self.results.insert("l0".into(), json!(finished.l0_mean()));
+        }
+        let every = self.run.eval.every;
+        let text = matches!(self.dataset.phases[self.at.phase].data, PhaseData::Text(_));
+        if last || text || (every > 0 && self.at.epoch.is_multiple_of(every)) {
+            for (name, value) in self.evaluate(last) {
+                if last {
+                    self.results.insert(result_name(name, self.phase_name()).into(), value.clone());
+                }
+                row.value(name, value);
+            }
+            self.sample()?;
+        }
+        self.push(row)
+    }
+
+    /// Losses of sets that were not just trained on, and at the end of a phase recitation and forgetting. Touches no gradient.
+    fn evaluate(&self, last: bool) -> Vec<(&'static str, Value)> {
+        let mut found: Vec<(&'static str, Value)> = Vec::new();
+        let (weights, phase) = (self.learner.weights(), &self.dataset.phases[self.at.phase]);
+        self.learner.pool.install(|| {
+            match &phase.data {
+                PhaseData::Documents { validation, .. } => {
+                    let held_out: Vec<_> = validation.documents.iter().collect();
+                    found.extend(evaluate::losses(&weights, &held_out).map(|(mean, _)| ("eval/loss", json!(mean))));
+                }
+                PhaseData::Text(text) => {
+                    let windows = text.eval_batches(Split::Validation, self.run.eval.batches);
+                    found.extend(evaluate::window_loss(&weights, windows).map(|mean| ("eval/loss", json!(mean))));
+                }
+            }
+            if !last {
+                return;
+            }
+            if let Some((mean, micro)) = evaluate::losses(&weights, &phase.documents()) {
+                found.push(("eval/train_loss", json!(mean)));
+                found.push(("eval/train_loss_micro", json!(micro)));
+                let facts = evaluate::losses(&weights, &self.dataset.phases[0].documents());
+                found.extend(facts.map(|(mean, _)| ("eval/facts_loss", json!(mean))));
+            }
+            if phase.name == "chat" {
+                found.extend(evaluate::questions(&weights, &self.dataset, self.run.data.max_length));
+            }
+        });
+        if last && phase.name == "facts" {
+            found.push(("eval/facts_floor", json!(phase.floor.map(|floor| floor.macro_average))));
+        }
+        found
+    }
+
+    /// Greedy continuations of the fixed prompts into samples.jsonl.
+    fn sample(&mut self) -> Result<(), TrainError> {
+        let tokenizer = &self.dataset.tokenizer;
+        let prompts: Vec<Vec<u32>> = if self.run.eval.samples.is_empty() {
+            self.dataset.questions.iter().take(3).map(|question| question.prompt.clone()).collect()
+        } else {
+            let encoded = self.run.eval.samples.iter().map(|text| tokenizer.encode(text));
+            encoded.collect::<Result<_, _>>().map_err(failed)?
+        };
+        let samples: Vec<(String, String)> = prompts
+            .iter()
+            .filter(|prompt| !prompt.is_empty())
+            .map(|prompt| (tokenizer.decode(prompt), tokenizer.decode(&self.continue_greedily(prompt))))
+            .collect();
+        let written = self.directory.append_samples(self.at.step, self.phase_name(), self.at.epoch, &samples);
+        self.tell(written)
+    }
+
+    pub(super) fn continue_greedily(&self, prompt: &[u32]) -> Vec<u32> {
+        let (limit, stop) = (self.run.data.max_length, self.dataset.stop());
+        let weights = self.learner.weights();
+        self.learner.pool.install(|| weights.generate(prompt, limit, stop, Sampling::GREEDY, true))
+    }
+}
+
+/// The measurements of an update as columns of its row.
+pub(super) fn describe(row: &mut Row, update: &Update, rate: f64) {
+    row.number("train/loss", update.cross_entropy);
+    row.number("train/total_loss", update.total);
+    row.number("train/learning_rate", rate);
+    row.number("train/lr_scale_mean", update.scale_mean);
+    row.number("train/grad_norm", update.grad_norm);
+    row.integer("train/clipped", u64::from(update.clipped));
+    row.number("train/l0", update.activation_norms[0]);
+    for (name, value) in loss::means(&update.auxiliary) {
+        row.number(&format!("losses/{name}"), value);
+    }
+    if !update.experts_per_token.is_empty() {
+        let sum: f64 = update.experts_per_token.iter().map(|(_, experts)| experts).sum();
+        row.number("moe/experts_per_token", sum / update.experts_per_token.len() as f64);
+    }
+    for (layer, experts) in &update.experts_per_token {
+        row.number(&format!("moe/layer_{layer:02}/experts_per_token"), *experts);
+    }
+    for layer in 0..update.param_norms.len() {
+        row.number(&format!("grad/layer_{layer:02}/param_norm"), six_digits(update.param_norms[layer]));
+        row.number(&format!("grad/layer_{layer:02}/activation_norm"), six_digits(update.activation_norms[layer]));
+        row.number(&format!("update/layer_{layer:02}/ratio"), six_digits(update.ratios[layer]));
+    }
+}
+
+/// Rounded to six significant digits: these columns are most of a row, and nobody reads more of them.
+fn six_digits(value: f64) -> f64 {
+    format!("{value:.5e}").parse().unwrap_or(value)
+}
+
+/// The name in `results` of an evaluation at the end of a phase.
+fn result_name(name: &'static str, phase: &str) -> &'static str {
+    match (name, phase) {
+        ("eval/facts_loss", "facts") => "facts_loss_before",
+        ("eval/facts_loss", _) => "facts_loss_after",
+        ("eval/loss", _) => "eval_loss",
+        _ => name.trim_start_matches("eval/"),
+    }
+}
