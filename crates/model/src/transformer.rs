@@ -6,15 +6,15 @@
 use crate::config::{Model, PositionKind};
 use moe_router::{Mode, Policy, RouterInput, Routing, node};
 use std::sync::Arc;
-use tensor::ops::attention::{Attention, Position, attention, decode};
+use tensor::ops::attention::{Attention, Mixture, Position, attention, decode};
 use tensor::ops::{
     combine::add,
     embedding::embedding,
     experts::experts,
     linear::{linear, linear_f32},
     rms_norm::rms_norm,
+    swiglu::swiglu,
 };
-use tensor::ops::{scale_heads::scale_heads, swiglu::swiglu};
 use tensor::random::Purpose;
 use tensor::{Layout, Param, Random, Real, Tape, Value};
 
@@ -340,7 +340,8 @@ impl Transformer {
         add(tape, &x, &fed)
     }
 
-    /// Causal attention of the normed stream; every head's output is multiplied by its gate before the output projection.
+    /// Causal attention of the normed stream; with a mixture of heads every head's output is multiplied by its gate, and heads that a token did not
+    /// choose are not computed.
     fn attention<'a, T: Real>(
         &self,
         tape: &mut Tape<'a, T>,
@@ -360,8 +361,21 @@ impl Transformer {
         let q = linear(tape, x, block.query);
         let k = linear(tape, x, block.key);
         let v = linear(tape, x, block.value);
-        let mut o = match context {
-            Context::Documents => attention(tape, &q, &k, &v, &documents.offsets_b1, spec),
+        let gates_nh = block.heads.as_ref().map(|heads| {
+            let shared = heads.shared.map(|w| linear_f32(tape, x, w));
+            let routed = linear_f32(tape, x, heads.routed);
+            let split = heads.split.map(|w| linear_f32(tape, x, w));
+            let (gates_nh, selection) = node::head_gates(tape, shared.as_ref(), &routed, split.as_ref(), heads.active);
+            trace.heads.push(HeadTrace { layer: i, routed_nh: routed, selection: selection.clone() });
+            (gates_nh, selection)
+        });
+        let mixture = gates_nh.as_ref().map(|(gates_nh, selection)| Mixture {
+            gates_nh,
+            shared: selection.shared,
+            routed: selection.routing.assignments.clone(),
+        });
+        let o = match context {
+            Context::Documents => attention(tape, [&q, &k, &v], &documents.offsets_b1, spec, mixture),
             Context::Cache(layers) => {
                 let cache = &mut layers[i];
                 cache.keys.extend_from_slice(k.data());
@@ -371,18 +385,10 @@ impl Transformer {
                     _ => &[],
                 };
                 let (m, t) = (q.rows(), cache.keys.len() / k.width());
-                let rows = decode(q.data(), &cache.keys, &cache.values, m, t, spec, table);
+                let rows = decode([q.data(), &cache.keys, &cache.values], (m, t), spec, mixture, table);
                 tape.constant(&rows, m, q.width())
             }
         };
-        if let Some(heads) = &block.heads {
-            let shared = heads.shared.map(|w| linear_f32(tape, x, w));
-            let routed = linear_f32(tape, x, heads.routed);
-            let split = heads.split.map(|w| linear_f32(tape, x, w));
-            let (gates_nh, selection) = node::head_gates(tape, shared.as_ref(), &routed, split.as_ref(), heads.active);
-            o = scale_heads(tape, &o, &gates_nh);
-            trace.heads.push(HeadTrace { layer: i, routed_nh: routed, selection });
-        }
         linear(tape, &o, block.output)
     }
 }

@@ -14,6 +14,8 @@ pub trait Real: WithDType + Neg<Output = Self> + Sum + gemm_types::Gemm {
     fn sqrt(self) -> Self;
     fn floor(self) -> Self;
     fn abs(self) -> Self;
+    /// self · a + b, rounded once; a slow call where the code around it is not compiled for a machine that fuses.
+    fn mul_add(self, a: Self, b: Self) -> Self;
     fn max(self, other: Self) -> Self;
     fn min(self, other: Self) -> Self;
     fn finite(self) -> bool;
@@ -57,6 +59,10 @@ macro_rules! real {
             #[inline(always)]
             fn abs(self) -> Self {
                 <$t>::abs(self)
+            }
+            #[inline(always)]
+            fn mul_add(self, a: Self, b: Self) -> Self {
+                <$t>::mul_add(self, a, b)
             }
             #[inline(always)]
             fn max(self, other: Self) -> Self {

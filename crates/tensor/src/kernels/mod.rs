@@ -2,5 +2,6 @@
 
 pub mod gemm;
 pub mod isa;
+pub mod lanes;
 pub mod parallel;
 pub mod simd;

@@ -7,5 +7,4 @@ pub mod embedding;
 pub mod experts;
 pub mod linear;
 pub mod rms_norm;
-pub mod scale_heads;
 pub mod swiglu;

@@ -1,10 +1,13 @@
-//! Causal attention over ragged documents with grouped queries, a window and three kinds of position, as one op. Nothing of size T x T is kept.
+//! Causal attention over ragged documents with grouped queries, a window, three kinds of position and a mixture of heads, as one op. Nothing of
+//! size T x T is kept: memory grows with the number of tokens. All products stay f32 whatever the precision of the tape: scores decide exponents
+//! and positions, and the products of one head are a small part of a step.
 
 mod cpu;
 mod reference;
 #[cfg(test)]
 mod tests;
 
+use crate::ops::experts::Assignments;
 use crate::profile::Cost;
 use crate::{Engine, Param, Real, Tape, Value};
 use std::sync::Arc;
@@ -33,19 +36,58 @@ pub struct Attention {
     pub position: Position,
 }
 
+/// A mixture of heads (Jin 2410.11842): the output of head h of token t is multiplied by `gates_nh`[t, h]. Heads 0..shared serve every token; head
+/// shared + e serves the tokens whose row of `routed` holds e. For all other tokens its output is exactly zero, whatever the gate, and nothing
+/// is computed, forward or backward; its keys and values still serve the tokens that chose it.
+#[derive(Clone, Debug)]
+pub struct Mixture<'v, T: Real> {
+    pub gates_nh: &'v Value<T>,
+    pub shared: usize,
+    pub routed: Arc<Assignments>,
+}
+
+/// Which heads serve which tokens.
+#[derive(Clone, Debug)]
+struct Choice {
+    shared: usize,
+    routed: Arc<Assignments>,
+}
+
+impl Choice {
+    fn serves(&self, head: usize, token: usize) -> bool {
+        head < self.shared || self.routed.row(token).contains(&((head - self.shared) as u32))
+    }
+}
+
+impl<T: Real> Mixture<'_, T> {
+    fn choice(&self) -> Choice {
+        Choice { shared: self.shared, routed: self.routed.clone() }
+    }
+
+    fn check(&self, n: usize, heads: usize) {
+        assert!(
+            self.shared + self.routed.num_experts == heads && self.routed.num_tokens() == n,
+            "attention: the mixture of heads needs a choice for every token and all heads"
+        );
+        assert!((self.gates_nh.rows(), self.gates_nh.width()) == (n, heads), "attention: one gate per token and head");
+    }
+}
+
 impl Attention {
     /// The first key that position `i` sees.
     fn first_key(&self, i: usize) -> usize {
         self.window.map_or(0, |w| (i + 1).saturating_sub(w))
     }
 
-    /// Scores and mixed values of the pairs a window allows, and q·table for CoPE.
-    fn cost<T>(&self, offsets_b1: &[usize], dh: usize, table: usize) -> Cost {
-        let lengths = offsets_b1.windows(2).map(|w| w[1] - w[0]);
-        let pairs: usize = lengths.map(|t| (0..t).map(|i| i + 1 - self.first_key(i)).sum::<usize>()).sum();
+    /// Scores and mixed values of the pairs a window allows, and q·table for CoPE, in the heads that serve each token.
+    fn cost<T: Real>(&self, offsets_b1: &[usize], mixture: Option<&Mixture<'_, T>>, dh: usize, table: usize) -> Cost {
+        let heads = |t| mixture.map_or(self.heads, |mixture| mixture.shared + mixture.routed.row(t).len());
+        let flops = |document: &[usize]| {
+            let row = |t: usize| 4 * (t - document[0] + 1 - self.first_key(t - document[0])) * dh + 2 * table;
+            (document[0]..document[1]).map(|t| row(t) * heads(t)).sum::<usize>()
+        };
         let n = offsets_b1.last().copied().unwrap_or(0);
-        let flops = 4 * pairs * self.heads * dh + 2 * n * self.heads * table;
-        Cost::new::<T>(flops, 2 * n * (self.heads + self.kv_heads) * dh)
+        Cost::new::<T>(offsets_b1.windows(2).map(flops).sum(), 2 * n * (self.heads + self.kv_heads) * dh)
     }
 
     /// The width of a head; panics where shapes cannot fit, which the validated configuration of a model excludes.
@@ -73,11 +115,10 @@ impl Attention {
 /// the last n; a document may be empty. Scores are scaled by 1/√dh. Panics if the shapes do not fit: they are fixed by the configuration.
 pub fn attention<'a, T: Real>(
     tape: &mut Tape<'a, T>,
-    q: &Value<T>,
-    k: &Value<T>,
-    v: &Value<T>,
+    [q, k, v]: [&Value<T>; 3],
     offsets_b1: &Arc<[usize]>,
     spec: Attention,
+    mixture: Option<Mixture<'_, T>>,
 ) -> Value<T> {
     let n = q.rows();
     assert!(k.rows() == n && v.rows() == n, "attention: q, k and v must have the same rows");
@@ -90,17 +131,27 @@ pub fn attention<'a, T: Real>(
         _ => &[],
     };
     let dh = spec.head_width(q.width(), k.width(), v.width(), table.len());
-    let _span = tape.span("attention", spec.cost::<T>(offsets_b1, dh, table.len()));
+    if let Some(mixture) = &mixture {
+        mixture.check(n, spec.heads);
+    }
+    let _span = tape.span("attention", spec.cost::<T>(offsets_b1, mixture.as_ref(), dh, table.len()));
     match tape.engine() {
-        Engine::Reference => reference::attention(tape, q, k, v, offsets_b1, spec),
-        _ => cpu::attention(tape, [q, k, v], offsets_b1, spec, table),
+        Engine::Reference => reference::attention(tape, [q, k, v], offsets_b1, spec, mixture),
+        _ => cpu::attention(tape, [q, k, v], offsets_b1, spec, mixture, table),
     }
 }
 
 /// The last `m` rows of one document against its cache, for decoding: q [m, heads·dh] are the tokens at positions t-m..t, k and v
-/// [t, kv_heads·dh] all tokens so far (not rotated: RoPE happens inside), `table` the numbers of the CoPE table (else empty). Returns [m, heads·dh].
-/// With a window, keys that have left it may be dropped from the front of the cache (and t reduced): only differences of positions enter.
-pub fn decode<T: Real>(q: &[T], k: &[T], v: &[T], m: usize, t: usize, spec: Attention, table: &[T]) -> Vec<T> {
+/// [t, kv_heads·dh] all tokens so far (not rotated: RoPE happens inside), `table` the numbers of the CoPE table (else empty), `mixture` that of the
+/// m tokens. Returns [m, heads·dh]. With a window, keys that have left it may be dropped from the front of the cache (and t reduced): only
+/// differences of positions enter.
+pub fn decode<T: Real>(
+    [q, k, v]: [&[T]; 3],
+    (m, t): (usize, usize),
+    spec: Attention,
+    mixture: Option<Mixture<'_, T>>,
+    table: &[T],
+) -> Vec<T> {
     assert!(m <= t, "decode: more queries than tokens");
     if m == 0 {
         return Vec::new();
@@ -110,5 +161,8 @@ pub fn decode<T: Real>(q: &[T], k: &[T], v: &[T], m: usize, t: usize, spec: Atte
         q.len() == m * spec.heads * dh && k.len() == t * spec.kv_heads * dh && v.len() == k.len(),
         "decode: q, k and v do not have m and t rows"
     );
-    cpu::decode(q, k, v, m, t, spec, table)
+    if let Some(mixture) = &mixture {
+        mixture.check(m, spec.heads);
+    }
+    cpu::decode([q, k, v], (m, t), spec, mixture, table)
 }

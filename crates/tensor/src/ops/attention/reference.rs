@@ -1,23 +1,25 @@
 //! The definition: plain candle formulas, document by document and head by head. Slow and simple.
 
-use super::{Attention, Position};
+use super::{Attention, Mixture, Position};
 use crate::{Real, Tape, Value};
 use candle_core::{D, Device, Result, Tensor};
 use std::sync::Arc;
 
 pub(super) fn attention<'a, T: Real>(
     tape: &mut Tape<'a, T>,
-    q: &Value<T>,
-    k: &Value<T>,
-    v: &Value<T>,
+    [q, k, v]: [&Value<T>; 3],
     offsets_b1: &Arc<[usize]>,
     spec: Attention,
+    mixture: Option<Mixture<'_, T>>,
 ) -> Value<T> {
     let tables = match spec.position {
         Position::Cope { table } => vec![table],
         _ => Vec::new(),
     };
-    tape.reference(&[q, k, v], &tables, |x| {
+    let mut values = vec![q, k, v];
+    values.extend(mixture.as_ref().map(|mixture| mixture.gates_nh));
+    tape.reference(&values, &tables, |x| {
+        let table = x.get(values.len());
         let dh = x[0].dim(1)? / spec.heads;
         let mut documents = Vec::new();
         for bounds in offsets_b1.windows(2).filter(|b| b[0] < b[1]) {
@@ -26,14 +28,27 @@ pub(super) fn attention<'a, T: Real>(
             for h in 0..spec.heads {
                 let part = |x: &Tensor, h: usize| x.narrow(0, start, t)?.narrow(1, h * dh, dh)?.contiguous();
                 let g = h / (spec.heads / spec.kv_heads);
-                heads.push(head(&part(&x[0], h)?, &part(&x[1], g)?, &part(&x[2], g)?, x.get(3), spec)?);
+                heads.push(head(&part(&x[0], h)?, &part(&x[1], g)?, &part(&x[2], g)?, table, spec)?);
             }
             documents.push(Tensor::cat(&heads, 1)?);
         }
         // An empty batch returns its (empty) queries.
-        Ok(vec![if documents.is_empty() { x[0].clone() } else { Tensor::cat(&documents, 0)? }])
+        let y = if documents.is_empty() { x[0].clone() } else { Tensor::cat(&documents, 0)? };
+        Ok(vec![match &mixture {
+            Some(mixture) => scale(&y, &x[3], mixture, spec)?,
+            None => y,
+        }])
     })
     .remove(0)
+}
+
+/// Every head's output times its gate, or zero where the head does not serve the token.
+fn scale<T: Real>(y: &Tensor, gates_nh: &Tensor, mixture: &Mixture<'_, T>, spec: Attention) -> Result<Tensor> {
+    let (n, width) = y.dims2()?;
+    let choice = mixture.choice();
+    let served_nh = constant(y, n, spec.heads, |t, h| if choice.serves(h, t) { 1.0 } else { 0.0 })?;
+    let gates = gates_nh.mul(&served_nh)?.unsqueeze(2)?;
+    y.reshape((n, spec.heads, width / spec.heads))?.broadcast_mul(&gates)?.reshape((n, width))
 }
 
 /// A constant [rows, cols] in the float type of `like`.

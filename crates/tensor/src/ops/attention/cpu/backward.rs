@@ -1,0 +1,196 @@
+//! The backward pass: items compute scores again, in the order of the forward pass and therefore to the same bits; the gradients of keys and values
+//! that several items of a document share are summed in the order of the items.
+
+use super::plan::{Item, Plan, each, split};
+use super::tile::{Scratch, Span, Tile, Walk, keys};
+use crate::kernels::lanes::{self, LANES, Lanes, Left, PIECE, Piece, Place, Rows};
+use crate::tape::add;
+use crate::{Arena, Buffer, Real};
+
+/// Gradients of an item with respect to keys and values [keys, kv_heads·dh] and the table rows it reached.
+struct Partial<T: Real> {
+    /// Numbers of k and v before those of the first key.
+    at: usize,
+    dk: Buffer<T>,
+    dv: Buffer<T>,
+    d_table: Vec<T>,
+}
+
+/// Sets d = [dq, dk, dv, dgates] for y and its upstream gradient and returns the gradient of the table [P+1, dh], or nothing without one.
+pub(super) fn backward<T: Real>(
+    plan: &Plan<'_, T>,
+    items: &[Item],
+    arena: &Arena<T>,
+    [y, upstream, stats]: [&[T]; 3],
+    [dq, dk, dv, d_gates]: &mut [Buffer<T>; 4],
+) -> Vec<T> {
+    let heads = plan.spec.heads;
+    let gate_width = if plan.gates.is_some() { heads } else { 0 };
+    let parts = split(items, dq, heads * plan.dh).into_iter().zip(split(items, d_gates, gate_width));
+    let work: Vec<_> = items.iter().zip(parts).collect();
+    let partials = each(plan, work, Scratch::new, |scratch, (item, (dq, d_gates))| {
+        Job { plan, item, y, upstream, stats }.run(arena, scratch, dq, d_gates)
+    });
+    let mut d_table = vec![T::ZERO; plan.cope.as_ref().map_or(0, |cope| (cope.last + 1) * plan.dh)];
+    for partial in &partials {
+        let rows = d_table.chunks_exact_mut(plan.dh).zip(partial.d_table.chunks_exact(plan.wide * PIECE));
+        rows.for_each(|(sum, row)| add(sum, row));
+    }
+    d_table.iter_mut().for_each(|d| *d *= T::ONE / plan.scale);
+    dk.fill(T::ZERO);
+    dv.fill(T::ZERO);
+    for partial in partials {
+        let range = partial.at..partial.at + partial.dk.len();
+        add(&mut dk[range.clone()], &partial.dk);
+        add(&mut dv[range], &partial.dv);
+    }
+    d_table
+}
+
+/// An item, with what it reads: the output, its upstream gradient and the statistics of all items.
+struct Job<'s, T: Real> {
+    plan: &'s Plan<'s, T>,
+    item: &'s Item,
+    y: &'s [T],
+    upstream: &'s [T],
+    stats: &'s [T],
+}
+
+impl<T: Real> Job<'_, T> {
+    fn run(&self, arena: &Arena<T>, scratch: &mut Scratch<T>, dq: &mut [T], d_gates: &mut [T]) -> Partial<T> {
+        let (plan, item) = (self.plan, self.item);
+        let (dh, wide, width) = (plan.dh, plan.wide, plan.spec.kv_heads * plan.dh);
+        let keys = keys(plan, item);
+        let mut partial = Partial {
+            at: (item.keys_at + keys.start) * width,
+            dk: arena.take(keys.len() * width),
+            dv: arena.take(keys.len() * width),
+            d_table: Vec::new(),
+        };
+        scratch.d_table.clear();
+        if plan.gates.is_some() {
+            dq.fill(T::ZERO);
+            d_gates.fill(T::ZERO);
+        }
+        for kv in 0..plan.spec.kv_heads {
+            plan.rows(item, kv, &mut scratch.rows);
+            scratch.pack(plan, item, keys.clone(), kv);
+            for d in [&mut scratch.dk, &mut scratch.dv] {
+                d.clear();
+                d.resize(keys.len() * wide, Piece::all(T::ZERO));
+            }
+            let rows = std::mem::take(&mut scratch.rows);
+            for rows in rows.chunks(LANES) {
+                let span = Span::new(plan, item, rows);
+                let pull = self.tile(&span, keys.start, scratch);
+                for (l, &row) in rows.iter().enumerate() {
+                    let row = row as usize;
+                    let to = &mut dq[row * dh..(row + 1) * dh];
+                    to.iter_mut().zip(&scratch.tile.out).for_each(|(d, o)| *d = o.0[l] * plan.scale);
+                    if let Some(rope) = &plan.rope {
+                        rope.turn(to, span.positions[l], true);
+                    }
+                    if plan.gates.is_some() {
+                        d_gates[row] = pull.0[l];
+                    }
+                }
+            }
+            scratch.rows = rows;
+            for (from, to) in [(&scratch.dk, &mut partial.dk), (&scratch.dv, &mut partial.dv)] {
+                let rows = lanes::flat(from).chunks_exact(wide * PIECE);
+                for (row, to) in rows.zip(to.chunks_exact_mut(width)) {
+                    to[kv * dh..(kv + 1) * dh].copy_from_slice(&row[..dh]);
+                }
+            }
+            if let Some(rope) = &plan.rope {
+                let rows = partial.dk.chunks_exact_mut(width);
+                rows.zip(keys.clone()).for_each(|(row, i)| rope.turn(&mut row[kv * dh..(kv + 1) * dh], i, true));
+            }
+        }
+        partial.d_table.extend_from_slice(lanes::flat(&scratch.d_table));
+        partial
+    }
+
+    /// What backward knows of a tile's rows. Lanes behind the last row repeat it, without upstream gradient.
+    fn rows(&self, span: &Span<'_>) -> Rows<T> {
+        let (plan, heads) = (self.plan, self.plan.spec.heads);
+        let zero = Lanes::all(T::ZERO);
+        let mut rows = Rows { max: zero, inverse: zero, gate: Lanes::all(T::ONE), mean: zero };
+        for l in 0..LANES {
+            let at = self.item.queries_at * heads + span.rows[l.min(span.rows.len() - 1)] as usize;
+            (rows.max.0[l], rows.inverse.0[l]) = (self.stats[2 * at], self.stats[2 * at + 1]);
+            if l < span.rows.len() {
+                rows.gate.0[l] = plan.gates.map_or(T::ONE, |gates| gates[at]);
+                let (y, d) = (&self.y[at * plan.dh..(at + 1) * plan.dh], &self.upstream[at * plan.dh..]);
+                rows.mean.0[l] = y.iter().zip(d).map(|(y, d)| *y * *d).sum();
+            }
+        }
+        rows
+    }
+
+    /// Adds what the rows of a tile give to dk, dv and d_table, leaves their dq in tile.out and returns the gradient of their gates.
+    fn tile(&self, span: &Span<'_>, first: usize, scratch: &mut Scratch<T>) -> Lanes<T> {
+        let (plan, item, dh, wide) = (self.plan, self.item, self.plan.dh, self.plan.wide);
+        let rows = self.rows(span);
+        let Scratch { k, v, dk, dv, d_table, tile, .. } = scratch;
+        tile.load(plan, item, span);
+        tile.load_upstream(plan, item, span, self.upstream, &rows.gate);
+        tile.out.clear();
+        tile.out.resize(dh, Lanes::all(T::ZERO));
+        if tile.s.len() < span.len() {
+            tile.s.resize(span.len(), Lanes::all(T::ZERO));
+        }
+        let (mut pull, mut beyond) = (Lanes::all(T::ZERO), Lanes::all(T::ZERO));
+        let near = self.walk(span, first, (k, tile));
+        tile.table.start();
+        for block in span.blocks() {
+            let (from, to) = ((block.start - first) * dh, (block.end - first) * dh);
+            let at = span.within(&block);
+            let placed = block.start >= near;
+            if !placed {
+                tile.meet_plain(span, &block, &k[from..to], at.clone(), plan.cope.as_ref());
+            }
+            tile.d.resize(block.len(), Lanes::all(T::ZERO));
+            let (s, d) = (&mut tile.s[at.clone()], &mut tile.d[..]);
+            lanes::product(d, Left { data: &v[from..to], row: dh, col: 1 }, &tile.d_out, false);
+            lanes::harden(s, d, &rows, &mut pull);
+            if placed {
+                lanes::retreat(d, &tile.places[at], &mut beyond, &mut tile.table.dz);
+            } else if plan.cope.is_some() {
+                tile.table.add_to_rim(d);
+            }
+            lanes::product(&mut tile.out, Left { data: &k[from..to], row: 1, col: dh }, d, true);
+            let range = (block.start - first) * wide..(block.end - first) * wide;
+            lanes::outer(&mut dk[range.clone()], d, &tile.q_rows, wide);
+            lanes::outer(&mut dv[range], s, &tile.d_out_rows, wide);
+        }
+        if let Some(cope) = &plan.cope {
+            let dz = tile.table.finish();
+            lanes::product(&mut tile.out, Left { data: &cope.table, row: 1, col: dh }, dz, true);
+            if d_table.len() < dz.len() * wide {
+                d_table.resize(dz.len() * wide, Piece::all(T::ZERO));
+            }
+            lanes::outer(&mut d_table[..dz.len() * wide], dz, &tile.q_rows, wide);
+        }
+        pull
+    }
+
+    /// Scores and places of all keys that contextual positions reach; returns the first of them (or the end of the keys).
+    fn walk(&self, span: &Span<'_>, first: usize, (k, tile): (&[T], &mut Tile<T>)) -> usize {
+        let mut near = usize::MAX;
+        let Some(cope) = &self.plan.cope else { return near };
+        if tile.places.len() < span.len() {
+            tile.places.resize(span.len(), Place::ORIGIN);
+        }
+        let mut walk = Walk::new();
+        for block in span.blocks().rev() {
+            if walk.done(cope) {
+                break;
+            }
+            let k = &k[(block.start - first) * self.plan.dh..];
+            tile.meet_places(span, &block, k, span.within(&block), (cope, &mut walk));
+            near = block.start;
+        }
+        near
+    }
+}

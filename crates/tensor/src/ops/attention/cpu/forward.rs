@@ -1,0 +1,77 @@
+//! The forward pass of an item.
+
+use super::plan::{Item, Plan};
+use super::tile::{Scratch, Span, Walk, keys};
+use crate::Real;
+use crate::kernels::lanes::{self, LANES, Lanes, Left, Place};
+
+/// Fills out [rows, heads·dh] and stats [rows, heads, 2]: the maximum of a row's scores and 1 / Σ exp(score - maximum). Heads that a token did
+/// not choose are zero in `out`; their stats are never read.
+pub(super) fn forward<T: Real>(
+    plan: &Plan<'_, T>,
+    item: &Item,
+    scratch: &mut Scratch<T>,
+    out: &mut [T],
+    stats: &mut [T],
+) {
+    if plan.gates.is_some() {
+        out.fill(T::ZERO);
+    }
+    let keys = keys(plan, item);
+    for kv in 0..plan.spec.kv_heads {
+        plan.rows(item, kv, &mut scratch.rows);
+        if scratch.rows.is_empty() {
+            continue;
+        }
+        scratch.pack(plan, item, keys.clone(), kv);
+        let rows = std::mem::take(&mut scratch.rows);
+        for rows in rows.chunks(LANES) {
+            let span = Span::new(plan, item, rows);
+            let (max, sum) = tile(plan, item, keys.start, &span, scratch);
+            for (l, &row) in rows.iter().enumerate() {
+                let row = row as usize;
+                let inverse = T::ONE / sum.0[l];
+                (stats[2 * row], stats[2 * row + 1]) = (max.0[l], inverse);
+                let factor = plan.gates.map_or(inverse, |g| g[item.queries_at * plan.spec.heads + row] * inverse);
+                let to = &mut out[row * plan.dh..(row + 1) * plan.dh];
+                to.iter_mut().zip(&scratch.tile.out).for_each(|(y, o)| *y = o.0[l] * factor);
+            }
+        }
+        scratch.rows = rows;
+    }
+}
+
+/// Leaves Σ exp(score - maximum) v of each row in tile.out; returns maximum and sum.
+fn tile<T: Real>(
+    plan: &Plan<'_, T>,
+    item: &Item,
+    first: usize,
+    span: &Span<'_>,
+    scratch: &mut Scratch<T>,
+) -> (Lanes<T>, Lanes<T>) {
+    let (dh, cope, tile) = (plan.dh, plan.cope.as_ref(), &mut scratch.tile);
+    tile.load(plan, item, span);
+    tile.out.clear();
+    tile.out.resize(dh, Lanes::all(T::ZERO));
+    let (mut max, mut sum) = (Lanes::all(-T::INFINITY), Lanes::all(T::ZERO));
+    let mut walk = Walk::new();
+    for block in span.blocks().rev() {
+        let at = 0..block.len();
+        let (k, v) = (&scratch.k[(block.start - first) * dh..], &scratch.v[(block.start - first) * dh..]);
+        if tile.s.len() < at.end {
+            tile.s.resize(at.end, Lanes::all(T::ZERO));
+        }
+        match cope {
+            Some(cope) if !walk.done(cope) => {
+                if tile.places.len() < at.end {
+                    tile.places.resize(at.end, Place::ORIGIN);
+                }
+                tile.meet_places(span, &block, k, at.clone(), (cope, &mut walk));
+            }
+            _ => tile.meet_plain(span, &block, k, at.clone(), cope),
+        }
+        lanes::soften(&mut tile.s[at.clone()], &mut max, &mut sum, &mut tile.out);
+        lanes::product(&mut tile.out, Left { data: v, row: 1, col: dh }, &tile.s[at], true);
+    }
+    (max, sum)
+}

@@ -1,0 +1,170 @@
+//! How the work is cut, and what all its pieces share.
+
+use super::super::{Attention, Choice, Position};
+use super::rotary::Rope;
+use crate::Real;
+use crate::kernels::lanes::PIECE;
+use rayon::prelude::*;
+use std::ops::Range;
+
+/// A batch is cut into about `ITEMS` pieces of equal work, but no document into pieces below `ROWS` positions. Fixed, whatever the number of
+/// threads, because it decides the order in which gradients of keys are summed.
+const ITEMS: usize = 16;
+const ROWS: usize = 64;
+
+/// Pairs of query and key, counted per head, below which one thread is faster than waking the pool.
+const SMALL: usize = 8192;
+
+/// Query positions `rows` of a document whose first key is row `keys_at` of k and v; the query of position rows.start is row `queries_at` of q.
+#[derive(Debug)]
+pub(super) struct Item {
+    pub keys_at: usize,
+    pub queries_at: usize,
+    pub rows: Range<usize>,
+}
+
+/// Pairs that the first `i` positions see.
+fn pairs_before(i: usize, spec: Attention) -> usize {
+    let full = spec.window.map_or(i, |w| w.min(i)); // these see all keys before them
+    full * (full + 1) / 2 + (i - full) * spec.window.unwrap_or(0)
+}
+
+pub(super) fn items(offsets_b1: &[usize], spec: Attention) -> Vec<Item> {
+    let lengths = || offsets_b1.windows(2).map(|bounds| bounds[1] - bounds[0]);
+    let total: usize = lengths().map(|t| pairs_before(t, spec)).sum();
+    let mut items = Vec::with_capacity(offsets_b1.len());
+    for (keys_at, t) in offsets_b1.iter().zip(lengths()) {
+        let pairs = pairs_before(t, spec);
+        let parts = (pairs * ITEMS).div_ceil(total.max(1)).clamp(1, (t / ROWS).max(1));
+        let mut start = 0;
+        for part in 1..=parts {
+            let wanted = (pairs as u128 * part as u128 / parts as u128) as usize;
+            let end = start + partition_point(t - start, |i| pairs_before(start + i, spec) < wanted);
+            if end > start {
+                items.push(Item { keys_at: *keys_at, queries_at: keys_at + start, rows: start..end });
+            }
+            start = end;
+        }
+    }
+    items
+}
+
+/// The first i in 0..len for which `before` does not hold, or len.
+fn partition_point(len: usize, before: impl Fn(usize) -> bool) -> usize {
+    let (mut low, mut high) = (0, len);
+    while low < high {
+        let middle = low.midpoint(high);
+        if before(middle) { low = middle + 1 } else { high = middle }
+    }
+    low
+}
+
+/// The rows of each item, which lie one after the other.
+pub(super) fn split<'s, T>(items: &[Item], mut data: &'s mut [T], width: usize) -> Vec<&'s mut [T]> {
+    let mut parts = Vec::with_capacity(items.len());
+    for item in items {
+        let (part, rest) = data.split_at_mut(item.rows.len() * width);
+        parts.push(part);
+        data = rest;
+    }
+    parts
+}
+
+/// Runs `f` on every piece of work, each thread with its own scratch, and returns the results in order.
+pub(super) fn each<T: Real, W: Send, S, R: Send>(
+    plan: &Plan<'_, T>,
+    work: Vec<W>,
+    scratch: impl Fn() -> S + Sync + Send,
+    f: impl Fn(&mut S, W) -> R + Sync + Send,
+) -> Vec<R> {
+    let threads = rayon::current_num_threads();
+    if plan.pairs < SMALL || work.len() < 2 || threads == 1 {
+        let mut scratch = scratch();
+        work.into_iter().map(|work| f(&mut scratch, work)).collect()
+    } else {
+        // A few pieces a thread: enough to even out long and short documents, and the scratch is not made anew for every item.
+        let piece = (work.len() / (8 * threads)).max(1);
+        work.into_par_iter().with_min_len(piece).map_init(scratch, f).collect()
+    }
+}
+
+/// What all items share.
+pub(super) struct Plan<'s, T: Real> {
+    pub q: &'s [T],
+    pub k: &'s [T],
+    pub v: &'s [T],
+    pub spec: Attention,
+    /// Gates [n, heads] and the choice of heads, where there is a mixture.
+    pub gates: Option<&'s [T]>,
+    choice: Option<Choice>,
+    /// Query heads of one key/value head.
+    pub group: usize,
+    /// Width of a head, and the pieces of a padded row.
+    pub dh: usize,
+    pub wide: usize,
+    /// Queries are scaled where they are read, by 1/√dh.
+    pub scale: T,
+    pub rope: Option<Rope<T>>,
+    pub cope: Option<Cope<T>>,
+    pairs: usize,
+}
+
+impl<'s, T: Real> Plan<'s, T> {
+    pub(super) fn new(
+        [q, k, v]: [&'s [T]; 3],
+        width: usize,
+        items: &[Item],
+        spec: Attention,
+        table: &[T],
+    ) -> Plan<'s, T> {
+        let dh = width / spec.heads;
+        let longest = items.iter().map(|item| item.rows.end).max().unwrap_or(0);
+        let pairs = items.iter().map(|item| pairs_before(item.rows.end, spec) - pairs_before(item.rows.start, spec));
+        let root = T::from_f64((dh as f64).sqrt());
+        let (rope, cope) = match spec.position {
+            Position::None => (None, None),
+            Position::Rope { base } => (Some(Rope::new(base, dh, longest)), None),
+            Position::Cope { .. } => {
+                let last = table.len() / dh - 1;
+                (None, Some(Cope { last, table: table.iter().map(|e| *e * root).collect() }))
+            }
+        };
+        Plan {
+            q,
+            k,
+            v,
+            spec,
+            gates: None,
+            choice: None,
+            group: spec.heads / spec.kv_heads,
+            dh,
+            wide: dh.div_ceil(PIECE),
+            scale: T::ONE / root,
+            rope,
+            cope,
+            pairs: pairs.sum::<usize>() * spec.heads,
+        }
+    }
+
+    /// Sets gates and choice of a mixture of heads.
+    pub(super) fn mix(&mut self, gates: Option<&'s [T]>, choice: Option<Choice>) {
+        (self.gates, self.choice) = (gates, choice);
+    }
+
+    /// The query rows of an item that use key/value head `kv`, by position: their places in [rows, heads].
+    pub(super) fn rows(&self, item: &Item, kv: usize, to: &mut Vec<u32>) {
+        to.clear();
+        let heads = kv * self.group..(kv + 1) * self.group;
+        for i in 0..item.rows.len() {
+            let served = |h: &usize| self.choice.as_ref().is_none_or(|choice| choice.serves(*h, item.queries_at + i));
+            to.extend(heads.clone().filter(served).map(|h| (i * self.spec.heads + h) as u32));
+        }
+    }
+}
+
+/// The CoPE table [P+1, dh] times √dh, because it meets scaled queries.
+pub(super) struct Cope<T> {
+    /// P, the largest position.
+    pub last: usize,
+    pub table: Vec<T>,
+}

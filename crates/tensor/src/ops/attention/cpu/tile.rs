@@ -1,0 +1,301 @@
+//! A tile: up to sixteen query rows that share a key/value head, the keys they see, and their scores.
+
+use super::plan::{Cope, Item, Plan};
+use super::rotary::Rope;
+use crate::Real;
+use crate::kernels::lanes::{self, LANES, Lanes, Left, PIECE, Piece, Place};
+use std::ops::Range;
+
+/// Keys of a block: a block of scores, keys and values fits the first cache.
+const BLOCK: usize = 64;
+
+/// Working memory of a thread: the operands of one item and key/value head, and one tile.
+pub(super) struct Scratch<T> {
+    /// Query rows of the item, as places in [rows, heads].
+    pub rows: Vec<u32>,
+    /// Keys and values [keys, dh], and their gradients [keys, wide pieces].
+    pub k: Vec<T>,
+    pub v: Vec<T>,
+    pub dk: Vec<Piece<T>>,
+    pub dv: Vec<Piece<T>>,
+    /// Gradient of the CoPE table [rows, wide pieces].
+    pub d_table: Vec<Piece<T>>,
+    pub tile: Tile<T>,
+}
+
+pub(super) struct Tile<T> {
+    /// Scaled queries and upstream gradients, by column [dh] and by row [lanes, wide pieces].
+    pub q: Vec<Lanes<T>>,
+    pub q_rows: Vec<Piece<T>>,
+    pub d_out: Vec<Lanes<T>>,
+    pub d_out_rows: Vec<Piece<T>>,
+    /// Result, or gradient of the queries [dh].
+    pub out: Vec<Lanes<T>>,
+    /// Scores of a block, or of all keys that contextual positions reach, then weights.
+    pub s: Vec<Lanes<T>>,
+    /// Gradients of the weights of a block, then of the scores, then of the products.
+    pub d: Vec<Lanes<T>>,
+    /// Places in the CoPE table, like `s`.
+    pub places: Vec<Place<T>>,
+    pub table: Bias<T>,
+}
+
+/// q · table for a tile, computed as far as positions reach.
+pub(super) struct Bias<T> {
+    /// [rows], and for each row (bias, step to the next row; 0 at the last).
+    rows: Vec<Lanes<T>>,
+    pub z: Vec<Lanes<[T; 2]>>,
+    /// Gradients: (Σ d, Σ fraction · d), then of the rows.
+    pub dz: Vec<Lanes<[T; 2]>>,
+    pub d_rows: Vec<Lanes<T>>,
+}
+
+impl<T: Real> Scratch<T> {
+    pub(super) fn new() -> Self {
+        let [q, d_out, out, s, d] = [(); 5].map(|()| Vec::new());
+        let table = Bias { rows: Vec::new(), z: Vec::new(), dz: Vec::new(), d_rows: Vec::new() };
+        let [q_rows, d_out_rows, dk, dv, d_table] = [(); 5].map(|()| Vec::new());
+        let tile = Tile { q, q_rows, d_out, d_out_rows, out, s, d, places: Vec::new(), table };
+        Scratch { rows: Vec::new(), k: Vec::new(), v: Vec::new(), dk, dv, d_table, tile }
+    }
+
+    /// Copies keys and values of head `kv` that the item sees.
+    pub(super) fn pack(&mut self, plan: &Plan<'_, T>, item: &Item, keys: Range<usize>, kv: usize) {
+        for (from, to) in [(plan.k, &mut self.k), (plan.v, &mut self.v)] {
+            to.clear();
+            let width = plan.spec.kv_heads * plan.dh;
+            let rows = from[(item.keys_at + keys.start) * width..].chunks_exact(width).take(keys.len());
+            rows.for_each(|row| to.extend_from_slice(&row[kv * plan.dh..(kv + 1) * plan.dh]));
+        }
+        if let Some(rope) = &plan.rope {
+            let rows = self.k.chunks_exact_mut(plan.dh);
+            rows.zip(keys).for_each(|(row, position)| rope.turn(row, position, false));
+        }
+    }
+}
+
+/// The keys that an item sees, by position in the document.
+pub(super) fn keys<T: Real>(plan: &Plan<'_, T>, item: &Item) -> Range<usize> {
+    plan.spec.first_key(item.rows.start)..item.rows.end
+}
+
+/// The rows of a tile and the keys they see. Lanes behind the last row repeat it and have no upstream gradient.
+pub(super) struct Span<'s> {
+    pub rows: &'s [u32],
+    /// Position of each lane's row, and the keys from..to that it sees.
+    pub positions: [usize; LANES],
+    from: Lanes<i32>,
+    to: Lanes<i32>,
+    /// Keys that any row sees, and those that all rows see.
+    any: Range<usize>,
+    all: Range<usize>,
+}
+
+impl<'s> Span<'s> {
+    pub(super) fn new<T: Real>(plan: &Plan<'_, T>, item: &Item, rows: &'s [u32]) -> Self {
+        let position = |l: usize| item.rows.start + rows[l.min(rows.len() - 1)] as usize / plan.spec.heads;
+        let positions: [usize; LANES] = std::array::from_fn(position);
+        let first = |i: usize| plan.spec.first_key(i);
+        let (near, far) = (positions[LANES - 1], positions[0]);
+        Span {
+            rows,
+            positions,
+            from: Lanes(positions.map(|i| first(i) as i32)),
+            to: Lanes(positions.map(|i| i as i32 + 1)),
+            any: first(far)..near + 1,
+            all: first(near)..far + 1,
+        }
+    }
+
+    /// Blocks of keys from the farthest to the nearest. They are the same for every tile of the document, but for the keys that no row sees.
+    pub(super) fn blocks(&self) -> impl DoubleEndedIterator<Item = Range<usize>> + use<> {
+        let any = self.any.clone();
+        (any.start / BLOCK..any.end.div_ceil(BLOCK))
+            .map(move |b| (b * BLOCK).max(any.start)..((b + 1) * BLOCK).min(any.end))
+    }
+
+    /// Sets the scores of keys that a row does not see to -∞.
+    fn hide<T: Real>(&self, s: &mut [Lanes<T>], block: &Range<usize>) {
+        if block.start < self.all.start || block.end > self.all.end {
+            lanes::hide(s, block.start as i32, &self.from, &self.to);
+        }
+    }
+
+    /// Where `block` lies among the keys that the tile sees.
+    pub(super) fn within(&self, block: &Range<usize>) -> Range<usize> {
+        block.start - self.any.start..block.end - self.any.start
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.any.len()
+    }
+}
+
+/// How far contextual positions of a tile have come.
+pub(super) struct Walk<T> {
+    place: Place<T>,
+}
+
+impl<T: Real> Walk<T> {
+    pub(super) fn new() -> Self {
+        Walk { place: Place::ORIGIN }
+    }
+
+    /// Whether all rows are clamped, so that every key beyond has the bias of the last row of the table.
+    pub(super) fn done(&self, cope: &Cope<T>) -> bool {
+        self.place.below.0.iter().all(|n| *n as usize >= cope.last)
+    }
+
+    fn farthest(&self) -> usize {
+        self.place.below.0.iter().fold(0, |most, n| most.max(*n as usize))
+    }
+}
+
+impl<T: Real> Bias<T> {
+    fn reset(&mut self) {
+        self.rows.clear();
+        self.z.clear();
+    }
+
+    /// Makes `z` reach table row `n`.
+    fn reach(&mut self, n: usize, cope: &Cope<T>, q: &[Lanes<T>]) {
+        let (dh, known) = (q.len(), self.rows.len());
+        let wanted = (n + 2).min(cope.last + 1);
+        if known < wanted {
+            self.rows.resize(wanted, Lanes::all(T::ZERO));
+            let left = Left { data: &cope.table[known * dh..], row: dh, col: 1 };
+            lanes::product(&mut self.rows[known..], left, q, false);
+        }
+        for n in self.z.len()..=n {
+            let low = self.rows[n];
+            let high = self.rows.get(n + 1).unwrap_or(&low);
+            self.z.push(Lanes(std::array::from_fn(|l| [low.0[l], high.0[l] - low.0[l]])));
+        }
+    }
+
+    /// Zero gradients for the rows that `z` reaches.
+    pub(super) fn start(&mut self) {
+        self.dz.clear();
+        self.dz.resize(self.z.len(), Lanes::all([T::ZERO; 2]));
+    }
+
+    /// Adds gradients of scores whose positions are clamped.
+    pub(super) fn add_to_rim(&mut self, d: &[Lanes<T>]) {
+        let rim = self.dz.len() - 1;
+        for d in d {
+            for (sum, d) in self.dz[rim].0.iter_mut().zip(d.0) {
+                sum[0] += d;
+            }
+        }
+    }
+
+    /// Gradients of q · table, as far as the rows were read.
+    pub(super) fn finish(&mut self) -> &[Lanes<T>] {
+        self.d_rows.clear();
+        self.d_rows.resize(self.rows.len(), Lanes::all(T::ZERO));
+        for (n, dz) in self.dz.iter().enumerate() {
+            for (l, [sum, above]) in dz.0.iter().enumerate() {
+                self.d_rows[n].0[l] += *sum - *above;
+                if let Some(next) = self.d_rows.get_mut(n + 1) {
+                    next.0[l] += *above;
+                }
+            }
+        }
+        &self.d_rows
+    }
+
+    /// q · last row of the table, once positions have reached it.
+    fn rim(&self) -> &Lanes<T> {
+        &self.rows[self.rows.len() - 1]
+    }
+}
+
+impl<T: Real> Tile<T> {
+    /// Reads the queries of a tile.
+    pub(super) fn load(&mut self, plan: &Plan<'_, T>, item: &Item, span: &Span<'_>) {
+        let (rope, scale) = (plan.rope.as_ref(), Lanes::all(plan.scale));
+        gather(plan, &plan.q[item.queries_at * plan.spec.heads * plan.dh..], span, (rope, &scale), &mut self.q_rows);
+        self.q.resize(plan.dh, Lanes::all(T::ZERO));
+        lanes::columns(&mut self.q, &self.q_rows, plan.wide);
+        self.table.reset();
+    }
+
+    /// Reads the upstream gradients of a tile: by column as they are, by row times the gates.
+    pub(super) fn load_upstream(
+        &mut self,
+        plan: &Plan<'_, T>,
+        item: &Item,
+        span: &Span<'_>,
+        upstream: &[T],
+        gate: &Lanes<T>,
+    ) {
+        let upstream = &upstream[item.queries_at * plan.spec.heads * plan.dh..];
+        gather(plan, upstream, span, (None, &Lanes::all(T::ONE)), &mut self.d_out_rows);
+        lanes::flat_mut(&mut self.d_out_rows)[span.rows.len() * plan.wide * PIECE..].fill(T::ZERO);
+        self.d_out.resize(plan.dh, Lanes::all(T::ZERO));
+        lanes::columns(&mut self.d_out, &self.d_out_rows, plan.wide);
+        for (row, gate) in self.d_out_rows.chunks_exact_mut(plan.wide).zip(gate.0) {
+            lanes::flat_mut(row).iter_mut().for_each(|d| *d *= gate);
+        }
+    }
+
+    /// Scores of a block into s[at], -∞ where a row does not see the key.
+    fn meet(&mut self, span: &Span<'_>, block: &Range<usize>, k: &[T], at: Range<usize>) {
+        let dh = self.q.len();
+        let s = &mut self.s[at];
+        lanes::product(s, Left { data: k, row: dh, col: 1 }, &self.q, false);
+        span.hide(s, block);
+    }
+
+    /// Scores of a block with the bias of contextual positions and their places, into s[at] and places[at].
+    pub(super) fn meet_places(
+        &mut self,
+        span: &Span<'_>,
+        block: &Range<usize>,
+        k: &[T],
+        at: Range<usize>,
+        (cope, walk): (&Cope<T>, &mut Walk<T>),
+    ) {
+        self.meet(span, block, k, at.clone());
+        let (s, places) = (&mut self.s[at.clone()], &mut self.places[at]);
+        lanes::advance(s, cope.last as u32, &mut walk.place, places);
+        self.table.reach(walk.farthest(), cope, &self.q);
+        lanes::bias(s, places, &self.table.z);
+    }
+
+    /// Scores of a block without positions, or beyond all of them, into s[at].
+    pub(super) fn meet_plain(
+        &mut self,
+        span: &Span<'_>,
+        block: &Range<usize>,
+        k: &[T],
+        at: Range<usize>,
+        cope: Option<&Cope<T>>,
+    ) {
+        self.meet(span, block, k, at.clone());
+        if cope.is_some() {
+            lanes::shift(&mut self.s[at], self.table.rim());
+        }
+    }
+}
+
+/// Copies the heads of a tile out of [rows, heads·dh], rotated and scaled, into padded rows; lanes behind the last row repeat it.
+fn gather<T: Real>(
+    plan: &Plan<'_, T>,
+    from: &[T],
+    span: &Span<'_>,
+    (rope, scale): (Option<&Rope<T>>, &Lanes<T>),
+    to: &mut Vec<Piece<T>>,
+) {
+    to.resize(LANES * plan.wide, Piece::all(T::ZERO));
+    for (l, row) in lanes::flat_mut(to).chunks_exact_mut(plan.wide * PIECE).enumerate() {
+        let at = span.rows[l.min(span.rows.len() - 1)] as usize * plan.dh;
+        for (x, from) in row.iter_mut().zip(&from[at..at + plan.dh]) {
+            *x = *from * scale.0[l];
+        }
+        row[plan.dh..].fill(T::ZERO);
+        if let Some(rope) = rope {
+            rope.turn(row, span.positions[l], false);
+        }
+    }
+}
