@@ -6,6 +6,7 @@
 use crate::config::{Model, PositionKind};
 use moe_router::{Mode, Policy, RouterInput, Routing, node};
 use std::sync::Arc;
+use tensor::kernels::parallel;
 use tensor::ops::attention::{Attention, Mixture, Position, attention, decode};
 use tensor::ops::{
     combine::add,
@@ -228,12 +229,11 @@ impl Transformer {
         for (name, param) in self.layout.iter() {
             let std = self.initial_std(name, param);
             for m in 0..param.count {
-                for (j, x) in params[param.range(m)].iter_mut().enumerate() {
-                    *x = match std {
-                        None => 1.0,
-                        Some(std) => (std * random.normal(stream(name), (m * param.len() + j) as u64)) as f32,
-                    };
-                }
+                let number = |j: usize| match std {
+                    None => 1.0,
+                    Some(std) => (std * random.normal(stream(name), (m * param.len() + j) as u64)) as f32,
+                };
+                parallel::rows(&mut params[param.range(m)], 1, |j, x| x[0] = number(j));
             }
         }
         params

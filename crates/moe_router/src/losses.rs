@@ -4,6 +4,7 @@
 use crate::{Routing, softmax};
 use tensor::Real;
 use tensor::kernels::parallel;
+use tensor::kernels::simd::exp;
 
 /// N Σ_i f_i Q_i: f = share of the tokens that chose id i (constant), Q = mean probability, N ids. At balance it is the mean number of experts per
 /// token, not 1.
@@ -13,7 +14,7 @@ pub fn balance<T: Real>(scores_ne: &[T], routing: &Routing) -> f64 {
     let row = |t: usize| {
         let scores_e = &scores_ne[t * e..(t + 1) * e];
         let (top, sum) = softmax::log_sum(scores_e);
-        let mass = scores_e.iter().zip(&factors_e).map(|(s, f)| (*s - top).exp().to_f64() * f).sum::<f64>();
+        let mass = scores_e.iter().zip(&factors_e).map(|(s, f)| exp(*s - top).to_f64() * f).sum::<f64>();
         mass / sum.to_f64()
     };
     parallel::sum(n, row) / n.max(1) as f64
@@ -47,7 +48,7 @@ fn row_entropy<T: Real>(scores_e: &[T]) -> T {
     let weighted: T = scores_e
         .iter()
         .map(|s| {
-            let mass = (*s - top).exp();
+            let mass = exp(*s - top);
             if mass == T::ZERO { T::ZERO } else { mass * (*s - top) }
         })
         .sum();
@@ -62,7 +63,7 @@ pub fn entropy_backward<T: Real>(scores_ne: &[T], num_ids: usize, upstream: T, d
         let scores_e = &scores_ne[t * num_ids..(t + 1) * num_ids];
         let ((top, sum), entropy) = (softmax::log_sum(scores_e), row_entropy(scores_e));
         for (d, s) in dscores.iter_mut().zip(scores_e) {
-            let p = (*s - top).exp() / sum;
+            let p = exp(*s - top) / sum;
             if p != T::ZERO {
                 *d -= scale * p * (*s - top - sum.ln() + entropy);
             }
@@ -88,7 +89,7 @@ pub fn z_backward<T: Real>(scores_ne: &[T], num_ids: usize, upstream: T, dscores
         let scores_e = &scores_ne[t * num_ids..(t + 1) * num_ids];
         let (top, sum) = softmax::log_sum(scores_e);
         let factor = scale * (top + sum.ln()) / sum;
-        dscores.iter_mut().zip(scores_e).for_each(|(d, s)| *d += factor * (*s - top).exp());
+        dscores.iter_mut().zip(scores_e).for_each(|(d, s)| *d += factor * exp(*s - top));
     });
 }
 

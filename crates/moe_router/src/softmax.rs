@@ -2,6 +2,7 @@
 
 use tensor::Real;
 use tensor::kernels::parallel;
+use tensor::kernels::simd::exp;
 
 /// The largest number, NaN left out; -∞ where there is none.
 pub fn largest<T: Real>(values: impl Iterator<Item = T>) -> T {
@@ -11,7 +12,7 @@ pub fn largest<T: Real>(values: impl Iterator<Item = T>) -> T {
 /// Largest score and Σ exp(score - largest) of a row.
 pub fn log_sum<T: Real>(scores_e: &[T]) -> (T, T) {
     let top = largest(scores_e.iter().copied());
-    (top, scores_e.iter().map(|s| (*s - top).exp()).sum())
+    (top, scores_e.iter().map(|s| exp(*s - top)).sum())
 }
 
 /// Softmax of one row.
@@ -19,7 +20,7 @@ pub fn softmax<T: Real>(scores_e: &[T], p_e: &mut [T]) {
     let top = largest(scores_e.iter().copied());
     let mut sum = T::ZERO;
     for (p, s) in p_e.iter_mut().zip(scores_e) {
-        *p = (*s - top).exp();
+        *p = exp(*s - top);
         sum += *p;
     }
     p_e.iter_mut().for_each(|p| *p /= sum);

@@ -13,11 +13,12 @@ pub struct Arena<T: Real>(Arc<Mutex<Pool<T>>>);
 struct Pool<T> {
     free: BTreeMap<usize, Vec<Vec<T>>>,
     live: usize,
+    held: usize,
 }
 
 impl<T: Real> Default for Arena<T> {
     fn default() -> Self {
-        Arena(Arc::new(Mutex::new(Pool { free: BTreeMap::new(), live: 0 })))
+        Arena(Arc::new(Mutex::new(Pool { free: BTreeMap::new(), live: 0, held: 0 })))
     }
 }
 
@@ -40,7 +41,11 @@ impl<T: Real> Arena<T> {
                 }
                 data
             }
-            None => Vec::with_capacity(len),
+            None => {
+                let data = Vec::with_capacity(len);
+                pool.held += data.capacity();
+                data
+            }
         };
         pool.live += data.capacity();
         drop(pool);
@@ -59,6 +64,11 @@ impl<T: Real> Arena<T> {
         let mut buffer = self.take(from.len());
         buffer.copy_from_slice(from);
         buffer
+    }
+
+    /// Numbers in all buffers, handed out or not; it stops growing after the first steps.
+    pub fn held(&self) -> usize {
+        self.pool().held
     }
 
     /// Numbers in buffers that are handed out now; zero between steps.

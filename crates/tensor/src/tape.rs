@@ -1,6 +1,7 @@
 //! The gradient tape. A node is one closure that holds what its backward needs and nothing else; walking back consumes the nodes, so memory is
 //! freed as the walk goes. Gradients of parameters accumulate in place in one flat buffer, those of values in recycled buffers.
 
+use crate::kernels::parallel;
 use crate::profile::{self, Cost, Direction};
 use crate::{Arena, Buffer, Engine, Param, Precision, Real};
 use candle_core::{Device, Tensor, Var};
@@ -56,6 +57,9 @@ impl<T: Real> Value<T> {
         self.data[0]
     }
 }
+
+/// The gradient of a value. Several values may share one (both sides of a sum do); who adds to a shared one gets a copy of its own.
+pub type Gradient<T> = Arc<Buffer<T>>;
 
 type Backward<'a, T> = Box<dyn FnOnce(&mut Gradients<'_, T>) + 'a>;
 
@@ -196,7 +200,7 @@ impl<'a, T: Real> Tape<'a, T> {
         let (engine, precision, params, arena) = (self.engine, self.precision, self.params, self.arena.clone());
         self.op = ("replay", Cost::default());
         self.record(move |outer| {
-            let upstream: Vec<Option<Buffer<T>>> = slots.iter().map(|&slot| outer.take(slot)).collect();
+            let upstream: Vec<Option<Gradient<T>>> = slots.iter().map(|&slot| outer.take(slot)).collect();
             if upstream.iter().all(Option::is_none) {
                 return;
             }
@@ -224,14 +228,14 @@ impl<'a, T: Real> Tape<'a, T> {
         let mut seed = self.arena.take(1);
         seed[0] = T::ONE;
         let arena = self.arena.clone();
-        let seeds = if loss.needs_grad() { vec![(loss.slot(), seed)] } else { Vec::new() };
+        let seeds = if loss.needs_grad() { vec![(loss.slot(), Arc::new(seed))] } else { Vec::new() };
         self.recording = false;
         let by_value = self.walk(seeds, flat);
         Gradients { flat, by_value, arena }
     }
 
-    fn walk(self, seeds: Vec<(Slot, Buffer<T>)>, flat: &mut [T]) -> Vec<Option<Buffer<T>>> {
-        let mut by_value: Vec<Option<Buffer<T>>> = (0..self.next).map(|_| None).collect();
+    fn walk(self, seeds: Vec<(Slot, Gradient<T>)>, flat: &mut [T]) -> Vec<Option<Gradient<T>>> {
+        let mut by_value: Vec<Option<Gradient<T>>> = (0..self.next).map(|_| None).collect();
         for (slot, seed) in seeds {
             if slot.needs_grad {
                 by_value[slot.id] = Some(seed);
@@ -283,7 +287,7 @@ impl<'a, T: Real> Tape<'a, T> {
             let inputs: Vec<Slot> = values.iter().map(|v| v.slot()).collect();
             let params = params.to_vec();
             self.record(move |grads| {
-                let upstream: Vec<Option<Buffer<T>>> = slots.iter().map(|&slot| grads.take(slot)).collect();
+                let upstream: Vec<Option<Gradient<T>>> = slots.iter().map(|&slot| grads.take(slot)).collect();
                 let Some(found) =
                     differentiate(&leaves, &tensors, &upstream).expect("candle differentiates its own ops")
                 else {
@@ -312,12 +316,12 @@ fn flatten<T: Real>(tensor: &Tensor) -> Vec<T> {
 fn differentiate<T: Real>(
     leaves: &[Var],
     outputs: &[Tensor],
-    upstream: &[Option<Buffer<T>>],
+    upstream: &[Option<Gradient<T>>],
 ) -> candle_core::Result<Option<Vec<Vec<T>>>> {
     let mut total: Option<Tensor> = None;
     for (y, g) in outputs.iter().zip(upstream) {
         let Some(g) = g else { continue };
-        let part = (y * Tensor::from_slice(g, y.shape(), &Device::Cpu)?)?.sum_all()?;
+        let part = (y * Tensor::from_slice(&g[..], y.shape(), &Device::Cpu)?)?.sum_all()?;
         total = Some(match total {
             Some(sum) => (sum + part)?,
             None => part,
@@ -339,10 +343,18 @@ pub(crate) fn add<T: Real>(dst: &mut [T], src: &[T]) {
     }
 }
 
+/// A gradient to write to.
+fn own<'g, T: Real>(gradient: &'g mut Gradient<T>, arena: &Arena<T>) -> &'g mut [T] {
+    if Arc::get_mut(gradient).is_none() {
+        *gradient = Arc::new(arena.copy(gradient));
+    }
+    Arc::get_mut(gradient).expect("a copy has one holder")
+}
+
 /// Gradients during and after the walk back.
 pub struct Gradients<'g, T: Real> {
     flat: &'g mut [T],
-    by_value: Vec<Option<Buffer<T>>>,
+    by_value: Vec<Option<Gradient<T>>>,
     arena: Arena<T>,
 }
 
@@ -352,19 +364,19 @@ impl<T: Real> Gradients<'_, T> {
     }
 
     /// Takes the complete gradient of an op's output; `None` if nothing downstream needed it.
-    pub fn take(&mut self, slot: Slot) -> Option<Buffer<T>> {
+    pub fn take(&mut self, slot: Slot) -> Option<Gradient<T>> {
         if slot.needs_grad { self.by_value[slot.id].take() } else { None }
     }
 
     fn peek(&self, slot: Slot) -> Option<&[T]> {
-        self.by_value[slot.id].as_deref()
+        self.by_value[slot.id].as_deref().map(|gradient| &gradient[..])
     }
 
     /// Lets `f` add to the gradient of `slot` (zeros at first); does nothing if no gradient is needed.
     pub fn add(&mut self, slot: Slot, f: impl FnOnce(&mut [T])) {
         if slot.needs_grad {
             let arena = &self.arena;
-            f(self.by_value[slot.id].get_or_insert_with(|| arena.zeros(slot.len)));
+            f(own(self.by_value[slot.id].get_or_insert_with(|| Arc::new(arena.zeros(slot.len))), arena));
         }
     }
 
@@ -373,15 +385,16 @@ impl<T: Real> Gradients<'_, T> {
         if slot.needs_grad {
             let accumulate = self.by_value[slot.id].is_some();
             let arena = &self.arena;
-            f(self.by_value[slot.id].get_or_insert_with(|| arena.take(slot.len)), accumulate);
+            f(own(self.by_value[slot.id].get_or_insert_with(|| Arc::new(arena.take(slot.len))), arena), accumulate);
         }
     }
 
     /// Gives a whole buffer to the gradient of `slot`, without a copy when it is the first.
-    pub fn give(&mut self, slot: Slot, gradient: Buffer<T>) {
+    pub fn give(&mut self, slot: Slot, gradient: impl Into<Gradient<T>>) {
         if slot.needs_grad {
+            let gradient = gradient.into();
             match &mut self.by_value[slot.id] {
-                Some(sum) => add(sum, &gradient),
+                Some(sum) => parallel::add(own(sum, &self.arena), &gradient),
                 empty => *empty = Some(gradient),
             }
         }

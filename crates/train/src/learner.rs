@@ -14,6 +14,7 @@ use moe_router::{Mode, Observation, Policy, RouterInput};
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
+use tensor::kernels::memory;
 use tensor::ops::cross_entropy::Targets;
 use tensor::profile::{self, Direction, Work};
 use tensor::{Arena, Engine, Precision, Tape, Value};
@@ -66,13 +67,15 @@ pub struct Update {
 
 impl Learner {
     pub fn new(run: &Run, vocab_size: usize, first: &Train) -> Result<Self, TrainError> {
+        memory::keep_pages();
+        let pool = Arc::new(thread_pool(run.threads)?);
         let model = Transformer::new(&run.model, vocab_size);
         let layers = FlatLayers::new(&model.layout, run.model.num_layers).map_err(TrainError::Failed)?;
-        let params = model.initialise(run.seed);
+        let params = pool.install(|| model.initialise(run.seed));
         Ok(Learner {
             optimizer: Optimizer::new(first.optimizer_kind(), first.optimizer_settings(), &model.layout),
             policies: model.policies(),
-            pool: Arc::new(thread_pool(run.threads)?),
+            pool,
             engine: run.engine,
             precision: run.dtype,
             coefficients: run.losses.clone(),
@@ -82,6 +85,11 @@ impl Learner {
             params,
             model,
         })
+    }
+
+    /// Bytes of the recycled buffers, all of them at rest between steps.
+    pub fn arena_bytes(&self) -> usize {
+        self.arena.held() * size_of::<f32>()
     }
 
     /// The model as evaluation sees it.

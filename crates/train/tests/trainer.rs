@@ -146,7 +146,7 @@ fn accumulated_gradients_equal_the_large_batchs() {
     };
     let (whole, parts) = (with("train.accumulate=1"), with("train.accumulate=3"));
     let worst = whole.iter().zip(&parts).fold(0.0f32, |m, (a, b)| m.max((a - b).abs()));
-    assert!(worst < 1e-5, "{worst}");
+    assert!(worst < 3e-5, "{worst}"); // rounding, grown over eight steps; a wrong share is off by hundredths
     let moved = floats(weights(&["train.learning_rate=0.0"]));
     assert_ne!(whole, moved);
 }

@@ -3,5 +3,6 @@
 pub mod gemm;
 pub mod isa;
 pub mod lanes;
+pub mod memory;
 pub mod parallel;
 pub mod simd;

@@ -24,6 +24,15 @@ pub fn rows<T: Send>(dst: &mut [T], width: usize, f: impl Fn(usize, &mut [T]) + 
     }
 }
 
+/// dst += src.
+pub fn add<T: Real>(dst: &mut [T], src: &[T]) {
+    if dst.len() < SMALL {
+        crate::tape::add(dst, src);
+    } else {
+        dst.par_chunks_mut(SMALL).zip(src.par_chunks(SMALL)).for_each(|(dst, src)| crate::tape::add(dst, src));
+    }
+}
+
 /// Adds to `dst` the sum over rows 0..n of what `f(row, partial)` adds to a partial of `dst`'s length, in a fixed order.
 pub fn reduce_rows<T: Real>(dst: &mut [T], n: usize, f: impl Fn(usize, &mut [T]) + Sync) {
     let blocks = n.div_ceil(BLOCK);

@@ -23,14 +23,8 @@ pub fn add<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, y: &Value<T>) -> V
         let (x, y, z) = (x.slot(), y.slot(), z.slot());
         tape.record(move |grads| {
             let Some(dz_nd) = grads.take(z) else { return };
-            if x.needs_grad() {
-                grads.write(y, |dy_nd, accumulate| {
-                    if accumulate { crate::tape::add(dy_nd, &dz_nd) } else { dy_nd.copy_from_slice(&dz_nd) }
-                });
-                grads.give(x, dz_nd);
-            } else {
-                grads.give(y, dz_nd);
-            }
+            grads.give(y, dz_nd.clone()); // shared: no copy is made unless one side adds while the other is still in use
+            grads.give(x, dz_nd);
         });
     }
     z

@@ -1,10 +1,14 @@
 //! Rows of a table by id: ids [n], table [v, d] -> [n, d]. The gradient adds rows in token order.
 
+use crate::kernels::parallel;
 use crate::profile::Cost;
 use crate::{Engine, Param, Real, Tape, Value, tape::add};
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 use std::sync::Arc;
+
+/// Table rows a task adds up at least.
+const ROWS: usize = 32;
 
 /// Panics if an id lies outside the table: batches are checked against the vocabulary where they are made.
 pub fn embedding<'a, T: Real>(tape: &mut Tape<'a, T>, ids_n: &Arc<[u32]>, table: Param) -> Value<T> {
@@ -21,25 +25,26 @@ pub fn embedding<'a, T: Real>(tape: &mut Tape<'a, T>, ids_n: &Arc<[u32]>, table:
     }
     let table_vd = tape.param(&table);
     let mut y_nd = tape.arena().take(n * d);
-    for (y_d, &id) in y_nd.chunks_mut(d).zip(ids_n.iter()) {
-        y_d.copy_from_slice(&table_vd[id as usize * d..(id as usize + 1) * d]);
-    }
+    parallel::rows(&mut y_nd, d, |t, y_d| y_d.copy_from_slice(&table_vd[ids_n[t] as usize * d..][..d]));
     let y = tape.output(y_nd, n, d, table.trainable);
     if y.needs_grad() {
         let (ids_n, y) = (ids_n.clone(), y.slot());
         tape.record(move |grads| {
             let Some(dy_nd) = grads.take(y) else { return };
             let Some(dtable_vd) = grads.param(&table) else { return };
-            // Every thread owns a range of table rows and scans all tokens in order, so the sum's order never depends on the threads.
-            let rows = table.rows.div_ceil(8).max(64);
-            dtable_vd[..table.len()].par_chunks_mut(rows * d).enumerate().for_each(|(b, part)| {
-                let first = b * rows;
-                for (dy_d, &id) in dy_nd.chunks(d).zip(ids_n.iter()) {
-                    let id = id as usize;
-                    if id >= first && (id - first) * d < part.len() {
-                        add(&mut part[(id - first) * d..(id - first + 1) * d], dy_d);
-                    }
-                }
+            // The tokens of an id in their order, so that the sum never depends on the threads.
+            let mut order: Vec<usize> = (0..n).collect();
+            order.sort_unstable_by_key(|&t| (ids_n[t], t));
+            let (mut rest, mut at): (&mut [T], usize) = (dtable_vd, 0);
+            let mut rows = Vec::new();
+            for tokens in order.chunk_by(|&a, &b| ids_n[a] == ids_n[b]) {
+                let id = ids_n[tokens[0]] as usize;
+                let (row_d, tail) = std::mem::take(&mut rest).split_at_mut((id - at) * d).1.split_at_mut(d);
+                rows.push((row_d, tokens));
+                (rest, at) = (tail, id + 1);
+            }
+            rows.into_par_iter().with_min_len(ROWS).for_each(|(row_d, tokens)| {
+                tokens.iter().for_each(|&t| add(row_d, &dy_nd[t * d..(t + 1) * d]));
             });
         });
     }
@@ -50,6 +55,18 @@ pub fn embedding<'a, T: Real>(tape: &mut Tape<'a, T>, ids_n: &Arc<[u32]>, table:
 mod tests {
     use super::*;
     use crate::{Layout, check};
+    use proptest::prelude::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(100))]
+        #[test]
+        fn any_ids_agree_with_the_reference(ids in prop::collection::vec(0u32..90, 1..200), d in 1usize..20) {
+            let ids: Arc<[u32]> = ids.into();
+            let layout = Layout::new([("t".into(), vec![90, d], true)]);
+            let (table, params) = (layout.get("t").unwrap(), check::normals(1, layout.len(), 1.0));
+            prop_assert!(check::parity::<f64>(&[], &params, |tape, _| vec![embedding(tape, &ids, table)]) < 1e-13);
+        }
+    }
 
     #[test]
     fn gradients_agree_with_differences_and_with_the_reference() {

@@ -1,9 +1,20 @@
 //! y = g∘x / √(mean x² + ε), row by row (Zhang & Sennrich 2019). x [n, d], g [d].
 //! dx = g∘dy/r − x·Σ(g∘dy∘x)/(d r³); dg = Σ_t dy∘x/r.
 
-use crate::kernels::parallel;
+use crate::kernels::simd::{self, Kernel};
 use crate::profile::Cost;
+use crate::tape::add;
 use crate::{Engine, Param, Real, Tape, Value};
+use rayon::prelude::*;
+
+/// Rows of a task, and of a partial sum of the gain's gradient. Fixed: it decides the order of summation.
+const ROWS: usize = 32;
+
+/// Running sums of a row: enough of them to hide the latency of an addition.
+const SUMS: usize = 32;
+
+/// Below this many numbers one thread is faster than waking the pool.
+const SMALL: usize = 1 << 13;
 
 pub fn rms_norm<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, gain: Param, epsilon: f64) -> Value<T> {
     assert_eq!(x.width(), gain.width, "rms_norm: input width differs from the gain's");
@@ -20,56 +31,143 @@ pub fn rms_norm<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, gain: Param, 
     }
 }
 
-fn inverse_rms<T: Real>(x_d: &[T], epsilon: T) -> T {
-    let square: T = x_d.iter().map(|x| *x * *x).sum();
-    T::ONE / (square / T::from_f64(x_d.len() as f64) + epsilon).sqrt()
-}
-
 fn cpu<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, gain: Param, epsilon: T) -> Value<T> {
     let (n, d) = (x.rows(), x.width());
     let g_d = &tape.param(&gain)[..d];
     let mut y_nd = tape.arena().take(n * d);
-    parallel::rows(&mut y_nd, d, |i, y_d| {
-        let x_d = &x.data()[i * d..(i + 1) * d];
-        let inverse = inverse_rms(x_d, epsilon);
-        for ((y, x), g) in y_d.iter_mut().zip(x_d).zip(g_d) {
-            *y = *g * *x * inverse;
-        }
-    });
+    let mut inverse_n = tape.arena().take(n);
+    let tasks = y_nd.chunks_mut(ROWS * d).zip(inverse_n.chunks_mut(ROWS)).zip(x.data().chunks(ROWS * d));
+    each(n * d, tasks.map(|((y, inverse), x)| Forward { x, g_d, epsilon, y, inverse }).collect());
     let y = tape.output(y_nd, n, d, x.needs_grad() || gain.trainable);
     if y.needs_grad() {
         let (x, y) = (x.clone(), y.slot());
         tape.record(move |grads| {
             let Some(dy_nd) = grads.take(y) else { return };
-            let mut inverse_n = grads.arena().take(n);
-            parallel::rows(&mut inverse_n, 1, |i, r| r[0] = inverse_rms(&x.data()[i * d..(i + 1) * d], epsilon));
-            if let Some(dg_d) = grads.param(&gain) {
-                parallel::reduce_rows(&mut dg_d[..d], n, |i, sum| {
-                    for ((s, x), dy) in sum.iter_mut().zip(&x.data()[i * d..]).zip(&dy_nd[i * d..(i + 1) * d]) {
-                        *s += *dy * *x * inverse_n[i];
-                    }
-                });
+            let arena = grads.arena().clone();
+            let mut partials = arena.zeros(n.div_ceil(ROWS) * d);
+            let mut run = |dx_nd: &mut [T], accumulate: bool| {
+                let rows = x.data().chunks(ROWS * d).zip(dy_nd.chunks(ROWS * d)).zip(inverse_n.chunks(ROWS));
+                let tasks = rows.zip(dx_nd.chunks_mut(ROWS * d)).zip(partials.chunks_mut(d));
+                let task = |((((x, dy), inverse), dx), dg)| Backward { x, g_d, dy, inverse, dx, dg, accumulate };
+                each(n * d, tasks.map(task).collect());
+            };
+            match x.needs_grad() {
+                true => grads.write(x.slot(), run),
+                false => run(&mut arena.take(n * d), false),
             }
-            grads.add(x.slot(), |dx_nd| {
-                parallel::rows(dx_nd, d, |i, dx_d| {
-                    let (x_d, dy_d, inverse) =
-                        (&x.data()[i * d..(i + 1) * d], &dy_nd[i * d..(i + 1) * d], inverse_n[i]);
-                    let dot: T = x_d.iter().zip(dy_d).zip(g_d).map(|((x, dy), g)| *g * *dy * *x).sum();
-                    let shrink = dot * inverse * inverse * inverse / T::from_f64(d as f64);
-                    for (((dx, x), dy), g) in dx_d.iter_mut().zip(x_d).zip(dy_d).zip(g_d) {
-                        *dx += *g * *dy * inverse - *x * shrink;
-                    }
-                });
-            });
+            if let Some(dg_d) = grads.param(&gain) {
+                partials.chunks(d).for_each(|partial| add(&mut dg_d[..d], partial));
+            }
         });
     }
     y
+}
+
+/// Runs the tasks over `numbers` numbers, side by side if there is enough to do.
+fn each<K: Kernel<Output = ()> + Send>(numbers: usize, tasks: Vec<K>) {
+    if numbers < SMALL {
+        tasks.into_iter().for_each(simd::dispatch);
+    } else {
+        tasks.into_par_iter().for_each(simd::dispatch);
+    }
+}
+
+/// Some rows forward; keeps 1/r of each.
+struct Forward<'s, T> {
+    x: &'s [T],
+    g_d: &'s [T],
+    epsilon: T,
+    y: &'s mut [T],
+    inverse: &'s mut [T],
+}
+
+impl<T: Real> Kernel for Forward<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let d = self.g_d.len();
+        for ((x, y), inverse) in self.x.chunks_exact(d).zip(self.y.chunks_exact_mut(d)).zip(self.inverse) {
+            let mut sums = [T::ZERO; SUMS];
+            let (lanes, rest) = x.as_chunks::<SUMS>();
+            for x in lanes {
+                for (sum, x) in sums.iter_mut().zip(x) {
+                    *sum += *x * *x;
+                }
+            }
+            for (sum, x) in sums.iter_mut().zip(rest) {
+                *sum += *x * *x;
+            }
+            let scale = T::ONE / (total(sums) / T::from_f64(d as f64) + self.epsilon).sqrt();
+            for ((y, x), g) in y.iter_mut().zip(x).zip(self.g_d) {
+                *y = *g * *x * scale;
+            }
+            *inverse = scale;
+        }
+    }
+}
+
+/// Some rows backward: dx (written, or added to), and dg added to their partial sum.
+struct Backward<'s, T> {
+    x: &'s [T],
+    g_d: &'s [T],
+    dy: &'s [T],
+    inverse: &'s [T],
+    dx: &'s mut [T],
+    dg: &'s mut [T],
+    accumulate: bool,
+}
+
+impl<T: Real> Kernel for Backward<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let d = self.g_d.len();
+        let rows = self.x.chunks_exact(d).zip(self.dy.chunks_exact(d)).zip(self.dx.chunks_exact_mut(d));
+        for (((x, dy), dx), inverse) in rows.zip(self.inverse) {
+            let mut sums = [T::ZERO; SUMS];
+            let ((xs, x_rest), (dys, dy_rest)) = (x.as_chunks::<SUMS>(), dy.as_chunks::<SUMS>());
+            let (gs, g_rest) = self.g_d.as_chunks::<SUMS>();
+            for ((x, dy), g) in xs.iter().zip(dys).zip(gs) {
+                for (((sum, x), dy), g) in sums.iter_mut().zip(x).zip(dy).zip(g) {
+                    *sum += *g * *dy * *x;
+                }
+            }
+            for (((sum, x), dy), g) in sums.iter_mut().zip(x_rest).zip(dy_rest).zip(g_rest) {
+                *sum += *g * *dy * *x;
+            }
+            let shrink = total(sums) * *inverse * *inverse * *inverse / T::from_f64(d as f64);
+            if !self.accumulate {
+                dx.fill(T::ZERO);
+            }
+            for ((((dx, dg), x), dy), g) in dx.iter_mut().zip(self.dg.iter_mut()).zip(x).zip(dy).zip(self.g_d) {
+                let scaled = *dy * *inverse;
+                *dx += *g * scaled - *x * shrink;
+                *dg += scaled * *x;
+            }
+        }
+    }
+}
+
+/// The running sums joined, halves onto halves.
+#[inline(always)]
+fn total<T: Real>(mut sums: [T; SUMS]) -> T {
+    let mut half = SUMS / 2;
+    while half > 0 {
+        for i in 0..half {
+            sums[i] += sums[i + half];
+        }
+        half /= 2;
+    }
+    sums[0]
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::{Layout, check};
+    use proptest::prelude::*;
 
     #[test]
     fn gradients_agree_with_differences_and_with_the_reference() {
@@ -84,6 +182,37 @@ mod tests {
             assert!(check::parity::<f64>(&inputs, &params, op) < 1e-12);
             assert!(check::parity::<f32>(&inputs, &params, |tape, x| vec![rms_norm(tape, &x[0], gain, 1e-6)]) < 1e-5);
         }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(200))]
+        #[test]
+        fn any_shape_and_magnitude_agrees_with_the_reference(n in 0usize..80, d in 1usize..150, exponent in -3i32..4, seed in 0u64..1000) {
+            let layout = Layout::new([("g".into(), vec![d], true)]);
+            let gain = layout.get("g").unwrap();
+            let params = check::normals(seed, layout.len(), 1.0);
+            let inputs = [check::Input::random(seed + 1, n, d, 10f64.powi(exponent))];
+            // The input enters twice, so that its gradient is added to as well as written.
+            fn op<T: Real>(gain: Param) -> impl for<'a> Fn(&mut Tape<'a, T>, &[Value<T>]) -> Vec<Value<T>> {
+                move |tape, x| vec![rms_norm(tape, &x[0], gain, 1e-6), rms_norm(tape, &x[0], gain, 1e-5)]
+            }
+            prop_assert!(check::parity::<f64>(&inputs, &params, op(gain)) < 1e-12);
+            prop_assert!(check::parity::<f32>(&inputs, &params, op(gain)) < 1e-5);
+        }
+    }
+
+    #[test]
+    fn bytes_do_not_depend_on_the_number_of_threads() {
+        let layout = Layout::new([("g".into(), vec![33], true)]);
+        let gain = layout.get("g").unwrap();
+        let params = check::normals(1, layout.len(), 1.0);
+        let inputs = [check::Input::random(2, 700, 33, 1.0)];
+        let run = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let op = |tape: &mut Tape<'_, f32>, x: &[Value<f32>]| vec![rms_norm(tape, &x[0], gain, 1e-6)];
+            pool.install(|| check::analytic::<f32>(Engine::Cpu, &inputs, &params, op))
+        };
+        assert!([2, 3, 8].into_iter().all(|threads| run(threads) == run(1)));
     }
 
     #[test]
