@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export VIRTUAL_ENV := $(abspath $(VENV))
 export CARGO_TERM_COLOR ?= never
 
-.PHONY: help baseline build test test-rust test-python test-torch test-full lint format clean
+.PHONY: help baseline build test test-rust test-python test-torch test-full bench lint format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -37,6 +37,11 @@ test-torch: build ## the PyTorch oracle: logits, losses and every gradient (inst
 
 test-full: build ## the slow tests: full training runs, stage 1, Shakespeare, the whole oracle grid where torch is in
 	$(BIN)/python -m pytest -q -m full tests
+
+bench: $(VENV)/.locked ## our training step beside PyTorch's, at most 10 minutes (installs torch, several GB); ARGS=--quick, --sweep, --recipe …
+	cargo build --release --package train
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.11.0 psutil==7.2.2
+	$(BIN)/python benches/compare.py $(ARGS)
 
 lint: $(VENV)/.locked ## formatters, linters, type checker
 	cargo fmt --all --check

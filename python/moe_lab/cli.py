@@ -477,6 +477,41 @@ def doctor(as_json: Json = False) -> int:
     return DONE
 
 
+@app.command()
+def bench(
+    preset: Annotated[str, typer.Option(help="Shapes: seed, small or medium.")] = "small",
+    pos: Annotated[str, typer.Option(help="Positions: cope or rope.")] = "cope",
+    dense: Annotated[bool, typer.Option("--dense", help="A dense SwiGLU in place of top-p experts.")] = False,
+    no_moh: Annotated[bool, typer.Option("--no-moh", help="Plain attention in place of the mixture of heads.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="How products multiply.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of the engine; 0 takes every core.")] = None,
+    seconds: Annotated[float, typer.Option(help="How long to time.")] = 5.0,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key. Repeatable.")
+    ] = None,
+    profile: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Show the time op by op; write the spans as a Chrome trace.")
+    ] = None,
+    as_json: Json = False,
+) -> int:
+    """Time training steps on one random batch.
+
+    Tokens per second, memory, and the share of what this machine can do.
+    """
+    from moe_lab import train as lab
+
+    flags = {"threads": threads, "dtype": json.dumps(dtype) if dtype else None}
+    sets = [*(set_ or []), *(f"{name}={value}" for name, value in flags.items() if value is not None)]
+    report, table = lab.bench(preset, pos, dense, no_moh, sets, seconds, profile)
+    if as_json:
+        _print_json(report)
+        return DONE
+    if table:
+        print(f"{table}trace: {profile}\n")
+    _print_fields({name: value for name, value in report.items() if name != "profile"})
+    return DONE
+
+
 def _train(source: str, options: Training) -> int:
     from moe_lab import train as lab
 

@@ -41,6 +41,40 @@ mod _native {
         enter(py, move || train::inspect::data_stats(facts.as_deref(), chat.as_deref(), paraphrases.as_deref()))
     }
 
+    /// Times training steps of a preset: the report, and with `trace` (a file to write) the profile as rows by op and as text.
+    #[pyfunction]
+    #[pyo3(signature = (preset, position, dense, no_moh, sets, seconds, trace=None))]
+    #[allow(clippy::too_many_arguments)] // the flags of the verb
+    fn bench<'py>(
+        py: Python<'py>,
+        preset: String,
+        position: String,
+        dense: bool,
+        no_moh: bool,
+        sets: Vec<String>,
+        seconds: f64,
+        trace: Option<std::path::PathBuf>,
+    ) -> PyResult<(Bound<'py, PyDict>, Option<String>)> {
+        let options = train::bench::Options {
+            preset,
+            position,
+            dense,
+            no_moh,
+            sets,
+            seconds,
+            ..train::bench::Options::default()
+        };
+        let (report, table) = enter(py, move || {
+            let (mut report, profile) = train::bench::bench(&options, trace.is_some())?;
+            if let (Some(path), Some(profile)) = (&trace, &profile) {
+                train::bench::write_trace(profile, path)?;
+                report.insert("profile".into(), profile.rows().into());
+            }
+            Ok((report, profile.map(|profile| profile.table())))
+        })?;
+        Ok((to_dict(py, &report)?, table))
+    }
+
     /// JSON Schema of the run file.
     #[pyfunction]
     fn config_schema() -> String {

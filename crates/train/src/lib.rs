@@ -1,6 +1,7 @@
 //! Documents in, metric rows out: configuration, data, the training loop, checkpoints, evaluation.
 #![forbid(unsafe_code)]
 
+pub mod bench;
 pub mod checkpoint;
 pub mod clip;
 pub mod data;
@@ -8,8 +9,10 @@ pub mod dataset;
 pub mod directory;
 pub mod epoch;
 pub mod error;
+pub mod estimate;
 pub mod evaluate;
 pub mod files;
+pub mod flops;
 pub mod inspect;
 pub mod layers;
 pub mod learner;

@@ -25,6 +25,8 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Verb {
+    /// Time training steps of a preset on one random batch: tokens per second, memory, share of what this machine can do.
+    Bench(BenchArgs),
     /// Go on where a run stopped.
     Resume {
         /// The run directory.
@@ -69,6 +71,86 @@ struct TrainArgs {
     json: bool,
 }
 
+#[derive(Args)]
+struct BenchArgs {
+    /// Shapes: seed, small or medium.
+    #[arg(long, default_value = "small")]
+    preset: String,
+    /// Positions: cope or rope.
+    #[arg(long, default_value = "cope")]
+    pos: String,
+    /// A dense SwiGLU in place of top-p experts.
+    #[arg(long)]
+    dense: bool,
+    /// Plain attention in place of the mixture of heads.
+    #[arg(long)]
+    no_moh: bool,
+    /// How products multiply.
+    #[arg(long)]
+    dtype: Option<String>,
+    /// Threads (0 = all cores).
+    #[arg(long)]
+    threads: Option<usize>,
+    /// How long to time.
+    #[arg(long, default_value_t = 5.0)]
+    seconds: f64,
+    /// Change a key of the preset's run, dotted: --set model.hidden_size=512 (repeatable).
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    sets: Vec<String>,
+    /// Documents in the batch.
+    #[arg(long)]
+    batch: Option<usize>,
+    /// Tokens of each document.
+    #[arg(long)]
+    seq: Option<usize>,
+    /// Size of the vocabulary.
+    #[arg(long)]
+    vocab: Option<usize>,
+    /// Leave out the machine's peak and the share of it.
+    #[arg(long)]
+    no_peak: bool,
+    /// Show where the time goes, op by op, and write the spans of some steps as a Chrome trace.
+    #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = "profile.json")]
+    profile: Option<PathBuf>,
+    /// One JSON object on the last line of stdout.
+    #[arg(long)]
+    json: bool,
+}
+
+impl BenchArgs {
+    fn run(self) -> Result<u8, TrainError> {
+        let mut sets = self.sets;
+        sets.extend(self.threads.map(|threads| format!("threads={threads}")));
+        sets.extend(self.dtype.map(|dtype| format!("dtype={}", json!(dtype))));
+        let options = train::bench::Options {
+            preset: self.preset,
+            position: self.pos,
+            dense: self.dense,
+            no_moh: self.no_moh,
+            sets,
+            batch: self.batch,
+            seq: self.seq,
+            vocab: self.vocab,
+            seconds: self.seconds,
+            no_peak: self.no_peak,
+        };
+        let (mut report, profile) = train::bench::bench(&options, self.profile.is_some())?;
+        if let (Some(path), Some(profile)) = (&self.profile, &profile) {
+            train::bench::write_trace(profile, path)?;
+            if self.json {
+                report.insert("profile".into(), json!(profile.rows()));
+            } else {
+                println!("{}trace: {}\n", profile.table(), path.display());
+            }
+        }
+        match self.json {
+            true => println!("{}", Value::Object(report)),
+            false => print_table(&report),
+        }
+        Ok(0)
+    }
+}
+
 impl TrainArgs {
     /// The flags as `--set` pairs, after the explicit ones: a flag beats the file.
     fn sets(&self) -> Vec<String> {
@@ -109,8 +191,10 @@ fn main() -> ExitCode {
 
 fn run(cli: Cli) -> Result<u8, TrainError> {
     train::inspect::check_machine()?;
-    if let Some(Verb::Resume { run, json }) = cli.verb {
-        return train(Trainer::resume(&run)?, json);
+    match cli.verb {
+        Some(Verb::Resume { run, json }) => return train(Trainer::resume(&run)?, json),
+        Some(Verb::Bench(bench)) => return bench.run(),
+        None => {}
     }
     let run = cli.train.load()?;
     if cli.train.check {

@@ -235,6 +235,18 @@ pub fn peak_memory_bytes() -> Option<u64> {
     kibibytes(&fs::read_to_string("/proc/self/status").ok()?, "VmHWM")
 }
 
+/// Resident set of this process now; none where the system does not say.
+pub fn memory_bytes() -> Option<u64> {
+    kibibytes(&fs::read_to_string("/proc/self/status").ok()?, "VmRSS")
+}
+
+/// Memory that this process may have: the machine's, or less where its control group says so.
+pub fn memory_limit() -> Option<u64> {
+    let machine = kibibytes(&fs::read_to_string("/proc/meminfo").ok()?, "MemTotal")?;
+    let group = fs::read_to_string("/sys/fs/cgroup/memory.max").ok().and_then(|text| text.trim().parse().ok());
+    Some(machine.min(group.unwrap_or(u64::MAX)))
+}
+
 /// The text after the first `name :` at the start of a line.
 fn field<'a>(text: &'a str, name: &str) -> Option<&'a str> {
     let entry = |line: &'a str| line.split_once(':').filter(|(key, _)| key.trim() == name);

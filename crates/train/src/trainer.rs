@@ -431,6 +431,7 @@ fn prepare(run: &Run) -> Result<(Dataset, Learner), TrainError> {
             "model.position.max = {max}: the longest document has {inputs} inputs; {remedy}"
         )));
     }
+    crate::estimate::check(run, &dataset)?;
     let learner = Learner::new(run, dataset.tokenizer.vocab_size(), &run.phase(dataset.phases[0].name))?;
     Ok((dataset, learner))
 }
@@ -475,7 +476,7 @@ fn phase_steps(run: &Run, dataset: &Dataset, phase: usize) -> u64 {
     }
 }
 
-/// What a run would do, without doing it: sizes, steps, floors, memory. Reads the data, writes nothing.
+/// What a run would do, without doing it: sizes, steps, floors, memory, disk, time. Reads the data, writes nothing.
 pub fn plan(run: &Run) -> Result<Map<String, Value>, TrainError> {
     let (dataset, learner) = prepare(run)?;
     let mut plan = Map::new();
@@ -503,5 +504,7 @@ pub fn plan(run: &Run) -> Result<Map<String, Value>, TrainError> {
     // Parameters, gradients, and the moments of the optimizer.
     let buffers = 2 + learner.optimizer.state().moments.len();
     plan.insert("state_bytes".into(), json!(buffers * learner.model.layout.len() * size_of::<f32>()));
+    let steps = (0..dataset.phases.len()).map(|phase| phase_steps(run, &dataset, phase)).sum();
+    plan.extend(crate::estimate::plan(run, &dataset, learner, steps)?);
     Ok(plan)
 }

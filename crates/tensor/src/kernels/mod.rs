@@ -5,4 +5,5 @@ pub mod isa;
 pub mod lanes;
 pub mod memory;
 pub mod parallel;
+pub mod peak;
 pub mod simd;

@@ -129,6 +129,11 @@ impl Optimizer {
     }
 }
 
+/// How many moments the optimizer keeps for each parameter.
+pub fn moments(kind: Kind, settings: &Settings) -> usize {
+    moment_names(kind, settings).len()
+}
+
 fn moment_names(kind: Kind, settings: &Settings) -> &'static [&'static str] {
     match kind {
         Kind::Adam | Kind::AdamW => &["exp_avg", "exp_avg_sq"],

@@ -1,0 +1,130 @@
+"""Whole trainings: nanoGPT's CPU recipe beside PyTorch, and an adaptive model beside its dense twin."""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+import sides
+from cases import Case
+
+FOLDER = sides.HERE.parent / "experiments" / "shakespeare"
+
+
+def train(run: Path, out: Path, sets: dict[str, object]) -> dict:
+    """Trains a run file with the binary: results, wall seconds of its updates, evaluations as (step, seconds, loss)."""
+    flags = [f"--set={key}={json.dumps(value)}" for key, value in sets.items()]
+    command = [str(sides.BINARY), str(run), f"--out={out}", "--json", *flags]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{run}: {done.stderr.strip()}")
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if row["kind"] == "train"]
+    spent = {row["step"]: row["train/dt"] for row in steps}
+    evals = [(row["step"], row["eval/loss"]) for row in rows if row["kind"] == "eval" and "eval/loss" in row]
+    curve = [(step, sum(dt for at, dt in spent.items() if at <= step), loss) for step, loss in evals]
+    return json.loads(done.stdout.splitlines()[-1]) | {
+        "wall_seconds": steps[-1]["ts"] - steps[0]["ts"] + steps[0]["train/dt"],
+        "update_seconds": sum(spent.values()),
+        "curve": curve,
+    }
+
+
+def shakespeare(options: argparse.Namespace, console: Console) -> list[dict]:
+    """2,000 updates on both sides; compile time is left out of PyTorch's, evaluation of both."""
+    results: list[dict] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for dtype in options.dtypes:
+            sets = {"dtype": dtype, "threads": options.threads}
+            ours = train(FOLDER / "nanogpt.toml", Path(folder) / dtype, sets)
+            results.append({"side": f"moe_lab {dtype}", "seconds": ours["wall_seconds"], "loss": ours["eval_loss"]})
+    for flags in ([], ["--bf16"], ["--compile"], ["--compile", "--bf16"]):
+        command = [sys.executable, str(sides.HERE / "shakespeare_torch.py"), f"--threads={options.threads}", *flags]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            error = done.stderr.strip().splitlines()[-1]
+            console.print(f"PyTorch {' '.join(flags)}: {error}")
+            continue
+        results.append(json.loads(done.stdout.splitlines()[-1]))
+    title = "nanoGPT's CPU recipe: 4 layers, width 128, context 64, batch 12, 2,000 updates"
+    table = Table(title=title, title_justify="left")
+    for column in ("", "seconds", "held-out loss", "PyTorch's best f32 / it", "PyTorch's best / it"):
+        table.add_column(column, justify="right" if column else "left")
+    peers = [row for row in results if row["side"].startswith("PyTorch")]
+    single = min((row["seconds"] for row in peers if "bf16" not in row["side"]), default=float("nan"))
+    best = min((row["seconds"] for row in peers), default=float("nan"))
+    for row in results:
+        ratios = [f"{of / row['seconds']:.2f}x" for of in (single, best)]
+        table.add_row(row["side"], f"{row['seconds']:.1f}", f"{row['loss']:.4f}", *ratios)
+    console.print(table)
+    return results
+
+
+def adaptivity(options: argparse.Namespace, console: Console, case: Case) -> dict:
+    """The price of choosing: step time beside a dense model of as many active FLOPs, and time to the same loss."""
+    steps = step_times(options, case)
+    for dtype, row in steps.items():
+        console.print(
+            f"{case.name} {dtype}: adaptive step {row['ratio']:.3f}x its dense twin (SwiGLU {row['twin_width']}), "
+            f"{row['ratio_low']:.3f}-{row['ratio_high']:.3f}"
+        )
+    return {"steps": steps, "training": training(options, console)}
+
+
+def step_times(options: argparse.Namespace, case: Case) -> dict:
+    results = {}
+    for dtype in options.dtypes:
+        first = sides.ours(case.ours(), dtype, options.threads, options.seconds)
+        # Router and active experts of a token together, in the three products of a SwiGLU.
+        width = round(first["experts_per_token"] * case.hidden + case.experts / 3)
+        twin = replace(case, dense=True, ff=width)
+        pairs = []
+        for _ in range(options.rounds):
+            reports = [sides.ours(c.ours(), dtype, options.threads, options.seconds) for c in (case, twin)]
+            pairs.append([report["ms_per_step"] for report in reports])
+        ratios = sorted(a / b for a, b in pairs)
+        best = [min(pair[i] for pair in pairs) for i in (0, 1)]
+        results[dtype] = {
+            "adaptive_ms": best[0],
+            "twin_ms": best[1],
+            "twin_width": width,
+            "experts_per_token": first["experts_per_token"],
+            "ratio": best[0] / best[1],
+            "ratio_low": ratios[0],
+            "ratio_high": ratios[-1],
+        }
+    return results
+
+
+def training(options: argparse.Namespace, console: Console) -> dict:
+    """Both on Shakespeare; the target is the higher of the two lowest losses, the time that of the updates up to it."""
+    with tempfile.TemporaryDirectory() as folder:
+        runs = {
+            name: train(FOLDER / f"{name}.toml", Path(folder) / name, {"threads": options.threads})
+            for name in ("adaptive", "twin")
+        }
+    target = max(min(loss for _, _, loss in run["curve"]) for run in runs.values())
+    results: dict = {"target_loss": target}
+    for name, run in runs.items():
+        step, seconds, _ = next(point for point in run["curve"] if point[2] <= target)
+        results[name] = {
+            "seconds_to_target": seconds,
+            "step_of_target": step,
+            "lowest_loss": min(loss for _, _, loss in run["curve"]),
+            "seconds": run["update_seconds"],
+            "params": run["params"],
+            "active_params": run["active_params"],
+            "experts_per_token": run["experts_per_token"],
+        }
+        console.print(
+            f"{name}: held-out loss {target:.4f} after {seconds:.1f} s (step {step}); "
+            f"lowest {results[name]['lowest_loss']:.4f}; "
+            f"{run['active_params']:,.0f} of {run['params']:,} parameters active"
+        )
+    return results

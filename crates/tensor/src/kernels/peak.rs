@@ -1,0 +1,91 @@
+//! The most arithmetic this machine does: products of registers, no memory. What a share of peak is a share of.
+#![allow(unsafe_code)]
+
+use super::isa::{self, Isa};
+use crate::Precision;
+use rayon::prelude::*;
+use std::hint::black_box;
+use std::time::Instant;
+
+/// Chains of multiply-adds that are in flight at once: more than latency x units of any machine.
+const CHAINS: usize = 12;
+const ROUNDS: usize = 1 << 18;
+const TRIES: usize = 5;
+
+/// Best rate of multiply-adds into f32, of operands as `precision` says, of all threads of the current pool together: FLOP/s. Where an instruction set
+/// has no instruction for bf16 in registers (AMX has tiles) it is the rate of f32.
+pub fn register_flops(precision: Precision) -> f64 {
+    let threads = rayon::current_num_threads();
+    let mut best = 0.0f64;
+    for _ in 0..TRIES {
+        let start = Instant::now();
+        let work: usize = (0..threads).into_par_iter().with_max_len(1).map(|_| chains(precision)).sum();
+        best = best.max(work as f64 / start.elapsed().as_secs_f64());
+    }
+    best
+}
+
+/// Runs the chains once with the widest registers of this process and returns how many operations they were.
+fn chains(precision: Precision) -> usize {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let isa = isa::current();
+        if isa >= Isa::Avx512Bf16 && precision == Precision::Bf16 {
+            // SAFETY: the machine has AVX512-BF16.
+            return unsafe { chains_bf16() };
+        }
+        if isa >= Isa::Avx512 {
+            // SAFETY: the machine has AVX-512F.
+            return unsafe { chains_avx512() };
+        }
+        if isa >= Isa::Avx2 {
+            // SAFETY: the machine has AVX2 and FMA.
+            return unsafe { chains_avx2() };
+        }
+    }
+    let _ = precision;
+    multiply_add::<4>(|a, b, c| a * b + c)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn chains_bf16() -> usize {
+    use std::arch::x86_64::{_mm512_cvtne2ps_pbh, _mm512_dpbf16_ps, _mm512_set1_ps};
+    let ones = _mm512_set1_ps(black_box(1.0));
+    let (a, b) = (_mm512_cvtne2ps_pbh(ones, ones), _mm512_cvtne2ps_pbh(ones, ones));
+    let mut sums = [ones; CHAINS];
+    for _ in 0..ROUNDS {
+        for sum in &mut sums {
+            *sum = _mm512_dpbf16_ps(*sum, a, b);
+        }
+    }
+    black_box(&sums);
+    2 * 32 * CHAINS * ROUNDS
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+fn chains_avx512() -> usize {
+    multiply_add::<16>(f32::mul_add)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn chains_avx2() -> usize {
+    multiply_add::<8>(f32::mul_add)
+}
+
+#[inline(always)]
+fn multiply_add<const LANES: usize>(f: impl Fn(f32, f32, f32) -> f32) -> usize {
+    let mut sums = [[1.0f32; LANES]; CHAINS];
+    let (a, b) = ([black_box(0.999_f32); LANES], [black_box(0.001_f32); LANES]);
+    for _ in 0..ROUNDS {
+        for sum in &mut sums {
+            for lane in 0..LANES {
+                sum[lane] = f(sum[lane], a[lane], b[lane]);
+            }
+        }
+    }
+    black_box(&sums);
+    2 * LANES * CHAINS * ROUNDS
+}

@@ -1,0 +1,258 @@
+//! What a run will take, before it is begun: memory, disk, time. Memory is counted array by array as the ops keep them for the walk back;
+//! `benches/memory.py` shows how near that comes to the measured peak.
+
+use crate::bench::product_flops;
+use crate::data::Batch;
+use crate::dataset::{Dataset, PhaseData};
+use crate::epoch::Epoch;
+use crate::error::TrainError;
+use crate::flops;
+use crate::learner::{Learner, thread_pool};
+use crate::run::{Run, Train};
+use crate::{optimizers, record};
+use serde_json::{Map, Value, json};
+use std::time::Instant;
+use tensor::Random;
+use tensor::random::Purpose;
+
+/// A process that has loaded nothing, bytes.
+const PROCESS: f64 = 10e6;
+/// Logits that the cross-entropy holds at a time, in numbers.
+const LOGITS: f64 = (1u64 << 18) as f64;
+/// A step that is expected to take longer is not measured but guessed from a product.
+const LONGEST_STEP: f64 = 0.3;
+/// Share of the rate of a product that a whole step reaches, for the guess.
+const STEP_SHARE: f64 = 0.5;
+
+/// Memory of a training process at its peak, bytes.
+#[derive(Clone, Copy, Debug)]
+pub struct Memory {
+    pub params: f64,
+    pub gradients: f64,
+    pub optimizer: f64,
+    pub activations: f64,
+    /// What the process holds beside the model now.
+    pub process: f64,
+}
+
+impl Memory {
+    /// For batches of `tokens` tokens and router scores of standard deviation `score_std`. Sizes may be absurd: nothing is allocated.
+    pub fn new(run: &Run, vocab: usize, tokens: usize, score_std: f64) -> Self {
+        let number = size_of::<f32>() as f64;
+        let params = number * run.model.num_parameters(vocab).map_or(f64::INFINITY, |count| count as f64);
+        let train = run.phase(run.phases()[0]);
+        let moments = optimizers::moments(train.optimizer_kind(), &train.optimizer_settings()) as f64;
+        Memory {
+            params,
+            gradients: params,
+            optimizer: moments * params,
+            activations: number * activations(run, vocab, tokens as f64, score_std),
+            process: record::memory_bytes().map_or(PROCESS, |bytes| bytes as f64),
+        }
+    }
+
+    pub fn peak(&self) -> f64 {
+        self.params + self.gradients + self.optimizer + self.activations + self.process
+    }
+
+    /// An error with the estimate and the remedy where this machine has not the memory.
+    pub fn check(&self, remedy: &str) -> Result<(), TrainError> {
+        let Some(have) = record::memory_limit() else { return Ok(()) };
+        if self.peak() <= have as f64 {
+            return Ok(());
+        }
+        let gib = |bytes: f64| bytes / (1u64 << 30) as f64;
+        let state = self.params + self.gradients + self.optimizer;
+        Err(TrainError::Usage(format!(
+            "training needs about {:.1} GiB ({:.1} for parameters, gradients and optimizer, {:.1} for activations) but this machine has {:.1} GiB; choose {remedy}",
+            gib(self.peak()),
+            gib(state),
+            gib(self.activations),
+            gib(have as f64)
+        )))
+    }
+}
+
+/// Numbers that live at once at the end of the forward pass, where most are kept, with the buffers of the walk back.
+fn activations(run: &Run, vocab: usize, n: f64, score_std: f64) -> f64 {
+    let model = &run.model;
+    let (d, heads, layers) = (model.hidden_size as f64, model.num_heads as f64, model.num_layers as f64);
+    let kv = d / heads * model.num_kv_heads as f64;
+    let mixture = if model.heads.routed > 0 { d + 3.0 * heads } else { 0.0 };
+    // Two sums of the residual stream, two normed inputs, q, k, v, the heads' output, and what their softmax needs.
+    let attention = 6.0 * d + 2.0 * kv + 2.0 * heads + mixture;
+    let (kept, passing) = match model.router.experts() {
+        None => (2.0, model.intermediate_size as f64),
+        Some(e) => (2.0, experts_per_token(run, e.num_experts, score_std) * (e.expert_hidden_size as f64)),
+    };
+    let rows = match model.router.experts() {
+        None => 0.0,
+        Some(e) => experts_per_token(run, e.num_experts, score_std) * d + 2.0 * e.num_experts as f64,
+    };
+    let per_token = layers * (attention + kept * passing) + 6.0 * d + passing + rows;
+    let v = vocab as f64;
+    n * per_token + (v * d).min(f64::MAX) + LOGITS.max(16.0 * v).min(n * v)
+}
+
+/// Experts of a token whose scores are normal with this standard deviation: the mean over fixed draws.
+fn experts_per_token(run: &Run, num_experts: usize, score_std: f64) -> f64 {
+    const DRAWS: u64 = 256;
+    let moe_router::Config::TopP { p, .. } = &run.model.router else {
+        return match &run.model.router {
+            moe_router::Config::TopK { k, .. } => *k as f64,
+            moe_router::Config::ExpertChoice { k, .. } => *k,
+            _ => 1.0,
+        };
+    };
+    let (p, random) = (p.at(0), Random::new(0, Purpose::Sampling));
+    let num_experts = num_experts.min(1024);
+    let chosen = |draw: u64| {
+        let mut mass: Vec<f64> = (0..num_experts as u64).map(|e| (score_std * random.normal(draw, e)).exp()).collect();
+        mass.sort_by(|a, b| b.total_cmp(a));
+        let total: f64 = mass.iter().sum();
+        let mut sum = 0.0;
+        1 + mass
+            .iter()
+            .take_while(|m| {
+                sum += **m;
+                sum <= p * total
+            })
+            .count()
+            .min(num_experts - 1)
+    };
+    (0..DRAWS).map(|draw| chosen(draw) as f64).sum::<f64>() / DRAWS as f64
+}
+
+/// Standard deviation of a fresh router's scores of a normed input.
+fn initial_score_std(run: &Run) -> f64 {
+    run.model.router.experts().map_or(0.0, |e| e.init_std * (run.model.hidden_size as f64).sqrt())
+}
+
+/// Tokens of the largest batch of the first epoch of any phase, and that batch's document offsets, whole (before accumulation).
+fn largest_batch(run: &Run, dataset: &Dataset) -> (usize, Vec<usize>, Train) {
+    let mut largest = (0, vec![0], run.train.clone());
+    for phase in &dataset.phases {
+        let settings = run.phase(phase.name);
+        let offsets = |lengths: &[usize]| {
+            lengths.iter().fold(vec![0], |mut offsets, length| {
+                offsets.push(offsets[offsets.len() - 1] + length);
+                offsets
+            })
+        };
+        let lengths: Vec<usize> = match &phase.data {
+            PhaseData::Documents { train, .. } => {
+                let mut lengths: Vec<usize> = train.documents.iter().map(|document| document.targets()).collect();
+                lengths.sort_unstable_by(|a, b| b.cmp(a));
+                lengths.truncate(settings.batch_size);
+                lengths
+            }
+            PhaseData::Text(_) => vec![run.data.block_size; settings.batch_size],
+        };
+        let tokens = lengths.iter().sum::<usize>();
+        if tokens > largest.0 {
+            largest = (tokens, offsets(&lengths), settings);
+        }
+    }
+    largest
+}
+
+/// Refuses a run that does not fit into this machine, before anything of its size is allocated.
+pub fn check(run: &Run, dataset: &Dataset) -> Result<(), TrainError> {
+    memory(run, dataset).check("a smaller train.batch_size, a larger train.accumulate or smaller model sizes")
+}
+
+fn memory(run: &Run, dataset: &Dataset) -> Memory {
+    let (tokens, _, settings) = largest_batch(run, dataset);
+    let part = tokens.div_ceil(settings.accumulate.max(1));
+    Memory::new(run, dataset.tokenizer.vocab_size(), part, initial_score_std(run))
+}
+
+/// The estimates of `--check`: memory, disk, time. `steps` is the whole run's.
+pub fn plan(run: &Run, dataset: &Dataset, learner: Learner, steps: u64) -> Result<Map<String, Value>, TrainError> {
+    let memory = memory(run, dataset);
+    let (tokens, offsets, settings) = largest_batch(run, dataset);
+    let step = time(run, learner, &offsets, &settings)?;
+    let mut plan = Map::new();
+    let mut put = |name: &str, value: Value| plan.insert(name.to_owned(), value);
+    put("largest_batch_tokens", json!(tokens));
+    put("params_bytes", json!(memory.params as u64));
+    put("optimizer_bytes", json!(memory.optimizer as u64));
+    put("activation_bytes", json!(memory.activations as u64));
+    put("peak_memory_bytes", json!(memory.peak() as u64));
+    // The last ones, the best one, and the one that is being written before the oldest goes.
+    let checkpoints = run.checkpoint.keep as f64 + 2.0;
+    put("checkpoint_bytes", json!((memory.params + memory.optimizer) as u64));
+    put("checkpoints_disk_bytes", json!((checkpoints * (memory.params + memory.optimizer)) as u64));
+    put("seconds_per_step", json!(step.seconds));
+    put("seconds_estimate", json!(step.seconds * steps as f64));
+    put("time_estimated_from", json!(step.source));
+    Ok(plan)
+}
+
+struct StepTime {
+    seconds: f64,
+    source: &'static str,
+}
+
+/// Seconds of a step on the largest batch: measured on random tokens where that is quick, else guessed from the rate of a product.
+fn time(run: &Run, mut learner: Learner, offsets: &[usize], settings: &Train) -> Result<StepTime, TrainError> {
+    const PROBE: usize = 384;
+    let vocab = learner.model.vocab_size;
+    let experts =
+        run.model.router.experts().map_or(0.0, |e| experts_per_token(run, e.num_experts, initial_score_std(run)));
+    let rate = STEP_SHARE * thread_pool(run.threads)?.install(|| product_flops(run, PROBE, 3));
+    let guess = flops::step(&run.model, vocab, offsets, experts) / rate;
+    if guess > LONGEST_STEP {
+        return Ok(StepTime { seconds: guess, source: "matrix product (a guess)" });
+    }
+    let n = offsets[offsets.len() - 1];
+    let random = Random::new(run.seed, Purpose::Bench);
+    let ids = |step: u64| (0..n as u64).map(|i| random.below(step, i, vocab) as u32).collect::<Vec<u32>>();
+    let batch = Batch {
+        tokens_n: ids(0),
+        targets_n: ids(1),
+        loss_weights_n: vec![1.0; n],
+        offsets_b1: offsets.to_vec(),
+        documents: (0..offsets.len() - 1).collect(),
+    };
+    let mut epoch = Epoch::new(&learner.policies);
+    let mut best = f64::INFINITY;
+    for _ in 0..3 {
+        let start = Instant::now();
+        learner.update(&batch, settings, 0.0, &mut epoch).map_err(TrainError::Failed)?;
+        best = best.min(start.elapsed().as_secs_f64());
+        if start.elapsed().as_secs_f64() > LONGEST_STEP {
+            break;
+        }
+    }
+    Ok(StepTime { seconds: best, source: "measured step" })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_expected_number_of_experts_is_that_of_the_policy() {
+        let mut run = Run::default();
+        let mut mean = |router: &str, std: f64| {
+            run.model.router = serde_json::from_str(router).unwrap();
+            experts_per_token(&run, run.model.router.experts().unwrap().num_experts, std)
+        };
+        assert_eq!(mean(r#"{"kind": "top_k", "k": 3}"#, 1.0), 3.0);
+        assert_eq!(mean(r#"{"kind": "top_p", "p": 1.0}"#, 1.0), 8.0);
+        assert_eq!(mean(r#"{"kind": "top_p", "p": 0.4, "num_experts": 4}"#, 1e-9), 2.0, "uniform scores");
+        let sure = mean(r#"{"kind": "top_p", "p": 0.4}"#, 50.0);
+        assert!((1.0..1.2).contains(&sure), "{sure}");
+    }
+
+    #[test]
+    fn a_run_too_large_for_the_machine_is_refused_with_the_estimate() {
+        let mut run = Run::default();
+        assert!(Memory::new(&run, 1000, 640, 0.0).check("less").is_ok());
+        run.model.hidden_size = 1 << 17;
+        let refused = Memory::new(&run, 1000, 640, 0.0).check("a smaller model").unwrap_err();
+        assert_eq!(refused.exit_status(), 2);
+        assert!(refused.to_string().contains("GiB; choose a smaller model"), "{refused}");
+    }
+}

@@ -1,0 +1,68 @@
+//! Floating-point operations of the matrix products of a training step, from shapes and actual counts: forward once, backward twice (one product
+//! for each operand), nothing recomputed, nothing elementwise.
+
+use model::config::{Model, PositionKind};
+
+/// Products of one step on documents with these offsets when a token uses `experts_per_token` experts of a sparse layer on average.
+pub fn step(model: &Model, vocab: usize, offsets_b1: &[usize], experts_per_token: f64) -> f64 {
+    3.0 * forward(model, vocab, offsets_b1, experts_per_token)
+}
+
+fn forward(model: &Model, vocab: usize, offsets_b1: &[usize], experts_per_token: f64) -> f64 {
+    let n = offsets_b1.last().copied().unwrap_or(0) as f64;
+    let (d, width) = (model.hidden_size as f64, model.hidden_size as f64 / model.num_heads as f64);
+    let kv = width * model.num_kv_heads as f64;
+    let heads = &model.heads;
+    // Heads that a token uses: skipped ones need no scores and no values.
+    let (active_heads, head_routers) = match heads.routed {
+        0 => (model.num_heads, 0),
+        routed => (heads.shared + heads.active, heads.shared + routed + if heads.shared > 0 { 2 } else { 0 }),
+    };
+    let projections = d * (2.0 * d + 2.0 * kv + head_routers as f64);
+    let pairs: f64 = offsets_b1.windows(2).map(|w| pairs(w[1] - w[0], model.window)).sum();
+    let table = match model.position.kind {
+        PositionKind::Cope => (model.position.max + 1) as f64,
+        _ => 0.0,
+    };
+    let attention = active_heads as f64 * width * (2.0 * pairs + n * table);
+    let feed_forward = match model.router.experts() {
+        None => 3.0 * d * model.intermediate_size as f64,
+        Some(e) => d * (e.num_experts as f64 + 3.0 * experts_per_token * e.expert_hidden_size as f64),
+    };
+    2.0 * (model.num_layers as f64 * (n * (projections + feed_forward) + attention) + n * d * vocab as f64)
+}
+
+/// Pairs of query and key of a document of `t` tokens.
+fn pairs(t: usize, window: Option<usize>) -> f64 {
+    let w = window.map_or(t, |w| w.min(t));
+    // The first w queries see 1..=w keys, the others w each.
+    (w * (w + 1) / 2 + (t - w) * w) as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_agree_with_a_count_by_hand() {
+        let mut model = Model { hidden_size: 8, num_layers: 2, num_heads: 4, num_kv_heads: 2, ..Model::default() };
+        model.intermediate_size = 16;
+        model.position.kind = PositionKind::Rope;
+        model.heads.routed = 0;
+        model.router = serde_json::from_str(r#"{"kind": "dense"}"#).unwrap();
+        // Two documents of 3 and 2 tokens: 6 + 3 pairs; per layer 5 tokens x 8 x (8 + 4 + 4 + 8) and 3 x 8 x 16; output 5 x 8 x 10.
+        let layer = 5 * 8 * 24 + 5 * 3 * 8 * 16 + 4 * 2 * 2 * 9;
+        assert_eq!(step(&model, 10, &[0, 3, 5], 0.0), (3 * 2 * (2 * layer + 5 * 8 * 10)) as f64);
+        model.window = Some(2);
+        let windowed = layer - 4 * 2 * 2;
+        assert_eq!(step(&model, 10, &[0, 3, 5], 0.0), (3 * 2 * (2 * windowed + 5 * 8 * 10)) as f64);
+        model.window = None;
+        model.router = serde_json::from_str(r#"{"kind": "top_p", "num_experts": 4, "expert_hidden_size": 6}"#).unwrap();
+        (model.heads.shared, model.heads.routed, model.heads.active) = (1, 3, 2);
+        model.position.kind = PositionKind::Cope;
+        model.position.max = 7;
+        let layer =
+            5.0 * 8.0 * (24.0 + 6.0) + 3.0 * 2.0 * (2.0 * 9.0 + 5.0 * 8.0) + 5.0 * 8.0 * (4.0 + 3.0 * 1.5 * 6.0);
+        assert_eq!(step(&model, 10, &[0, 3, 5], 1.5), 6.0 * (2.0 * layer + 5.0 * 8.0 * 10.0));
+    }
+}
