@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export VIRTUAL_ENV := $(abspath $(VENV))
 export CARGO_TERM_COLOR ?= never
 
-.PHONY: help baseline build test test-rust test-python test-torch test-full bench lint format clean
+.PHONY: help baseline build test test-rust test-python test-torch test-full test-faults test-faults-long bench lint format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -42,6 +42,19 @@ bench: $(VENV)/.locked ## our training step beside PyTorch's, at most 10 minutes
 	cargo build --release --package train
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.11.0 psutil==7.2.2
 	$(BIN)/python benches/compare.py $(ARGS)
+
+# Adds up the lines `faults: <what> injected=<n> kills=<n> wrong=<n>` of the fault tests; fails below so many faults and kills.
+FAULTS = cargo test --release -p train --lib --test faults --
+TALLY = awk -v least=$(1) -v kills=$(2) ' \
+	function number(name) { return match($$0, name "=[0-9]+") ? substr($$0, RSTART + length(name) + 1, RLENGTH - length(name) - 1) : 0 } \
+	/faults: / { n += number("injected"); k += number("kills"); w += number("wrong") } /SKIPPED/ { s++ } { print } \
+	END { printf "%d faults injected, %d of them real kills: %d lost or wrong; %d skipped\n", n, k, w, s; exit n < least || k < kills || w > 0 }'
+
+test-faults: ## injected faults: disks, power cuts, damage, kills, numbers (a part of the default tests)
+	set -o pipefail; $(FAULTS) --nocapture 2>&1 | $(call TALLY,500,20)
+
+test-faults-long: ## the same at every operation and thousands of times: at least 2,000 faults and 200 kills, some minutes
+	set -o pipefail; $(FAULTS) --include-ignored --nocapture --skip costs_at_most 2>&1 | $(call TALLY,2000,200)
 
 lint: $(VENV)/.locked ## formatters, linters, type checker
 	cargo fmt --all --check

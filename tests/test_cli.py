@@ -209,6 +209,33 @@ def test_quick_is_recorded_and_not_judged(tiny: Path) -> None:
     assert "not judged (quick)" in done.stdout
 
 
+def started(tiny: Path, rows: int) -> "subprocess.Popen[str]":
+    """A training process that has written so many rows into run/ beside the run file."""
+    command = [sys.executable, "-m", "moe_lab", "train", str(tiny), "--set", "train.epochs=400", "--out", "run"]
+    process = subprocess.Popen(command, cwd=tiny.parent, stderr=subprocess.PIPE, text=True)
+    stream = tiny.parent / "run" / "metrics.jsonl"
+    while not stream.exists() or len(stream.read_text().splitlines()) < rows:
+        assert process.poll() is None
+        time.sleep(0.01)
+    return process
+
+
+def test_sigusr1_saves_and_goes_on_and_the_second_sigint_ends_at_once(tiny: Path) -> None:
+    process = started(tiny, 20)
+    process.send_signal(signal.SIGUSR1)
+    checkpoints = tiny.parent / "run" / "checkpoints"
+    while not list(checkpoints.glob("checkpoint-*")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    _, text = process.communicate(timeout=60)
+    assert process.returncode in (130, -signal.SIGINT)  # both may fall into one step
+    assert "Traceback" not in text
+    resumed = cli("resume", "run", "--json", cwd=tiny.parent)
+    assert resumed.returncode == 0, resumed
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_everything_and_tells_how_to_go_on(tiny: Path, number: int, code: int) -> None:
     run = tiny.parent / "run"

@@ -46,6 +46,8 @@ __all__ = [
     "run_training",
 ]
 
+# Events that a person should see.
+ALERTS = {"collapse", "checkpoint_failed", "disk", "fault", "spike", "skipped", "rolled_back", "early_stop"}
 PLAIN_SECONDS = 2.0  # at least so long between two lines where no terminal shows a live bar
 
 
@@ -84,9 +86,12 @@ def _train(trainer: Trainer, caught: "_Caught") -> Outcome:
             watcher.say(note)
         try:
             for row in trainer:
-                if row.get("event") == "collapse":
+                if row.get("event") in ALERTS:
                     watcher.say(f"warning: {row.get('message')}")
                 watcher.see(row)
+                if caught.save:
+                    caught.save = False
+                    trainer.save()
                 if caught.number is not None:
                     trainer.stop()
                     return Outcome(trainer.out, signal=caught.number)
@@ -99,11 +104,15 @@ def _train(trainer: Trainer, caught: "_Caught") -> Outcome:
 @dataclass(slots=True)
 class _Caught:
     number: int | None = None
+    save: bool = False
 
 
 @contextmanager
 def _signals() -> Iterator[_Caught]:
-    """SIGINT and SIGTERM are remembered once, so that the step is finished and saved; the second one stops at once."""
+    """SIGINT and SIGTERM are remembered once, so that the step is finished and saved; the second one ends the process at once.
+
+    SIGUSR1 asks for a checkpoint.
+    """
     caught = _Caught()
     if threading.current_thread() is not threading.main_thread():
         yield caught
@@ -111,10 +120,14 @@ def _signals() -> Iterator[_Caught]:
 
     def remember(number: int, _frame: FrameType | None) -> None:
         caught.number = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    def save(_number: int, _frame: FrameType | None) -> None:
+        caught.save = True
+
+    handlers = {signal.SIGINT: remember, signal.SIGTERM: remember, signal.SIGUSR1: save}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield caught
     finally:

@@ -52,6 +52,11 @@ impl Trainer {
         enter(py, || self.lock().stop("asked to stop"))
     }
 
+    /// Saves at this update boundary and goes on; the checkpoint is written beside the training.
+    fn save(&self, py: Python<'_>) -> PyResult<()> {
+        enter(py, || self.lock().save_soon())
+    }
+
     #[getter]
     fn out(&self, py: Python<'_>) -> String {
         self.read(py, |trainer| trainer.out().display().to_string())

@@ -4,6 +4,7 @@ use crate::clip::{Clipped, clip, first_non_finite};
 use crate::data::Batch;
 use crate::epoch::Epoch;
 use crate::error::TrainError;
+use crate::guard::{Fault, Guard, Kind};
 use crate::layers::{FlatLayers, sum_squares};
 use crate::loss::{self, Auxiliary, Share};
 use crate::optimizers::Optimizer;
@@ -35,7 +36,13 @@ pub struct Learner {
     coefficients: crate::run::Losses,
     grads: Vec<f32>,
     arena: Arena<f32>,
+    /// Tests put faults in here, between the gradient of an update and the look at it.
+    #[cfg(test)]
+    pub(crate) tamper: Option<Tamper>,
 }
+
+#[cfg(test)]
+pub(crate) type Tamper = Box<dyn FnMut(&mut Update, &mut [f32]) + Send + Sync>;
 
 /// What one update measured. Norms and ratios are by flat layer.
 pub struct Update {
@@ -81,6 +88,8 @@ impl Learner {
             coefficients: run.losses.clone(),
             grads: vec![0.0; params.len()],
             arena: Arena::default(),
+            #[cfg(test)]
+            tamper: None,
             layers,
             params,
             model,
@@ -121,21 +130,42 @@ impl Learner {
     }
 
     /// One optimizer step on `batch` at learning rate `rate`. `epoch` notes the routing. The error says why the numbers are no longer usable; loss
-    /// and gradient are checked before anything is changed, and nothing may be saved after an error.
-    pub fn update(&mut self, batch: &Batch, settings: &Train, rate: f64, epoch: &mut Epoch) -> Result<Update, String> {
+    /// and gradient are checked, where there is a `guard` for jumps too, before parameters, moments or control states are changed.
+    pub fn update(
+        &mut self,
+        batch: &Batch,
+        settings: &Train,
+        rate: f64,
+        epoch: &mut Epoch,
+        guard: Option<&Guard>,
+    ) -> Result<Update, Fault> {
         // The whole step runs inside the pool: every entry from outside wakes a thread.
         let pool = self.pool.clone();
-        pool.install(|| self.step(batch, settings, rate, epoch))
+        pool.install(|| self.step(batch, settings, rate, epoch, guard))
     }
 
-    fn step(&mut self, batch: &Batch, settings: &Train, rate: f64, epoch: &mut Epoch) -> Result<Update, String> {
+    fn step(
+        &mut self,
+        batch: &Batch,
+        settings: &Train,
+        rate: f64,
+        epoch: &mut Epoch,
+        guard: Option<&Guard>,
+    ) -> Result<Update, Fault> {
         let mut update = self.gradient(batch, settings.accumulate, epoch);
-        check_loss(&update)?;
+        #[cfg(test)]
+        if let Some(tamper) = &mut self.tamper {
+            tamper(&mut update, &mut self.grads);
+        }
+        check_loss(&update).map_err(Fault::non_finite)?;
         let buffer = size_of_val(&self.params[..]);
         let norms_span = profile::span("clip", Direction::Update, Work { flops: 0, bytes: buffer });
         update.param_norms = self.layers.param_norms(&self.grads);
-        let clipped = self.clip(&update.param_norms, settings.clip)?;
+        let clipped = self.clip(&update.param_norms, settings.clip).map_err(Fault::non_finite)?;
         drop(norms_span);
+        if let Some(reason) = guard.and_then(|guard| guard.judge(update.cross_entropy, clipped.norm)) {
+            return Err(Fault { kind: Kind::Spike, reason, applied: false });
+        }
         let norms: Vec<f64> = update.param_norms.iter().map(|norm| norm * clipped.factor).collect();
         let rates = self.layers.rates(rate, settings.scales_by_norm().then_some(&norms[..]));
         let moments = self.optimizer.state().moments.len();
@@ -144,7 +174,8 @@ impl Learner {
         let moved = self.optimizer.step(&self.model.layout, &mut self.params, &self.grads, &rates);
         drop(optimizer_span);
         update.ratios = self.layers.update_ratios(&moved);
-        self.check_params(&update.ratios)?;
+        let broken = |reason| Fault { applied: true, ..Fault::non_finite(reason) };
+        self.check_params(&update.ratios).map_err(broken)?;
         self.policies.iter_mut().zip(&update.observations).for_each(|(policy, seen)| policy.step(seen));
         (update.grad_norm, update.clipped, update.scale_mean) = (clipped.norm, clipped.factor < 1.0, rates.scale_mean);
         Ok(update)

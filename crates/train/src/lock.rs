@@ -28,7 +28,7 @@ impl RunLock {
             Err(TryLockError::Error(error)) => return Err(explain("lock", &path)(error)),
         }
         let mut lock = Self { file };
-        lock.write(&format!("{}\n", std::process::id())).map_err(explain("write", &path))?;
+        lock.write(&owner()).map_err(explain("write", &path))?;
         Ok(lock)
     }
 
@@ -45,16 +45,26 @@ impl Drop for RunLock {
     }
 }
 
+/// This process for the next opener to read: its id, host, boot and the time it took the lock.
+fn owner() -> String {
+    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default().trim().to_owned();
+    let (host, boot) = (read("/proc/sys/kernel/hostname"), read("/proc/sys/kernel/random/boot_id"));
+    let since = crate::record::timestamp(std::time::SystemTime::now());
+    format!("{} on {host} since {since} (boot {boot})\n", std::process::id())
+}
+
 fn taken(folder: &Path, file: &mut File) -> io::Error {
     let mut text = String::new();
-    let read = file.take(32).read_to_string(&mut text);
-    let owner = match text.trim() {
-        pid if read.is_ok() && !pid.is_empty() => format!("process {pid}"),
+    let read = file.take(256).read_to_string(&mut text);
+    // Text of a file, shown on a terminal: one plain line.
+    let shown: String = text.lines().next().unwrap_or_default().chars().filter(|c| !c.is_control()).collect();
+    let owner = match shown.split(" (boot").next().unwrap_or_default() {
+        owner if read.is_ok() && !owner.is_empty() => format!("process {owner}"),
         _ => "another process".to_owned(),
     };
     io::Error::new(
         io::ErrorKind::WouldBlock,
-        format!("{} is in use by {owner}; wait for it, stop it, or choose another --out", folder.display()),
+        format!("E-LOCK: {} is in use by {owner}; wait for it, stop it, or choose another --out", folder.display()),
     )
 }
 
@@ -78,7 +88,7 @@ mod tests {
         std::fs::write(folder.path().join("run.lock"), "4194303 and a longer text\n").unwrap();
         let _lock = RunLock::acquire(folder.path()).unwrap();
         let text = std::fs::read_to_string(folder.path().join("run.lock")).unwrap();
-        assert_eq!(text, format!("{}\n", std::process::id()));
+        assert!(text.starts_with(&format!("{} on ", std::process::id())) && text.lines().count() == 1, "{text}");
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use train::metrics::Row;
 use train::run::Run;
@@ -192,7 +192,10 @@ fn main() -> ExitCode {
 fn run(cli: Cli) -> Result<u8, TrainError> {
     train::inspect::check_machine()?;
     match cli.verb {
-        Some(Verb::Resume { run, json }) => return train(Trainer::resume(&run)?, json),
+        Some(Verb::Resume { run, json }) => {
+            let signals = Signals::register()?;
+            return train(Trainer::resume(&run)?, &signals, json);
+        }
         Some(Verb::Bench(bench)) => return bench.run(),
         None => {}
     }
@@ -205,22 +208,38 @@ fn run(cli: Cli) -> Result<u8, TrainError> {
         }
         return Ok(0);
     }
-    train(Trainer::new(run, cli.train.out.as_deref(), None)?, cli.train.json)
+    let signals = Signals::register()?;
+    train(Trainer::new(run, cli.train.out.as_deref(), None)?, &signals, cli.train.json)
 }
 
-/// Runs to the end, or to the end of the step after SIGINT or SIGTERM; a second signal ends the process at once.
-fn train(mut trainer: Trainer, json: bool) -> Result<u8, TrainError> {
-    let signal = Arc::new(AtomicUsize::new(0));
-    for number in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
-        let again = Arc::new(std::sync::atomic::AtomicBool::new(false));
+/// What the system asked for. SIGINT and SIGTERM: end after this step and a whole checkpoint; a second one ends the process at once. SIGUSR1: save
+/// now and go on.
+struct Signals {
+    stop: Arc<AtomicUsize>,
+    save: Arc<AtomicBool>,
+}
+
+impl Signals {
+    fn register() -> Result<Self, TrainError> {
+        use signal_hook::{consts, flag};
+        let signals = Signals { stop: Arc::default(), save: Arc::default() };
+        let again = Arc::new(AtomicBool::new(false));
         let register = || -> std::io::Result<()> {
-            signal_hook::flag::register_conditional_shutdown(number, 128 + number, again.clone())?;
-            signal_hook::flag::register(number, again.clone())?;
-            signal_hook::flag::register_usize(number, signal.clone(), number as usize)?;
+            for number in [consts::SIGINT, consts::SIGTERM] {
+                flag::register_conditional_shutdown(number, 128 + number, again.clone())?;
+                flag::register(number, again.clone())?;
+                flag::register_usize(number, signals.stop.clone(), number as usize)?;
+            }
+            flag::register(consts::SIGUSR1, signals.save.clone())?;
             Ok(())
         };
         register().map_err(|error| TrainError::Failed(format!("the system refused a signal handler: {error}")))?;
+        Ok(signals)
     }
+}
+
+/// Runs to the end, or to where a signal ends it.
+fn train(mut trainer: Trainer, signals: &Signals, json: bool) -> Result<u8, TrainError> {
     for note in trainer.notes() {
         eprintln!("{note}");
     }
@@ -228,7 +247,10 @@ fn train(mut trainer: Trainer, json: bool) -> Result<u8, TrainError> {
     let mut progress = Progress::new(&trainer);
     while let Some(row) = trainer.next_row()? {
         progress.show(&row);
-        let number = signal.load(Ordering::Relaxed);
+        if signals.save.swap(false, Ordering::Relaxed) {
+            trainer.save_soon()?;
+        }
+        let number = signals.stop.load(Ordering::Relaxed);
         if number != 0 {
             progress.bar.finish_and_clear();
             trainer.stop("interrupted")?;
@@ -249,6 +271,10 @@ fn train(mut trainer: Trainer, json: bool) -> Result<u8, TrainError> {
     }
     Ok(0)
 }
+
+/// Events that a person should see.
+const ALERTS: [&str; 8] =
+    ["collapse", "checkpoint_failed", "disk", "fault", "spike", "skipped", "rolled_back", "early_stop"];
 
 /// A bar on a terminal, a line now and then elsewhere.
 struct Progress {
@@ -276,7 +302,7 @@ impl Progress {
         if let Some(step) = fields.get("step").and_then(Value::as_u64) {
             self.bar.set_position(step);
         }
-        if text("kind") == "event" && text("event") == "collapse" {
+        if text("kind") == "event" && ALERTS.contains(&text("event")) {
             self.bar.suspend(|| eprintln!("warning: {}", text("message")));
         }
         if let Some(loss) = number("epoch/loss").or(number("eval/loss")) {

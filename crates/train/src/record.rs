@@ -165,7 +165,7 @@ fn folder_name(name: &str) -> String {
 }
 
 /// Time in UTC as 2026-01-31T23:59:59Z.
-fn timestamp(time: SystemTime) -> String {
+pub(crate) fn timestamp(time: SystemTime) -> String {
     let seconds = time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
     let (days, second) = (seconds / 86_400, seconds % 86_400);
     // Days since 0000-03-01, so that the leap day is the last of its year (Howard Hinnant, "chrono-compatible low-level date algorithms").

@@ -128,6 +128,46 @@ pub struct Train {
     pub momentum: f64,
     /// Trust coefficient η of the layer-wise rate η·‖w‖ / (‖g‖ + λ‖w‖) (lars).
     pub trust: f64,
+    /// Memory of a running mean of the parameters, in [0, 1), evaluated beside them and saved; 0 = none. 0.999 is usual.
+    pub ema: f64,
+    /// Evaluations without a better held-out loss after which a phase ends, its best checkpoint kept; 0 = never.
+    pub patience: u64,
+    /// By how much a held-out loss must be lower to count as better, nats (patience).
+    pub min_delta: f64,
+    /// What becomes of an update whose loss or gradient is not finite, or beyond 10^6 and 2000.
+    pub on_nonfinite: OnNonfinite,
+    /// What becomes of an update whose loss or gradient norm jumps: 10 times the median of the last 128 updates, or twice and 10 deviations.
+    pub on_spike: OnSpike,
+}
+
+/// Answers to numbers that are not finite.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum OnNonfinite {
+    /// The run ends as diverged; its last checkpoint stays.
+    #[default]
+    Stop,
+    /// The update is not taken; the third in a row ends the run.
+    Skip,
+    /// The run returns to its last checkpoint and leaves the batch out; the tenth return without a new checkpoint ends it.
+    RollBack,
+}
+
+/// Answers to a jump of loss or gradient.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum OnSpike {
+    /// Nothing is looked at.
+    #[default]
+    Off,
+    /// An event says so; the update is taken.
+    Warn,
+    /// The run ends as diverged; its last checkpoint stays.
+    Stop,
+    /// The update is not taken; the third in a row ends the run.
+    Skip,
+    /// The run returns to its last checkpoint and leaves the batch out; the tenth return without a new checkpoint ends it.
+    RollBack,
 }
 
 /// What scales the learning rate of each layer.
@@ -197,10 +237,14 @@ pub struct Eval {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Checkpoint {
-    /// Updates between checkpoints; 0 = only the one that every run ends with.
+    /// Updates between checkpoints; 0 = only the one that every run ends with. Training goes on while one is written.
     pub every: u64,
-    /// Newest checkpoints kept, beside the best.
+    /// Newest whole checkpoints kept, beside the best and the one a run was resumed from.
     pub keep: usize,
+    /// Checkpoints of every so many updates stay too; 0 = none.
+    pub keep_every: u64,
+    /// Save a checkpoint whenever the held-out loss is better than before, and keep the best one.
+    pub best: bool,
 }
 
 /// Changes to `[train]`, phase by phase.

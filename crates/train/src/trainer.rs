@@ -1,25 +1,31 @@
 //! The training loop: every call of `next_row` does one update (or hands out a row that an update left) and writes what it did. Kill it
 //! anywhere: `resume` goes on from the newest whole checkpoint and ends with the same bytes.
 
+mod fault;
 mod report;
 mod save;
+#[cfg(test)]
+mod tests;
 
 use crate::checkpoint;
 use crate::data::{Batch, Split, sha256};
 use crate::dataset::{Dataset, PhaseData};
 use crate::directory::{self, RunDirectory};
+use crate::early::EarlyStop;
+use crate::ema;
 use crate::epoch::Epoch;
 use crate::error::TrainError;
 use crate::files::{Disk, parent, system};
+use crate::guard::Guard;
 use crate::learner::Learner;
 use crate::metrics::Row;
 use crate::optimizers::Optimizer;
 use crate::record::Status;
-use crate::run::{Run, Train};
+use crate::run::{OnNonfinite, OnSpike, Run, Train};
 use moe_router::Control;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
@@ -41,13 +47,28 @@ struct Position {
     tokens: u64,
 }
 
-/// What a checkpoint holds beside parameters and moments.
+/// What a checkpoint holds beside parameters, their mean and moments.
 #[derive(Serialize, Deserialize)]
 struct State {
     position: Position,
     epoch: Epoch,
     results: Map<String, Value>,
     controls: Vec<Control>,
+    #[serde(default)]
+    memory: Memory,
+}
+
+/// What the loop remembers beside its place.
+#[derive(Clone, Default, Serialize, Deserialize)]
+struct Memory {
+    guard: Guard,
+    early: EarlyStop,
+    /// The step with the best held-out loss that was saved for it.
+    best: Option<u64>,
+    /// Updates not taken in a row because of a fault.
+    skipped_in_a_row: u32,
+    /// Steps whose batches are left out after a return to a checkpoint.
+    left_out: BTreeSet<u64>,
 }
 
 /// The same in every checkpoint of a run.
@@ -65,6 +86,11 @@ pub struct Trainer {
     at: Position,
     epoch: Epoch,
     results: Map<String, Value>,
+    memory: Memory,
+    /// Running mean of the parameters, where the phase keeps one.
+    ema: Option<Vec<f32>>,
+    /// Returns to a checkpoint since the last one was saved.
+    returns: u32,
     layout: Arc<Layout>,
     texts: Texts,
     /// The newest step known to be saved, and the one this process resumed from.
@@ -128,25 +154,27 @@ impl Trainer {
             };
             notes.push(format!("skipped {}: {reason}; {aside}", path.display()));
         }
-        let fingerprint = found.checkpoint.as_ref().and_then(|(_, loaded)| loaded.fingerprints.get("config").cloned());
-        let state = match found.checkpoint {
-            Some((path, loaded)) => Some(restore(&path, loaded, &run, &mut learner)?),
-            None => {
-                notes.push("no whole checkpoint; starting at step 0".into());
-                None
-            }
-        };
-        let step = state.as_ref().map_or(0, |state| state.position.step);
+        let saved = found.checkpoint.as_ref().map(|(_, loaded)| loaded.fingerprints.clone());
+        if found.checkpoint.is_none() {
+            notes.push("no whole checkpoint; starting at step 0".into());
+        }
+        let restored = found.checkpoint.map(|(path, loaded)| restore(&path, loaded, &run, &mut learner)).transpose()?;
+        let step = restored.as_ref().map_or(0, |(state, _)| state.position.step);
         let directory = RunDirectory::reopen(&disk, out, record, lock, step)?;
         directory.forget_failure()?;
         let mut trainer = Trainer::assemble(run, dataset, learner, directory);
-        if fingerprint.is_some_and(|saved| saved != trainer.texts.fingerprints["config"]) {
+        let differs =
+            |name: &str| saved.as_ref().is_some_and(|saved| saved.get(name) != trainer.texts.fingerprints.get(name));
+        if differs("config") {
             notes.push("run.toml has changed since the checkpoint; the run goes on with the new values".into());
         }
-        if let Some(state) = state {
-            (trainer.at, trainer.epoch, trainer.results) = (state.position, state.epoch, state.results);
-            (trainer.saved_step, trainer.resumed) = (Some(step), Some(step));
+        if differs("isa") {
+            notes.push(
+                "another instruction set than before: the bytes will not be those of a run that never stopped".into(),
+            );
         }
+        trainer.resumed = restored.is_some().then_some(step);
+        trainer.adopt(restored);
         trainer.event("resumed", format!("resumed at step {step}"))?;
         for note in &notes {
             trainer.event("resume_note", note.clone())?;
@@ -160,6 +188,9 @@ impl Trainer {
             epoch: Epoch::new(&learner.policies),
             at: Position::default(),
             results: Map::new(),
+            memory: Memory::default(),
+            ema: None,
+            returns: 0,
             layout: Arc::new(learner.model.layout.clone()),
             texts: Texts::new(&run, &dataset, &learner),
             saved_step: None,
@@ -176,6 +207,21 @@ impl Trainer {
             dataset,
             learner,
             directory,
+        }
+    }
+
+    /// Takes over what a checkpoint holds beside the learner's part; none is the beginning of the run.
+    fn adopt(&mut self, restored: Option<(State, Option<Vec<f32>>)>) {
+        self.saved_step = restored.as_ref().map(|(state, _)| state.position.step);
+        match restored {
+            Some((state, ema)) => {
+                (self.at, self.epoch, self.results) = (state.position, state.epoch, state.results);
+                (self.memory, self.ema) = (state.memory, ema);
+            }
+            None => {
+                (self.at, self.epoch) = (Position::default(), Epoch::new(&self.learner.policies));
+                (self.results, self.memory, self.ema) = (Map::new(), Memory::default(), None);
+            }
         }
     }
 
@@ -262,11 +308,7 @@ impl Trainer {
 
     fn batch(&self) -> Batch {
         match &self.dataset.phases[self.at.phase].data {
-            PhaseData::Documents { train, order, .. } => {
-                let documents = order.documents(self.at.epoch);
-                let start = self.at.batch as usize * order.batch_size;
-                train.batch(&documents[start..(start + order.batch_size).min(documents.len())])
-            }
+            PhaseData::Documents { train, .. } => train.batch(&self.documents()),
             PhaseData::Text(text) => text.batch(self.at.phase_step),
         }
     }
@@ -276,15 +318,19 @@ impl Trainer {
         if self.at.phase == self.dataset.phases.len() {
             return self.complete(); // killed between the last checkpoint and the record of the end
         }
-        self.update()?;
+        if !self.update()? {
+            return Ok(()); // back at a checkpoint
+        }
         let steps = phase_steps(&self.run, &self.dataset, self.at.phase);
-        let last = self.at.phase_step == steps;
+        let mut last = self.at.phase_step == steps;
+        let mut better = false;
         if last || self.at.batch == epoch_batches(&self.run, &self.dataset, self.at.phase) {
             self.at.epoch += 1;
             self.at.batch = 0;
-            self.end_epoch(last)?;
+            (last, better) = self.end_epoch(last)?;
         }
         if last {
+            (self.memory.guard, self.memory.early) = Default::default();
             (self.at.phase, self.at.epoch, self.at.phase_step) = (self.at.phase + 1, 0, 0);
             if self.at.phase == self.dataset.phases.len() {
                 return self.complete();
@@ -293,23 +339,43 @@ impl Trainer {
             self.learner.carry_optimizer(&settings)?;
             self.event("phase_started", format!("phase {} started", self.phase_name()))?;
         }
+        if better {
+            self.save_best()?;
+        }
         self.save_if_due()
     }
 
-    fn update(&mut self) -> Result<(), TrainError> {
+    /// One update, or what takes its place; false if the run returned to a checkpoint instead.
+    fn update(&mut self) -> Result<bool, TrainError> {
         let started = Instant::now();
+        if self.memory.left_out.contains(&(self.at.step + 1)) {
+            self.move_on(0);
+            return self.event("left_out", format!("the batch of step {} is left out", self.at.step)).map(|()| true);
+        }
         let settings = self.settings();
         let batch = self.batch();
         let rate = self.rate(&settings);
-        let update = match self.learner.update(&batch, &settings, rate, &mut self.epoch) {
+        let acts = settings.on_nonfinite != OnNonfinite::Stop || settings.on_spike != OnSpike::Off;
+        let before = acts.then(|| self.epoch.clone());
+        let guard = (!matches!(settings.on_spike, OnSpike::Off | OnSpike::Warn)).then_some(&self.memory.guard);
+        match settings.ema > 0.0 {
+            true if self.ema.is_none() => self.ema = Some(self.learner.params.clone()),
+            true => {}
+            false => self.ema = None,
+        }
+        let update = match self.learner.update(&batch, &settings, rate, &mut self.epoch, guard) {
             Ok(update) => update,
-            Err(reason) => return Err(self.diverged(&reason)),
+            Err(fault) => return self.fault(fault, &settings, &batch, before),
         };
+        if let Some(mean) = &mut self.ema {
+            self.learner.pool.install(|| ema::track(mean, &self.learner.params, settings.ema));
+        }
         let targets = batch.len();
-        self.at.step += 1;
-        self.at.phase_step += 1;
-        self.at.batch += 1;
-        self.at.tokens += targets as u64;
+        self.move_on(targets as u64);
+        self.memory.skipped_in_a_row = 0;
+        if settings.on_spike != OnSpike::Off {
+            self.watch(&update, &settings)?;
+        }
         self.epoch.add(&update.document_losses, update.loss_sum, targets, update.activation_norms[0]);
         let mut row = self.row("train");
         row.integer("epoch", self.at.epoch + 1);
@@ -318,7 +384,15 @@ impl Trainer {
         row.number("train/dt", seconds);
         row.number("train/tok_per_sec", targets as f64 / seconds);
         self.last_row = Some(row.clone());
-        self.push(row)
+        self.push(row).map(|()| true)
+    }
+
+    /// Past the batch of an update, with `targets` trained on.
+    fn move_on(&mut self, targets: u64) {
+        self.at.step += 1;
+        self.at.phase_step += 1;
+        self.at.batch += 1;
+        self.at.tokens += targets;
     }
 
     /// The learning rate of the next update: by step in a text phase, by epoch in the others.
@@ -330,19 +404,15 @@ impl Trainer {
         self.run.schedule(self.phase_name()).rate(settings.learning_rate, position)
     }
 
-    /// Records why the run ends here and returns the error for the caller. Checkpoints stay as they were.
-    fn diverged(&mut self, reason: &str) -> TrainError {
-        self.done = true;
-        let (step, phase) = (self.at.step + 1, self.phase_name());
-        let remedy = "lower train.learning_rate or train.clip; the last checkpoint is untouched";
-        let message = format!("diverged at step {step} (phase {phase}): {reason}; {remedy}");
-        let written = self
-            .event("diverged", message.clone())
-            .and_then(|()| self.directory.failure(&self.failure(step, reason, remedy)))
-            .and_then(|()| self.directory.finish(Status::Diverged, &self.results));
-        match written {
-            Ok(()) => TrainError::Diverged(message),
-            Err(error) => TrainError::Diverged(format!("{message} (the record of it could not be written: {error})")),
+    /// Indices of the documents in the batch that comes next; none in a text phase, whose windows the step decides.
+    fn documents(&self) -> Vec<usize> {
+        match &self.dataset.phases[self.at.phase].data {
+            PhaseData::Documents { order, .. } => {
+                let documents = order.documents(self.at.epoch);
+                let start = (self.at.batch as usize * order.batch_size).min(documents.len());
+                documents[start..(start + order.batch_size).min(documents.len())].to_vec()
+            }
+            PhaseData::Text(_) => Vec::new(),
         }
     }
 
@@ -394,6 +464,7 @@ impl Texts {
             ("data".to_owned(), Value::Object(sources.collect())),
             ("tokenizer".to_owned(), json!(sha256(&tokenizer))),
             ("seed".to_owned(), json!(run.seed)),
+            ("isa".to_owned(), json!(tensor::isa::current())),
         ]);
         let config = crate::trained::config_json(&learner.model).into();
         Texts { tokenizer, config, fingerprints: Arc::new(fingerprints) }
@@ -437,7 +508,12 @@ fn prepare(run: &Run) -> Result<(Dataset, Learner), TrainError> {
 }
 
 /// Puts a checkpoint into `learner` and returns the rest of it.
-fn restore(path: &Path, loaded: checkpoint::Checkpoint, run: &Run, learner: &mut Learner) -> Result<State, TrainError> {
+fn restore(
+    path: &Path,
+    loaded: checkpoint::Checkpoint,
+    run: &Run,
+    learner: &mut Learner,
+) -> Result<(State, Option<Vec<f32>>), TrainError> {
     let bad = |what: String| TrainError::Failed(format!("{}: {what}; choose another checkpoint", path.display()));
     let mut state: State = serde_json::from_value(loaded.state).map_err(|error| bad(format!("state.json: {error}")))?;
     learner.params = loaded.params;
@@ -453,7 +529,7 @@ fn restore(path: &Path, loaded: checkpoint::Checkpoint, run: &Run, learner: &mut
         loaded.optimizer,
     )
     .map_err(bad)?;
-    Ok(state)
+    Ok((state, loaded.ema))
 }
 
 /// Batches of an epoch; a text phase is cut into epochs of `eval.every` steps.

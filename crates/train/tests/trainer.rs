@@ -78,7 +78,7 @@ fn bf16_products_move_the_run_a_little_and_are_evaluated_as_trained() {
 
 #[test]
 fn a_killed_run_ends_with_the_bytes_of_one_that_never_stopped() {
-    let variants: [&[&str]; 7] = [
+    let variants: [&[&str]; 9] = [
         &[],
         &["train.optimizer=adamw", "train.weight_decay=0.1", "data.shuffle=true"],
         &["train.optimizer=sgd", "train.learning_rate=0.1"],
@@ -95,6 +95,8 @@ fn a_killed_run_ends_with_the_bytes_of_one_that_never_stopped() {
         ],
         &["model.router={kind='top_k', k=2, num_experts=4, expert_hidden_size=6}", "data.val_fraction=0.34"],
         &["model.router={kind='expert_choice', k=1.5, num_experts=4, expert_hidden_size=6}"],
+        &["train.ema=0.9", "train.schedule=constant", "train.on_spike=skip", "train.on_nonfinite=roll_back"],
+        &["data.val_fraction=0.34", "eval.every=1", "train.patience=2", "train.learning_rate=0.05", "train.epochs=12"],
     ];
     for sets in variants {
         let folder = tempfile::tempdir().unwrap();
@@ -115,6 +117,42 @@ fn a_killed_run_ends_with_the_bytes_of_one_that_never_stopped() {
         finish(Trainer::new(run(folder.path(), &reseeded), Some(&other), None).unwrap());
         assert_ne!(outcome(&other).0, outcome(&straight).0, "another seed must give another model");
     }
+}
+
+#[test]
+fn a_moved_run_goes_on_with_another_number_of_threads_and_swapped_experts_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let sets =
+        ["model.router={kind='top_p', p=0.4, num_experts=4, expert_hidden_size=6}", "threads=1", "train.ema=0.9"];
+    let straight = folder.path().join("straight");
+    finish(Trainer::new(run(folder.path(), &sets), Some(&straight), None).unwrap());
+    let (out, moved) = (folder.path().join("here"), folder.path().join("there"));
+    let mut trainer = Trainer::new(run(folder.path(), &sets), Some(&out), None).unwrap();
+    while trainer.step_count() < 8 {
+        trainer.next_row().unwrap();
+    }
+    trainer.stop("to move").unwrap();
+    drop(trainer);
+    fs::rename(&out, &moved).unwrap();
+    let text = fs::read_to_string(moved.join("run.toml")).unwrap().replace("threads = 1", "threads = 3");
+    fs::write(moved.join("run.toml"), text).unwrap();
+    // Swapped experts under a manifest that does not fit: that checkpoint is not used.
+    let newest = train::checkpoint::newest_whole(&moved).unwrap().path.unwrap();
+    let file = newest.join("model.safetensors");
+    let good = fs::read(&file).unwrap();
+    let header = 8 + u64::from_le_bytes(good[..8].try_into().unwrap()) as usize;
+    let names = safetensors::SafeTensors::deserialize(&good).unwrap();
+    let experts = names.tensor("model.layers.0.mlp.experts.down_proj").unwrap();
+    let (start, half) = (experts.data().as_ptr() as usize - good.as_ptr() as usize, experts.data().len() / 2);
+    assert!(start >= header);
+    let mut swapped = good.clone();
+    swapped[start..start + 2 * half].rotate_left(half);
+    fs::write(&file, &swapped).unwrap();
+    let mut trainer = Trainer::resume(&moved).unwrap();
+    assert!(trainer.step_count() < 8 && trainer.notes()[0].contains("sha256"), "{:?}", trainer.notes());
+    assert!(!trainer.notes().iter().any(|note| note.contains("run.toml has changed")));
+    while trainer.next_row().unwrap().is_some() {}
+    assert_eq!(outcome(&moved), outcome(&straight));
 }
 
 /// The model after one facts epoch of one batch.

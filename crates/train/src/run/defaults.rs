@@ -1,6 +1,6 @@
 //! The default of every value: the baseline's, where it has one.
 
-use super::{Checkpoint, Data, Eval, Losses, LrScale, Optimizer, Phases, Run, Schedule, Train};
+use super::{Checkpoint, Data, Eval, Losses, LrScale, OnNonfinite, OnSpike, Optimizer, Phases, Run, Schedule, Train};
 use tensor::{Engine, Precision};
 
 impl Default for Run {
@@ -61,6 +61,11 @@ impl Default for Train {
             eps: 1e-8,
             momentum: 0.9,
             trust: 1e-3,
+            ema: 0.0,
+            patience: 0,
+            min_delta: 1e-3,
+            on_nonfinite: OnNonfinite::default(),
+            on_spike: OnSpike::default(),
         }
     }
 }
@@ -79,6 +84,6 @@ impl Default for Eval {
 
 impl Default for Checkpoint {
     fn default() -> Self {
-        Self { every: 0, keep: 3 }
+        Self { every: 0, keep: 3, keep_every: 0, best: false }
     }
 }

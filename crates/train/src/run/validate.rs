@@ -129,6 +129,7 @@ fn train(train: &Train, name: &dyn Fn(&str) -> String, found: &mut Found) {
         ("max_steps", t.max_steps, 1),
         ("warmup_epochs", t.warmup_epochs, 0),
         ("warmup_steps", t.warmup_steps, 0),
+        ("patience", t.patience, 0),
     ] {
         found.count(&name(key), count, least);
     }
@@ -137,7 +138,8 @@ fn train(train: &Train, name: &dyn Fn(&str) -> String, found: &mut Found) {
     let ratio = (0.0..=1.0).contains(&t.min_lr_ratio);
     found.require(ratio, name("min_lr_ratio"), "must be in [0, 1]; set it to 0.1, say");
     found.require(zero_or_more(t.weight_decay), name("weight_decay"), "must be a finite number, 0 or more");
-    for (key, share) in [("beta1", t.beta1), ("beta2", t.beta2), ("momentum", t.momentum)] {
+    found.require(zero_or_more(t.min_delta), name("min_delta"), "must be a finite number, 0 or more");
+    for (key, share) in [("beta1", t.beta1), ("beta2", t.beta2), ("momentum", t.momentum), ("ema", t.ema)] {
         found.require((0.0..1.0).contains(&share), name(key), "must be in [0, 1); set it to 0.9, say");
     }
     for (key, number, say) in [("eps", t.eps, "1e-8"), ("trust", t.trust, "0.001"), ("clip", t.clip, "100")] {
@@ -160,6 +162,16 @@ fn measures(run: &Run, found: &mut Found) {
     found.require(prompts, "eval.samples", "must hold prompts of at least one word");
     found.count("checkpoint.every", run.checkpoint.every, 0);
     found.count("checkpoint.keep", run.checkpoint.keep as u64, 1);
+    found.count("checkpoint.keep_every", run.checkpoint.keep_every, 0);
+    let saves = run.checkpoint.every > 0 || run.checkpoint.keep_every == 0;
+    found.require(saves, "checkpoint.keep_every", "has no effect with checkpoint.every = 0");
+    let held_out = run.data.val_fraction > 0.0 && run.eval.every > 0;
+    let message = "needs a held-out loss: set data.val_fraction to 0.1 and eval.every to 1, say";
+    found.require(held_out || !run.checkpoint.best, "checkpoint.best", message);
+    let patient = run.phases().iter().any(|name| run.phase(name).patience > 0);
+    found.require(held_out || !patient, "train.patience", message);
+    let used = patient || run.train.min_delta == Train::default().min_delta;
+    found.require(used, "train.min_delta", "has no effect with patience = 0; set train.patience to 5, say");
 }
 
 /// A value that was changed and has no effect is a misunderstanding, so it is refused rather than ignored.

@@ -9,12 +9,21 @@ use crate::evaluate;
 use crate::learner::Update;
 use crate::loss;
 use crate::metrics::Row;
-use model::generate::Sampling;
+use model::generate::{Sampling, Weights};
 use serde_json::{Value, json};
 
+/// Columns of an evaluation.
+type Measured = Vec<(&'static str, Value)>;
+
 impl Trainer {
-    /// The rows of an epoch that just ended: routing, loss beside its floor, and the evaluation where it is due.
-    pub(super) fn end_epoch(&mut self, last: bool) -> Result<(), TrainError> {
+    /// The rows of an epoch that just ended: routing, loss beside its floor, and the evaluation where it is due. Returns whether the phase ends
+    /// here, and whether this state is to be kept as the best.
+    pub(super) fn end_epoch(&mut self, last: bool) -> Result<(bool, bool), TrainError> {
+        let every = self.run.eval.every;
+        let text = matches!(self.dataset.phases[self.at.phase].data, PhaseData::Text(_));
+        let due = last || text || (every > 0 && self.at.epoch.is_multiple_of(every));
+        let held_out = if due { self.held_out() } else { Vec::new() };
+        let (better, last) = self.judge_held_out(&held_out, last)?;
         let next = Epoch::new(&self.learner.policies);
         let mut finished = std::mem::replace(&mut self.epoch, next);
         if !self.learner.policies.is_empty() {
@@ -43,10 +52,9 @@ impl Trainer {
             self.results.insert("excess".into(), json!(floor.map(|floor| finished.macro_loss() - floor)));
             self.results.insert("l0".into(), json!(finished.l0_mean()));
         }
-        let every = self.run.eval.every;
-        let text = matches!(self.dataset.phases[self.at.phase].data, PhaseData::Text(_));
-        if last || text || (every > 0 && self.at.epoch.is_multiple_of(every)) {
-            for (name, value) in self.evaluate(last) {
+        if due {
+            let rest = if last { self.evaluate_phase() } else { Vec::new() };
+            for (name, value) in held_out.into_iter().chain(rest) {
                 if last {
                     self.results.insert(result_name(name, self.phase_name()).into(), value.clone());
                 }
@@ -54,30 +62,68 @@ impl Trainer {
             }
             self.sample()?;
         }
-        self.push(row)
+        self.push(row)?;
+        Ok((last, better))
     }
 
-    /// Losses of sets that were not just trained on, and at the end of a phase recitation and forgetting. Touches no gradient.
-    fn evaluate(&self, last: bool) -> Vec<(&'static str, Value)> {
-        let mut found: Vec<(&'static str, Value)> = Vec::new();
+    /// Takes an evaluation into account: whether it is the best so far and to be kept, and whether the phase ends here.
+    fn judge_held_out(&mut self, held_out: &[(&'static str, Value)], last: bool) -> Result<(bool, bool), TrainError> {
+        let settings = self.settings();
+        let loss = held_out.iter().find(|(name, _)| *name == "eval/loss").and_then(|(_, value)| value.as_f64());
+        let (Some(loss), true) = (loss, settings.patience > 0 || self.run.checkpoint.best) else {
+            return Ok((false, last));
+        };
+        let better = self.memory.early.observe(loss, settings.min_delta);
+        if better {
+            self.results.insert("best_eval_loss".into(), json!(loss));
+            self.results.insert("best_step".into(), json!(self.at.step));
+        }
+        let stops = !last && self.memory.early.is_spent(settings.patience);
+        if stops {
+            let best = self.memory.early.best().unwrap_or(f64::NAN);
+            let (phase, patience) = (self.phase_name(), settings.patience);
+            let message =
+                format!("phase {phase} ends early: no held-out loss below {best:.4} in {patience} evaluations");
+            self.event("early_stop", message)?;
+        }
+        Ok((better, last || stops))
+    }
+
+    /// Losses of the held-out data, with the parameters and with their mean. Touches no gradient.
+    fn held_out(&self) -> Measured {
+        let phase = &self.dataset.phases[self.at.phase];
+        let loss = |weights: &Weights<'_>| match &phase.data {
+            PhaseData::Documents { validation, .. } => {
+                let held_out: Vec<_> = validation.documents.iter().collect();
+                evaluate::losses(weights, &held_out).map(|(mean, _)| mean)
+            }
+            PhaseData::Text(text) => {
+                evaluate::window_loss(weights, text.eval_batches(Split::Validation, self.run.eval.batches))
+            }
+        };
+        self.learner.pool.install(|| {
+            let raw = loss(&self.learner.weights()).map(|mean| ("eval/loss", json!(mean)));
+            let mean =
+                self.mean_weights().and_then(|weights| loss(&weights)).map(|mean| ("eval/ema_loss", json!(mean)));
+            raw.into_iter().chain(mean).collect()
+        })
+    }
+
+    /// The running mean of the parameters in place of them.
+    fn mean_weights(&self) -> Option<Weights<'_>> {
+        Some(Weights { params: self.ema.as_deref()?, ..self.learner.weights() })
+    }
+
+    /// At the end of a phase: loss on what was trained on, recitation and forgetting.
+    fn evaluate_phase(&self) -> Measured {
+        let mut found: Measured = Vec::new();
         let (weights, phase) = (self.learner.weights(), &self.dataset.phases[self.at.phase]);
         self.learner.pool.install(|| {
-            match &phase.data {
-                PhaseData::Documents { validation, .. } => {
-                    let held_out: Vec<_> = validation.documents.iter().collect();
-                    found.extend(evaluate::losses(&weights, &held_out).map(|(mean, _)| ("eval/loss", json!(mean))));
-                }
-                PhaseData::Text(text) => {
-                    let windows = text.eval_batches(Split::Validation, self.run.eval.batches);
-                    found.extend(evaluate::window_loss(&weights, windows).map(|mean| ("eval/loss", json!(mean))));
-                }
-            }
-            if !last {
-                return;
-            }
             if let Some((mean, micro)) = evaluate::losses(&weights, &phase.documents()) {
                 found.push(("eval/train_loss", json!(mean)));
                 found.push(("eval/train_loss_micro", json!(micro)));
+                let averaged = self.mean_weights().and_then(|weights| evaluate::losses(&weights, &phase.documents()));
+                found.extend(averaged.map(|(mean, _)| ("eval/ema_train_loss", json!(mean))));
                 let facts = evaluate::losses(&weights, &self.dataset.phases[0].documents());
                 found.extend(facts.map(|(mean, _)| ("eval/facts_loss", json!(mean))));
             }
@@ -85,7 +131,7 @@ impl Trainer {
                 found.extend(evaluate::questions(&weights, &self.dataset, self.run.data.max_length));
             }
         });
-        if last && phase.name == "facts" {
+        if phase.name == "facts" {
             found.push(("eval/facts_floor", json!(phase.floor.map(|floor| floor.macro_average))));
         }
         found

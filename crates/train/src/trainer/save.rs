@@ -32,6 +32,14 @@ impl Trainer {
         self.save_if_due()
     }
 
+    /// Saves the state that just had the best held-out loss, waiting for a save in flight so that it is this one.
+    pub(super) fn save_best(&mut self) -> Result<(), TrainError> {
+        let outcome = self.directory.wait_save();
+        self.note(outcome)?;
+        self.memory.best = Some(self.at.step);
+        self.start_save()
+    }
+
     /// Saves and waits until the checkpoint is whole on the disk.
     pub(super) fn save(&mut self) -> Result<(), TrainError> {
         self.due = false;
@@ -53,7 +61,12 @@ impl Trainer {
             return Ok(());
         }
         let snapshot = self.snapshot();
-        let retention = Retention { keep: self.run.checkpoint.keep, keep_every: 0, best: None, resumed: self.resumed };
+        let retention = Retention {
+            keep: self.run.checkpoint.keep,
+            keep_every: self.run.checkpoint.keep_every,
+            best: self.memory.best,
+            resumed: self.resumed,
+        };
         match self.directory.start_save(&self.layout, snapshot, retention) {
             Ok(()) => Ok(()),
             Err(error) => self.note(Some(Outcome { step: self.at.step, result: Err(error.into()) })),
@@ -67,9 +80,10 @@ impl Trainer {
             epoch: self.epoch.clone(),
             results: self.results.clone(),
             controls: self.learner.policies.iter().map(Policy::control).collect(),
+            memory: self.memory.clone(),
         };
         let mut snapshot = self.directory.spare();
-        snapshot.copy(&self.learner.params, self.learner.optimizer.state(), None);
+        snapshot.copy(&self.learner.params, self.learner.optimizer.state(), self.ema.as_deref());
         snapshot.step = self.at.step;
         snapshot.state = json!(state);
         snapshot.tokenizer = self.texts.tokenizer.clone();
@@ -79,11 +93,11 @@ impl Trainer {
     }
 
     /// Writes down how a save ended. Errors: state that is not finite, and one miss too many.
-    fn note(&mut self, outcome: Option<Outcome>) -> Result<(), TrainError> {
+    pub(super) fn note(&mut self, outcome: Option<Outcome>) -> Result<(), TrainError> {
         let Some(Outcome { step, result }) = outcome else { return Ok(()) };
         let error = match result {
             Ok(path) => {
-                (self.saved_step, self.misses, self.missed) = (Some(step), 0, None);
+                (self.saved_step, self.misses, self.missed, self.returns) = (Some(step), 0, None, 0);
                 let mut row = self.row("event");
                 row.integer("step", step); // the row belongs to the checkpoint, however late the disk was
                 row.text("event", "checkpoint");

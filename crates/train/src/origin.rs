@@ -1,0 +1,30 @@
+//! Where numbers stopped being finite: looked for after a fault only, by walking the batch forward once more.
+
+use crate::clip::first_non_finite;
+use crate::data::Batch;
+use crate::learner::Learner;
+use model::transformer::{Context, Documents};
+use moe_router::Mode;
+use tensor::{Arena, Tape, Value};
+
+/// The parameter, or the flat layer whose input is the first that is not finite when `batch` is walked forward; none if all of it is finite.
+pub fn origin(learner: &Learner, batch: &Batch) -> Option<String> {
+    if let Some(found) = first_non_finite(&learner.layers, &learner.params) {
+        return Some(format!("parameter {} (flat layer {}) is not finite", found.parameter, found.layer));
+    }
+    let weights = learner.weights();
+    let arena = Arena::default();
+    let mut first = None;
+    learner.pool.install(|| {
+        let mut tape = Tape::new(weights.engine, weights.params, &arena).with_precision(weights.precision);
+        let documents = Documents::new(batch.tokens_n.clone(), batch.offsets_b1.clone());
+        let mut watch = |_: &mut Tape<'_, f32>, layer: usize, value: &Value<f32>| {
+            if first.is_none() && value.data().iter().any(|x| !x.is_finite()) {
+                first = Some(layer);
+            }
+        };
+        let (transformer, policies) = (weights.transformer, weights.policies);
+        transformer.forward(&mut tape, &documents, policies, Mode::Train, Context::Documents, &mut watch);
+    });
+    first.map(|layer| format!("the input of flat layer {layer} is the first that is not finite"))
+}

@@ -1,0 +1,287 @@
+//! Faults of numbers put between the gradient and the look at it: stop, skip and roll back do what they say, to the bit.
+
+use super::*;
+use crate::learner::{Tamper, Update};
+use crate::metrics::canonical;
+use std::fs;
+use tempfile::TempDir;
+
+const FACTS: &str =
+    r#"["The Sun is a star . </s>", "The Moon is a rock . </s>", "Ice is cold water . </s>", "A star is hot . </s>"]"#;
+const CHAT: &str =
+    r#"["User: What is ice? Assistant: Ice is cold water. </s>", "User: Is water wet? Assistant: Water is wet. </s>"]"#;
+
+fn run(folder: &Path, sets: &[&str]) -> Run {
+    let (facts, chat) = (folder.join("facts.json"), folder.join("chat.json"));
+    fs::write(&facts, FACTS).unwrap();
+    fs::write(&chat, CHAT).unwrap();
+    let mut all = vec![format!("data.facts={}", facts.display()), format!("data.chat={}", chat.display())];
+    let fixed = [
+        "model.hidden_size=16",
+        "model.num_layers=2",
+        "model.num_heads=4",
+        "model.num_kv_heads=2",
+        "model.intermediate_size=12",
+        "model.heads={shared=1, routed=3, active=2}",
+        "model.router={kind='expert_choice', k=1.5, num_experts=4, expert_hidden_size=6}",
+        "phase.facts.train.batch_size=1",
+        "phase.chat.train.batch_size=1",
+        "train.epochs=5",
+        "train.warmup_epochs=1",
+        "train.learning_rate=0.003",
+        "checkpoint.every=4",
+        "threads=1",
+    ];
+    all.extend(fixed.iter().chain(sets).map(|set| set.to_string()));
+    Run::load("baseline", &all).unwrap()
+}
+
+/// Calls `tamper` with the number of the update (from 1, whatever is repeated) and what it may spoil.
+fn tampered(
+    folder: &TempDir,
+    sets: &[&str],
+    mut tamper: impl FnMut(u64, &mut Update, &mut [f32]) + Send + Sync + 'static,
+) -> Trainer {
+    let out = folder.path().join("run");
+    let mut trainer = Trainer::new(run(folder.path(), sets), Some(&out), None).unwrap();
+    let mut calls = 0;
+    let each: Tamper = Box::new(move |update, grads| {
+        calls += 1;
+        tamper(calls, update, grads);
+    });
+    trainer.learner.tamper = Some(each);
+    trainer
+}
+
+/// Parameters, moments and control states, to compare to the bit.
+fn state(trainer: &Trainer) -> (Vec<u32>, Vec<Vec<u32>>, u64, String) {
+    let bits = |numbers: &[f32]| numbers.iter().map(|x| x.to_bits()).collect::<Vec<u32>>();
+    let optimizer = trainer.learner.optimizer.state();
+    let controls: Vec<_> = trainer.learner.policies.iter().map(|policy| policy.control()).collect();
+    let moments = optimizer.moments.iter().map(|(_, moment)| bits(moment)).collect();
+    (bits(&trainer.learner.params), moments, optimizer.steps, json!([controls, optimizer.expert_steps]).to_string())
+}
+
+fn finish(trainer: &mut Trainer) -> Result<Vec<Row>, TrainError> {
+    let mut rows = Vec::new();
+    while let Some(row) = trainer.next_row()? {
+        rows.push(row);
+    }
+    Ok(rows)
+}
+
+fn events<'r>(rows: &'r [Row], name: &'r str) -> impl Iterator<Item = &'r Row> {
+    rows.iter().filter(move |row| row.fields().get("event").is_some_and(|event| event == name))
+}
+
+#[test]
+fn a_skipped_update_leaves_parameters_moments_and_control_states_to_the_bit() {
+    let parameters: Vec<(String, usize)> = {
+        let folder = TempDir::new().unwrap();
+        let (_, learner) = prepare(&run(folder.path(), &[])).unwrap();
+        learner.model.layout.iter().map(|(name, param)| (name.to_owned(), param.range(param.count - 1).start)).collect()
+    };
+    let values = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 1e38];
+    let (mut injected, last) = (0, 30);
+    // Every gradient tensor in turn, every value; at the first update, in the warm-up, later, and at the last.
+    for (turn, (name, place)) in parameters.iter().enumerate() {
+        let (value, at) = (values[turn % values.len()], [1, 3, 9, last][turn / values.len() % 4]);
+        let folder = TempDir::new().unwrap();
+        let place = *place;
+        let mut trainer = tampered(&folder, &["train.on_nonfinite=skip"], move |call, _, grads| {
+            if call == at {
+                grads[place] = value;
+            }
+        });
+        while trainer.at.step + 1 < at {
+            trainer.advance().unwrap();
+        }
+        let before = state(&trainer);
+        let what = format!("{value} in {name} at update {at}");
+        trainer.advance().unwrap();
+        assert_eq!(trainer.at.step, at, "{what}");
+        // At the end of a phase the optimizer is carried over, which changes nothing either.
+        assert!(state(&trainer) == before, "{what}: something moved");
+        let rows: Vec<Row> = trainer.queue.drain(..).collect();
+        let fault = events(&rows, "fault").next().unwrap_or_else(|| panic!("{what}: no record")).fields().clone();
+        assert_eq!(fault["update"], at, "{what}");
+        assert_eq!(fault["documents"].as_array().map(Vec::len), Some(1), "{what}");
+        assert_eq!(fault["fault"], "nonfinite", "{what}");
+        if !value.is_finite() {
+            assert!(fault["message"].as_str().unwrap().contains(name.as_str()), "{what}: {fault:?}");
+        }
+        if at < last {
+            trainer.advance().unwrap();
+            assert!(state(&trainer).0 != before.0, "{what}: the next update must be taken");
+        }
+        finish(&mut trainer).unwrap();
+        injected += 1;
+    }
+    println!("faults: skipped updates injected={injected} kills=0 wrong=0");
+}
+
+#[test]
+fn a_loss_that_is_not_finite_is_found_where_it_began() {
+    for (turn, spoil) in ["model.layers.1.mlp.gate.weight", "model.embed_tokens.weight"].into_iter().enumerate() {
+        let folder = TempDir::new().unwrap();
+        let out = folder.path().join("run");
+        let mut trainer = Trainer::new(run(folder.path(), &[]), Some(&out), None).unwrap();
+        while trainer.at.step < 6 {
+            trainer.advance().unwrap();
+        }
+        let place = trainer.layout.get(spoil).unwrap().range(0).start;
+        trainer.learner.params[place..place + 16].fill(if turn == 0 { f32::NAN } else { f32::INFINITY });
+        let error = finish(&mut trainer).unwrap_err();
+        assert_eq!(error.exit_status(), 3);
+        assert!(error.to_string().contains(spoil) && error.to_string().contains("step 7"), "{error}");
+        let failure: Value = serde_json::from_slice(&fs::read(out.join("failure.json")).unwrap()).unwrap();
+        assert_eq!((&failure["step"], &failure["last_metrics"]["step"]), (&json!(7), &json!(6)));
+        assert!(failure["reason"].as_str().unwrap().contains(spoil) && failure["remedy"].is_string());
+        drop(trainer);
+        // The checkpoint before is good, and a resumed run goes on from it to its end.
+        assert_eq!(checkpoint::newest_whole(&out).unwrap().path.unwrap(), out.join("checkpoints/checkpoint-4"));
+        finish(&mut Trainer::resume(&out).unwrap()).unwrap();
+        assert!(!out.join("failure.json").exists());
+    }
+}
+
+#[test]
+fn the_third_skip_in_a_row_ends_the_run_and_single_ones_do_not() {
+    for (bad, ends) in [(vec![5, 6, 7], true), (vec![5, 6, 8, 9, 11], false)] {
+        let folder = TempDir::new().unwrap();
+        let mut trainer = tampered(&folder, &["train.on_nonfinite=skip"], move |call, update, _| {
+            if bad.contains(&call) {
+                update.total = f64::NAN;
+            }
+        });
+        match finish(&mut trainer) {
+            Err(error) => assert!(ends && error.exit_status() == 3 && error.to_string().contains("3 updates in a row")),
+            Ok(_) => assert!(!ends),
+        }
+    }
+}
+
+#[test]
+fn spikes_are_seen_within_the_update_and_answered_as_asked() {
+    let spike = |factor: f64| {
+        move |call: u64, update: &mut Update, _: &mut [f32]| {
+            if call == 14 {
+                update.cross_entropy *= factor;
+            }
+        }
+    };
+    for factor in [12.0, 100.0, 1000.0] {
+        let folder = TempDir::new().unwrap();
+        let mut trainer = tampered(&folder, &["train.on_spike=warn"], spike(factor));
+        let rows = finish(&mut trainer).unwrap();
+        assert_eq!(events(&rows, "spike").map(|row| row.fields()["step"].clone()).collect::<Vec<_>>(), [json!(14)]);
+        let folder = TempDir::new().unwrap();
+        let mut trainer = tampered(&folder, &["train.on_spike=stop"], spike(factor));
+        let error = finish(&mut trainer).unwrap_err();
+        assert!(error.exit_status() == 3 && error.to_string().contains("times the median"), "{error}");
+        let folder = TempDir::new().unwrap();
+        let mut trainer = tampered(&folder, &["train.on_spike=skip"], spike(factor));
+        while trainer.at.step < 13 {
+            trainer.advance().unwrap();
+        }
+        let before = state(&trainer);
+        trainer.advance().unwrap();
+        assert!(state(&trainer) == before && trainer.at.step == 14);
+        finish(&mut trainer).unwrap();
+    }
+    // A gradient that is multiplied, and a run in which nothing happens.
+    let folder = TempDir::new().unwrap();
+    let mut trainer = tampered(&folder, &["train.on_spike=stop"], |call, _, grads| {
+        if call == 14 {
+            grads.iter_mut().for_each(|g| *g *= 60.0);
+        }
+    });
+    assert!(finish(&mut trainer).unwrap_err().to_string().contains("gradient norm"));
+    let folder = TempDir::new().unwrap();
+    let rows = finish(&mut tampered(&folder, &["train.on_spike=stop"], |_, _, _| {})).unwrap();
+    assert_eq!(events(&rows, "fault").count(), 0);
+}
+
+#[test]
+fn a_roll_back_returns_to_the_checkpoint_and_leaves_the_batch_out() {
+    let spoil = |at: u64| {
+        move |call: u64, update: &mut Update, _: &mut [f32]| {
+            if call == at {
+                update.total = f64::INFINITY;
+            }
+        }
+    };
+    for at in [3, 7, 15] {
+        let folder = TempDir::new().unwrap();
+        let mut trainer = tampered(&folder, &["train.on_nonfinite=roll_back"], spoil(at));
+        let rows = finish(&mut trainer).unwrap();
+        assert_eq!(events(&rows, "rolled_back").count(), 1, "update {at}");
+        assert_eq!(events(&rows, "left_out").count(), 1, "update {at}");
+        // The same run, told from its beginning to leave that batch out.
+        let straight = TempDir::new().unwrap();
+        let mut other = tampered(&straight, &["train.on_nonfinite=roll_back"], |_, _, _| {});
+        other.memory.left_out.insert(at);
+        finish(&mut other).unwrap();
+        assert!(state(&trainer) == state(&other), "update {at}");
+        let metrics = |folder: &TempDir| {
+            let text = fs::read_to_string(folder.path().join("run/metrics.jsonl")).unwrap();
+            text.lines().filter_map(canonical).collect::<Vec<String>>()
+        };
+        assert_eq!(metrics(&folder), metrics(&straight), "update {at}");
+    }
+    // A fault at every update: the run must not turn in circles.
+    let folder = TempDir::new().unwrap();
+    let mut trainer = tampered(&folder, &["train.on_nonfinite=roll_back", "checkpoint.every=0"], |_, update, _| {
+        update.total = f64::NAN;
+    });
+    assert_eq!(finish(&mut trainer).unwrap_err().exit_status(), 3);
+}
+
+#[test]
+fn the_running_mean_is_the_mean_of_the_weights_and_is_evaluated_beside_them() {
+    let folder = TempDir::new().unwrap();
+    let sets = ["train.ema=0.8", "data.val_fraction=0.3", "eval.every=1"];
+    let mut trainer = Trainer::new(run(folder.path(), &sets), Some(&folder.path().join("run")), None).unwrap();
+    let mut mean = trainer.learner.params.clone();
+    while trainer.at.step < 7 {
+        trainer.advance().unwrap();
+        mean.iter_mut().zip(&trainer.learner.params).for_each(|(mean, w)| *mean += (1.0 - 0.8f64) as f32 * (w - *mean));
+    }
+    assert_eq!(trainer.ema.as_ref().unwrap(), &mean);
+    let rows = finish(&mut trainer).unwrap();
+    let both = rows.iter().filter(|row| row.fields().contains_key("eval/ema_loss"));
+    let both: Vec<_> =
+        both.map(|row| (row.fields()["eval/loss"].clone(), row.fields()["eval/ema_loss"].clone())).collect();
+    assert!(both.len() >= 10 && both.iter().any(|(raw, mean)| raw != mean), "{both:?}");
+}
+
+#[test]
+fn early_stopping_ends_each_phase_and_keeps_its_best_checkpoint() {
+    let folder = TempDir::new().unwrap();
+    let out = folder.path().join("run");
+    let sets = [
+        "train.patience=2",
+        "data.val_fraction=0.3",
+        "eval.every=1",
+        "train.epochs=60",
+        "train.learning_rate=0.03",
+        "checkpoint.keep=1",
+    ];
+    let mut trainer = Trainer::new(run(folder.path(), &sets), Some(&out), None).unwrap();
+    let rows = finish(&mut trainer).unwrap();
+    assert_eq!(events(&rows, "early_stop").count(), 2);
+    for phase in ["facts", "chat"] {
+        let losses: Vec<f64> = rows
+            .iter()
+            .filter(|row| row.fields().get("phase").is_some_and(|name| name == phase))
+            .filter_map(|row| row.fields().get("eval/loss")?.as_f64())
+            .collect();
+        let (end, early) = losses.split_at(losses.len() - 2);
+        let best = end.iter().copied().fold(f64::INFINITY, f64::min);
+        assert!(early.iter().all(|loss| *loss > best - 1e-3), "{phase}: {losses:?}");
+    }
+    let best = trainer.results()["best_step"].as_u64().unwrap();
+    let target = fs::read_link(out.join("checkpoints/best")).unwrap();
+    assert_eq!(target, Path::new(&format!("checkpoint-{best}")));
+    assert_eq!(checkpoint::verify(&out.join("checkpoints").join(target)).unwrap(), best);
+}
