@@ -219,7 +219,7 @@ fn time(run: &Run, mut learner: Learner, offsets: &[usize], settings: &Train) ->
     let mut best = f64::INFINITY;
     for _ in 0..3 {
         let start = Instant::now();
-        learner.update(&batch, settings, 0.0, &mut epoch).map_err(TrainError::Failed)?;
+        learner.update(&batch, settings, 0.0, &mut epoch, None).map_err(|fault| TrainError::Failed(fault.reason))?;
         best = best.min(start.elapsed().as_secs_f64());
         if start.elapsed().as_secs_f64() > LONGEST_STEP {
             break;

@@ -48,7 +48,7 @@ fn memory_of_step_50_is_that_of_step_2_and_no_page_is_asked_for() {
     let steps = |learner: &mut Learner, count: usize, batch: &Batch| {
         for _ in 0..count {
             let mut epoch = Epoch::new(&learner.policies);
-            learner.update(batch, &settings, 0.0, &mut epoch).unwrap();
+            learner.update(batch, &settings, 0.0, &mut epoch, None).unwrap();
         }
     };
     let (long, short) = (batch(8, 80), batch(1, 3));
