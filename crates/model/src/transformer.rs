@@ -169,6 +169,41 @@ fn tensors(config: &Model, vocab_size: usize) -> Vec<(String, Vec<usize>, bool)>
     list
 }
 
+/// The numbers that the model runs on. Its passes are compiled here, once for each, and not again in every crate that calls them.
+pub trait Forward: Real {
+    #[doc(hidden)]
+    fn forward<'a>(
+        model: &Transformer,
+        tape: &mut Tape<'a, Self>,
+        documents: &Documents,
+        policies: &[Policy],
+        mode: Mode,
+        context: Context<'_, Self>,
+        watch: Watch<'_, 'a, Self>,
+    ) -> Output<Self>;
+}
+
+macro_rules! forward {
+    ($t:ty) => {
+        impl Forward for $t {
+            fn forward<'a>(
+                model: &Transformer,
+                tape: &mut Tape<'a, Self>,
+                documents: &Documents,
+                policies: &[Policy],
+                mode: Mode,
+                context: Context<'_, Self>,
+                watch: Watch<'_, 'a, Self>,
+            ) -> Output<Self> {
+                model.run(tape, documents, policies, mode, context, watch)
+            }
+        }
+    };
+}
+
+forward!(f32);
+forward!(f64);
+
 impl Transformer {
     /// `config` must have been validated.
     pub fn new(config: &Model, vocab_size: usize) -> Self {
@@ -272,7 +307,19 @@ impl Transformer {
 
     /// Embeds, runs the blocks and the final norm. Token ids must lie below `vocab_size`, positions below `position.max` for learned ones
     /// (checked where data enters). With `Context::Cache`, `documents` holds the next tokens of the one cached document.
-    pub fn forward<'a, T: Real>(
+    pub fn forward<'a, T: Forward>(
+        &self,
+        tape: &mut Tape<'a, T>,
+        documents: &Documents,
+        policies: &[Policy],
+        mode: Mode,
+        context: Context<'_, T>,
+        watch: Watch<'_, 'a, T>,
+    ) -> Output<T> {
+        T::forward(self, tape, documents, policies, mode, context, watch)
+    }
+
+    fn run<'a, T: Real>(
         &self,
         tape: &mut Tape<'a, T>,
         documents: &Documents,

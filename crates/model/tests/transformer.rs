@@ -2,12 +2,12 @@
 
 use model::config::{Model, PositionKind};
 use model::generate::{Sampling, Weights};
-use model::transformer::{Context, Documents, Transformer};
+use model::transformer::{Context, Documents, Forward, Transformer};
 use moe_router::{Config, Mode, Threshold};
 use tensor::ops::cross_entropy::{Targets, cross_entropy};
 use tensor::ops::linear::linear;
 use tensor::random::{Purpose, Random};
-use tensor::{Arena, Engine, Precision, Real, Tape};
+use tensor::{Arena, Engine, Precision, Tape};
 
 const VOCABULARY: usize = 13;
 
@@ -76,7 +76,7 @@ fn documents() -> (Documents, Targets) {
     (Documents::new(tokens, vec![0, 7, 7, 11]), Targets { ids_n: targets.into(), weights_n: weights.into() })
 }
 
-fn loss_and_gradient<T: Real>(model: &Transformer, params: &[f64], engine: Engine) -> (f64, Vec<f64>, Vec<f64>) {
+fn loss_and_gradient<T: Forward>(model: &Transformer, params: &[f64], engine: Engine) -> (f64, Vec<f64>, Vec<f64>) {
     let params: Vec<T> = params.iter().map(|x| T::from_f64(*x)).collect();
     let (documents, targets) = documents();
     let arena = Arena::default();

@@ -6,7 +6,7 @@ use crate::data::{DataReport, ItemFile, Role, Tokenizer};
 use crate::error::TrainError;
 use crate::loss::{self, Share};
 use crate::run::Run;
-use model::transformer::{Context, Documents, Transformer};
+use model::transformer::{Context, Documents, Forward, Transformer};
 use moe_router::Mode;
 use serde_json::{Map, Value, json};
 use std::path::Path;
@@ -103,7 +103,7 @@ pub fn loss_and_gradients(
     }
 }
 
-fn pass<T: Real>(
+fn pass<T: Forward>(
     run: &Run,
     model: &Transformer,
     params: &[f64],
