@@ -57,9 +57,10 @@ def write(folder: Path, story: Story) -> Path:
 
 def _toml(story: Story) -> str:
     quick = "quick = true\n" if story.quick else ""
+    sizes = "" if "dense" in story.router else "expert_hidden_size = 16\n"
     return (
         f'name = "{story.name}"\nseed = {story.seed}\n{quick}[data]\nmax_length = 80\n'
-        f"[model.router]\n{story.router}\n[train]\nepochs = {story.epochs}\n"
+        f"[model]\nhidden_size = 32\n[model.router]\n{story.router}\n{sizes}[train]\nepochs = {story.epochs}\n"
     )
 
 

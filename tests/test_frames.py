@@ -1,6 +1,7 @@
 """Reading run directories: whole lines only, exact numbers, one row per epoch."""
 
 import json
+import time
 from pathlib import Path
 
 import polars as pl
@@ -121,3 +122,40 @@ def test_runs_are_found_in_a_folder_and_in_its_stages(tmp_path: Path) -> None:
     staged = write(tmp_path / "stage" / "b", Story(epochs=1, trained=1))
     assert frames.find_runs(tmp_path) == [alone, staged]
     assert frames.find_runs(alone) == [alone]
+
+
+def test_steps_with_names_of_their_own_lose_none(run: Path) -> None:
+    """Most steps are read by the names of the first; one that has another name must still be read whole."""
+    rows = lines(run)
+    steps = [row for row in rows if row["kind"] == "train"]
+    steps[5]["train/spike"] = 1.5
+    steps[6]["train/loss"] = None
+    steps[6]["nonfinite"] = ["train/loss"]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    frame = frames.read_metrics(run)
+    for row, read in zip(rows, frame.iter_rows(named=True), strict=True):
+        assert {name: read[name] for name in row} == row
+
+
+def test_the_fast_reader_and_the_plain_one_agree(run: Path) -> None:
+    fast = frames.read_metrics(run)
+    plain = frames.frame_of(lines(run))
+    assert fast.equals(plain.select(fast.columns))
+    assert fast.schema == {name: plain.schema[name] for name in fast.columns}
+
+
+@pytest.mark.full
+def test_a_hundred_thousand_steps_are_read_in_a_second(tmp_path: Path) -> None:
+    """60 measures a step, 2 kB a line. The best of five: other programs may be at work."""
+    names = [f"grad/layer_{layer:02}/{norm}" for layer in range(15) for norm in ("param_norm", "activation_norm")]
+    names += [f"update/layer_{layer:02}/ratio" for layer in range(15)] + [f"losses/some_{i}" for i in range(8)]
+    row = {"step": 1, "ts": 1795259707.067972, "tokens": 95, "kind": "train", "phase": "text", "epoch": 1}
+    row |= {name: 0.0123456 * (index + 1) for index, name in enumerate(names)}
+    (tmp_path / "metrics.jsonl").write_text((json.dumps(row) + "\n") * 100_000)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        assert frames.read_metrics(tmp_path).height == 100_000
+        seconds.append(time.perf_counter() - start)
+    print(f"100,000 steps: {min(seconds):.2f} s")
+    assert min(seconds) < 1.0

@@ -127,20 +127,20 @@ def named_parent(run: frames.Place, record: dict[str, Any]) -> Path | None:
 def parent_record(record: dict[str, Any], parent: frames.Place) -> dict[str, Any]:
     """run.json of the parent. Raises ValueError when it is unfinished or was trained on other data."""
     before = finished(parent)
-    if _trained_on(before) != _trained_on(record):
+    if trained_on(before) != trained_on(record):
         raise ValueError(f"the parent '{parent}' was trained on other data: the losses cannot be compared")
     return before
 
 
-def _trained_on(record: dict[str, Any]) -> dict[str, str]:
+def trained_on(record: dict[str, Any]) -> dict[str, str]:
     """Hash of every file that was trained on; held-out paraphrases change no loss."""
     return {role: file["sha256"] for role, file in record.get("data", {}).items() if role != "paraphrases"}
 
 
-def finished(run: frames.Place) -> dict[str, Any]:
+def finished(run: frames.Place, role: str = "parent") -> dict[str, Any]:
     record = frames.read_run(run)
     if loss_of(record) is None:
-        raise ValueError(f"the parent '{run}' has no loss yet: finish it first (python -m moe_lab resume {run})")
+        raise ValueError(f"the {role} '{run}' has no loss yet: finish it first (python -m moe_lab resume {run})")
     return record
 
 

@@ -90,12 +90,12 @@ def model_name(config: dict[str, Any]) -> str:
     return str(kind) if kind == "dense" or amount is None else f"{kind} {amount}"
 
 
-def epochs_to(frame: Any, loss: float) -> int | None:
-    """The first chat epoch whose loss is at most `loss`."""
+def epochs_to(frame: Any, loss: float, phase: str = "chat") -> int | None:
+    """The first epoch of a phase whose loss is at most `loss`."""
     rows = frames.epochs(frame)
     if "epoch/loss" not in rows.columns:
         return None
-    reached = rows.filter((rows["phase"] == "chat") & (rows["epoch/loss"] <= loss))
+    reached = rows.filter((rows["phase"] == phase) & (rows["epoch/loss"] <= loss))
     return int(reached["epoch"][0]) if reached.height else None
 
 

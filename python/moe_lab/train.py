@@ -109,7 +109,7 @@ class _Caught:
 
 @contextmanager
 def _signals() -> Iterator[_Caught]:
-    """SIGINT and SIGTERM are remembered once, so that the step is finished and saved; the second one ends the process at once.
+    """SIGINT and SIGTERM are remembered once, so that the step is finished and saved; the second ends the process.
 
     SIGUSR1 asks for a checkpoint.
     """
