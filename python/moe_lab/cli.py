@@ -17,6 +17,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from moe_lab.roadmap import Result
     from moe_lab.stages import Stage
     from moe_lab.train import Outcome
 
@@ -243,6 +244,10 @@ def resume(run: RunPath, as_json: Json = False) -> int:
         from moe_lab import stages
 
         return _report_stage(stages.resume(Path(run), lab, _progress), as_json)
+    if frames.is_roadmap(run):
+        from moe_lab import roadmap
+
+        return _report_roadmap(roadmap.resume(Path(run), lab, _progress), as_json)
     outcome = lab.resume_training(run)
     if outcome.already_done:
         _progress(f"the run is complete already: {run}")
@@ -277,15 +282,21 @@ def gate(
 
 @app.command()
 def table(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run or stage directories.")],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run, stage or roadmap directories.")],
     as_json: Json = False,
 ) -> int:
     """Runs side by side, with the roadmap's targets.
 
     Loss, entropy floor, recitation, experts per token, forgetting, speed; mean ± sd over the seeds of a stage.
     """
-    from moe_lab import frames, tables
+    from moe_lab import frames, roadmap, tables
 
+    if len(runs) == 1 and frames.is_roadmap(runs[0]):
+        if as_json:
+            _print_json({"rows": roadmap.rows(Path(runs[0]))})
+        else:
+            roadmap.render(Path(runs[0]), _console())
+        return DONE
     paths = [path for run in runs for path in _runs_of(run)]
     for path in paths:
         frames.read_run(path)  # a run that is not there is named before anything is printed
@@ -295,16 +306,20 @@ def table(
     if as_json:
         _print_json({"runs": rows})
     else:
-        tables.render(rows, _console(), by="model" if any(frames.is_stage(run) for run in runs) else "run")
+        tables.render(rows, _console(), by="model" if any(map(_holds_seeds, runs)) else "run")
     return DONE
 
 
 def _runs_of(path: str) -> list[Path]:
     from moe_lab import frames
 
-    if not frames.is_stage(path):
-        return [Path(path)]
-    return frames.find_runs(path)
+    return frames.find_runs(path) if _holds_seeds(path) else [Path(path)]
+
+
+def _holds_seeds(path: str) -> bool:
+    from moe_lab import frames
+
+    return frames.is_stage(path) or frames.is_roadmap(path)
 
 
 @app.command()
@@ -564,6 +579,32 @@ def _report_stage(stage: "Stage", as_json: bool) -> int:
     if stage.diverged:
         return DIVERGED
     return DONE if stage.passed or not stage.judged else FAILED
+
+
+def _report_roadmap(result: "Result", as_json: bool) -> int:
+    from moe_lab import roadmap, tables
+
+    if result.signal is not None:
+        return _interrupted(result.out, result.signal)
+    if as_json:
+        told = {
+            "roadmap": result.out,
+            "failed": result.failed,
+            "why": result.why,
+            "rows": roadmap.rows(Path(result.out)),
+        }
+        _print_json({**told, "gates": [verdict.as_dict() for verdict in result.verdicts.values()]})
+    else:
+        console = _console()
+        for verdict in result.verdicts.values():
+            tables.render_verdict(verdict, console)
+        roadmap.render(Path(result.out), console)
+        print(f"roadmap directory: {result.out}")
+        if result.failed:
+            print(f"stopped at {result.failed}: {result.why}")
+    if result.diverged:
+        return DIVERGED
+    return FAILED if result.failed else DONE
 
 
 def _interrupted(out: str, number: int) -> int:

@@ -199,12 +199,28 @@ def last_epoch(frame: pl.DataFrame, phase: str = "chat") -> dict[str, Any]:
     return rows.row(-1, named=True) if rows.height else {}
 
 
+def failure(run: Place) -> dict[str, Any] | None:
+    """failure.json: step, reason and remedy of a run that ended before its time; None for a healthy one."""
+    path = Path(run) / "failure.json"
+    if not path.exists():
+        return None
+    try:
+        told = json.loads(path.read_text())
+    except (ValueError, RecursionError):
+        return None
+    return told if isinstance(told, dict) else None
+
+
 def is_run(path: Place) -> bool:
     return (Path(path) / "run.json").is_file()
 
 
 def is_stage(path: Place) -> bool:
     return (Path(path) / "stage.json").is_file()
+
+
+def is_roadmap(path: Place) -> bool:
+    return (Path(path) / "roadmap.json").is_file()
 
 
 def find_runs(folder: Place) -> list[Path]:

@@ -27,6 +27,15 @@ PARENT = "no worse than parent"  # the criterion that compares two runs
 TOLERANCE = 0.013  # how much the roadmap lets a stage lose: 0.40 "maintains" 0.387
 
 
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """The roadmap's numbers for one milestone; those of milestone 1 if nothing else is said."""
+
+    loss: float = LOSS
+    l0: float = L0
+    band: tuple[float, float] = BAND
+
+
 class NoGateError(ValueError):
     """The run is of a kind that no gate is about."""
 
@@ -71,6 +80,7 @@ class Evidence:
     config: dict[str, Any]
     frame: pl.DataFrame
     parent_loss: float | None = None
+    bounds: Bounds = Bounds()
 
     def result(self, name: str) -> float | None:
         value = (self.run.get("results") or {}).get(name)
@@ -83,7 +93,7 @@ class Evidence:
         return frames.last_epoch(self.frame)
 
 
-def judge(run: frames.Place, parent: frames.Place | None = None) -> Verdict:
+def judge(run: frames.Place, parent: frames.Place | None = None, bounds: Bounds | None = None) -> Verdict:
     """The gate of a run, chosen by its router: dense -> baseline, top_k -> control, else stage1.
 
     `parent` is the run whose loss must be kept; without it the parent that run.json names, if it is still there.
@@ -95,7 +105,7 @@ def judge(run: frames.Place, parent: frames.Place | None = None) -> Verdict:
         return Verdict(gate, str(run), judged=False, criteria=())
     named = parent or named_parent(run, record)
     kept = None if named is None else loss_of(parent_record(record, named))
-    evidence = Evidence(record, config, frames.read_metrics(run), kept)
+    evidence = Evidence(record, config, frames.read_metrics(run), kept, bounds or Bounds())
     return Verdict(gate, str(run), judged=True, criteria=criteria(gate, evidence))
 
 
@@ -174,7 +184,7 @@ def reaches_loss(evidence: Evidence) -> Criterion:
     floor = evidence.result("floor")
     beside = "" if floor is None else f"; the entropy floor of this data is {floor:.4f}"
     why = f"mean over sequences, last chat epoch, nats{beside}"
-    return at_most("loss", evidence.result("loss"), LOSS, why)
+    return at_most("loss", evidence.result("loss"), evidence.bounds.loss, why)
 
 
 def recites(evidence: Evidence) -> Criterion:
@@ -187,7 +197,7 @@ def recites(evidence: Evidence) -> Criterion:
 
 def keeps_l0(evidence: Evidence) -> Criterion:
     why = "gradient norm at the embedding output, mean of the last chat epoch; an upper bound only"
-    return at_most("L0", evidence.result("l0"), L0, why)
+    return at_most("L0", evidence.result("l0"), evidence.bounds.l0, why)
 
 
 def keeps_parent_loss(evidence: Evidence) -> Criterion:
@@ -197,7 +207,7 @@ def keeps_parent_loss(evidence: Evidence) -> Criterion:
 
 
 def stays_in_band(evidence: Evidence) -> Criterion:
-    mean, (low, high) = evidence.result("experts_per_token"), BAND
+    mean, (low, high) = evidence.result("experts_per_token"), evidence.bounds.band
     passed = mean is not None and low <= mean <= high
     why = "alone it proves nothing: a dead uniform router of four experts scores exactly 2.0 at p = 0.4"
     return Criterion("experts per token", mean, f"{low} to {high}", passed, why)

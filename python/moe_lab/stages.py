@@ -88,7 +88,7 @@ def cells(plan: Plan) -> list[Cell]:
 
 def _cells_of_seed(plan: Plan, seed: int, parent: str | None) -> list[Cell]:
     def cell(role: str, name: str, source: str, p: float | None = None) -> Cell:
-        overrides = _overrides(plan.overrides, role) | ({} if p is None else {"model.router.p": p})
+        overrides = overrides_of(plan.overrides, role) | ({} if p is None else {"model.router.p": p})
         full = f"{name}-seed{seed}"
         return Cell(role, full, seed, source, {**overrides, "seed": seed, "name": full}, p)
 
@@ -98,7 +98,7 @@ def _cells_of_seed(plan: Plan, seed: int, parent: str | None) -> list[Cell]:
     return [first if parent is None else replace(first, run=parent), *studied, control]
 
 
-def _overrides(wanted: dict[str, object], role: str) -> dict[str, object]:
+def overrides_of(wanted: dict[str, object], role: str) -> dict[str, object]:
     """A key of the router goes to the models that have it: none to the dense parent, p to top-p, k to the control."""
     foreign = {"top_p": {"k"}, "control": {"p"}}
     return {
@@ -136,7 +136,7 @@ def stage1(plan: Plan, out: Path, lab: Lab, say: Say) -> Stage:
     parents: dict[int, str] = {}
     for number, (cell, run) in enumerate(prepared, start=1):
         say(f"[{number}/{len(prepared)}] {cell.name}")
-        path, stopped = _train_cell(cell, run, out, parents.get(cell.seed), lab, say)
+        path, stopped = train_cell(cell, run, out, parents.get(cell.seed), lab, say)
         if stopped is not None:
             _write(out, {"stage": "stage1", "status": "stopped", "plan": asdict(plan)})
             return Stage(str(out), signal=stopped)
@@ -177,7 +177,7 @@ def _open(out: Path, plan: Plan) -> None:
     _write(out, {"stage": "stage1", "status": "running", "plan": asdict(plan)})
 
 
-def _train_cell(cell: Cell, run: "Run", out: Path, parent: str | None, lab: Lab, say: Say) -> tuple[str, int | None]:
+def train_cell(cell: Cell, run: "Run", out: Path, parent: str | None, lab: Lab, say: Say) -> tuple[str, int | None]:
     """Path of the run, and the signal that stopped it."""
     path = Path(cell.run) if cell.run else out / cell.name
     try:
@@ -187,7 +187,7 @@ def _train_cell(cell: Cell, run: "Run", out: Path, parent: str | None, lab: Lab,
         if not frames.is_run(path):
             outcome = lab.run_training(run, str(path), None if parent is None else frames.read_run(parent).get("id"))
         else:
-            _must_match(path, run, lab)
+            must_match(path, run, lab)
             status = frames.read_run(path).get("status")
             if status in ("completed", "diverged"):
                 say(f"  {status} already: {path}")
@@ -199,7 +199,7 @@ def _train_cell(cell: Cell, run: "Run", out: Path, parent: str | None, lab: Lab,
     return str(path), outcome.signal
 
 
-def _must_match(path: Path, run: "Run", lab: Lab) -> None:
+def must_match(path: Path, run: "Run", lab: Lab) -> None:
     """A run that lies there already must be the one that is wanted."""
     there = lab.load_run(str(path / "run.toml"))
     wrong = [change for change in there.diff(run) if change[0] not in IRRELEVANT | {"name"}]
@@ -229,16 +229,16 @@ def _judge(plan: Plan, out: Path, runs: list[tuple[Cell, str]]) -> Stage:
     parents = {cell.seed: path for cell, path in runs if cell.role == "parent"}
     rows, verdicts = [], {}
     for cell, path in runs:
-        verdicts[cell.name] = verdict = _own_verdict(path)
+        verdicts[cell.name] = verdict = own_verdict(path)
         row = tables.summary(path, verdict)
         rows.append({**row, "role": cell.role, "name": cell.name, "p": cell.p, "gate": verdict.as_dict()})
     by_p = [_verdict_of_p(p, [row for row in rows if row["p"] == p], verdicts, parents) for p in plan.p]
     return Stage(str(out), tuple(rows), tuple(by_p))
 
 
-def _own_verdict(path: str) -> gates.Verdict:
+def own_verdict(path: str, bounds: gates.Bounds | None = None) -> gates.Verdict:
     """Of one run alone; its parent is compared over all seeds together."""
-    verdict = gates.judge(path)
+    verdict = gates.judge(path, bounds=bounds)
     return replace(verdict, criteria=tuple(each for each in verdict.criteria if each.name != gates.PARENT))
 
 
@@ -246,11 +246,16 @@ def _verdict_of_p(
     p: float, rows: list[dict[str, Any]], verdicts: dict[str, gates.Verdict], parents: dict[int, str]
 ) -> gates.Verdict:
     own = [verdicts[row["name"]] for row in rows]
+    return verdict_over_seeds("stage1", f"top_p {p:g}", own, [(row["run"], parents[row["seed"]]) for row in rows])
+
+
+def verdict_over_seeds(gate: str, label: str, own: list[gates.Verdict], pairs: list[tuple[str, str]]) -> gates.Verdict:
+    """The verdicts of a model's runs as one; `pairs` of run and parent decide whether the parent's loss is kept."""
     judged = all(verdict.judged for verdict in own)
     criteria = [] if not judged else [_over_seeds(same) for same in zip(*(v.criteria for v in own), strict=True)]
-    if judged:
-        criteria.append(gates.paired([_losses(row["run"], parents[row["seed"]]) for row in rows]))
-    return gates.Verdict("stage1", f"top_p {p:g}", judged, tuple(criteria))
+    if judged and pairs:
+        criteria.append(gates.paired([_losses(run, parent) for run, parent in pairs]))
+    return gates.Verdict(gate, label, judged, tuple(criteria))
 
 
 def _losses(run: str, parent: str) -> tuple[float | None, float | None]:

@@ -6,7 +6,20 @@ from typing import Annotated
 
 import typer
 
-from moe_lab.cli import DONE, Json, _console, _print_json, app
+from moe_lab.cli import (
+    DONE,
+    Json,
+    RunPath,
+    Training,
+    _console,
+    _print_json,
+    _print_plans,
+    _progress,
+    _report_roadmap,
+    _report_run,
+    app,
+    trains,
+)
 
 
 @app.command()
@@ -33,3 +46,53 @@ def compare(
         for each in found:
             comparison.render(each, _console())
     return DONE
+
+
+@app.command()
+@trains
+def roadmap(
+    options: Training,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds, counted on from --seed.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs side by side, one thread each if more than one.")] = 1,
+) -> int:
+    """Run the roadmap's milestones in order.
+
+    Each is judged; the first failed gate stops it. With --out of an earlier one it goes on; finished runs are kept.
+    """
+    from moe_lab import roadmap as road
+    from moe_lab import stages
+    from moe_lab import train as lab
+
+    overrides = options.overrides()
+    first = int(str(overrides.pop("seed", lab.load_run("baseline").seed)))
+    plan = road.Plan(tuple(range(first, first + seeds)), stages.anchored(overrides), options.quick)
+    if options.check:
+        prepared = road.prepare(plan, lab)
+        return _print_plans({cell.name: run.check() for step in prepared.values() for cell, run in step}, options.json)
+    out = Path(options.out) if options.out else lab.default_out("roadmap")
+    return _report_roadmap(road.run(plan, out, lab, _progress, jobs), options.json)
+
+
+@app.command()
+@trains
+def rerun(run: RunPath, options: Training) -> int:
+    """Train a run once more with changes.
+
+    For a run that failed or diverged: what is known of the failure is shown first.
+    """
+    from moe_lab import frames
+    from moe_lab import roadmap as road
+    from moe_lab import train as lab
+
+    record = frames.read_run(run)
+    overrides = options.overrides()
+    if frames.failure(run):
+        _progress(road.explain(run))
+        if not overrides:
+            raise ValueError("the same run fails the same way: change something with --set KEY=VALUE")
+    source = str(Path(run) / "run.toml")
+    loaded = lab.load_run(source, overrides, options.quick)
+    if options.check:
+        return _print_plans({loaded.name: loaded.check()}, options.json)
+    parent = record.get("parent")
+    return _report_run(lab.run_training(loaded, options.out, parent if isinstance(parent, str) else None), options.json)

@@ -1,0 +1,124 @@
+"""The roadmap with a laboratory that writes hand-made runs: order, gates, where it stops, how it goes on."""
+
+import json
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from moe_lab import gates, jobs, roadmap
+from runs import Story, write
+from sleeper import note
+from test_stages import FakeLab
+
+PLAN = roadmap.Plan(seeds=(1, 2), overrides={"model.router.p": 0.4})
+ORDER = [f"{step}-seed{seed}" for step in ("baseline", "stage1", "stage1_top2") for seed in (1, 2)]
+
+
+def silent(text: str) -> None: ...
+
+
+def test_every_milestone_that_has_runs_is_trained_in_order_and_judged(tmp_path: Path) -> None:
+    lab = FakeLab()
+    result = roadmap.run(PLAN, tmp_path / "road", lab, silent)
+    assert lab.trained == ORDER
+    assert lab.parents["stage1-seed2"] == "baseline-seed2"
+    assert result.failed is None
+    assert {name: verdict.word for name, verdict in result.verdicts.items()} == dict.fromkeys(
+        ("baseline", "stage1", "stage1_top2"), "passed"
+    )
+    parent = next(each for each in result.verdicts["stage1"].criteria if each.name == gates.PARENT)
+    assert parent.why.endswith("+0.0000, +0.0000")
+    assert json.loads((tmp_path / "road" / "roadmap.json").read_text())["status"] == "completed"
+
+
+def test_it_stops_at_the_first_gate_that_fails_and_says_what_failed(tmp_path: Path) -> None:
+    lab = FakeLab(losses={"baseline-seed2": 0.55})
+    result = roadmap.run(PLAN, tmp_path / "road", lab, silent)
+    assert lab.trained == ORDER[:2]
+    assert result.failed == "baseline"
+    assert result.why == "loss is 0.21, 0.55, must be ≤ 0.4"
+
+
+def test_a_failed_gate_of_a_control_stops_nothing(tmp_path: Path) -> None:
+    lab = FakeLab(losses={"stage1_top2-seed1": 0.9})
+    result = roadmap.run(PLAN, tmp_path / "road", lab, silent)
+    assert result.failed is None
+    assert result.verdicts["stage1_top2"].word == "FAILED"
+
+
+def test_a_second_start_trains_only_what_is_missing(tmp_path: Path) -> None:
+    out = tmp_path / "road"
+    first = FakeLab(stop_at="stage1-seed1")
+    assert roadmap.run(PLAN, out, first, silent).signal == 2
+    again = FakeLab()
+    assert roadmap.resume(out, again, silent).failed is None
+    assert again.trained == ["resumed stage1-seed1", *ORDER[3:]]
+    assert roadmap.resume(out, (third := FakeLab()), silent).failed is None
+    assert third.trained == []
+
+
+def test_a_run_that_diverged_stops_it_with_the_reason(tmp_path: Path) -> None:
+    out = tmp_path / "road"
+    result = roadmap.run(PLAN, out, FakeLab(diverge="stage1-seed1"), silent)
+    assert (result.failed, result.diverged) == ("stage1", True)
+    run = out / "stage1-seed1"
+    (run / "failure.json").write_text(json.dumps({"step": 7, "reason": "the loss is NaN", "remedy": "lower the rate"}))
+    told = roadmap.explain(run)
+    assert told == f"{run} diverged at step 7: the loss is NaN; lower the rate (rerun {run} --set KEY=VALUE)"
+
+
+def test_other_settings_than_those_that_lie_there_are_refused(tmp_path: Path) -> None:
+    out = tmp_path / "road"
+    roadmap.run(PLAN, out, FakeLab(), silent)
+    other = roadmap.Plan(PLAN.seeds, {"model.router.p": 0.5})
+    with pytest.raises(ValueError, match="was trained with"):
+        roadmap.run(other, out, FakeLab(), silent)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(ValueError, match="holds no roadmap"):
+        roadmap.run(PLAN, tmp_path / "full", FakeLab(), silent)
+
+
+def test_the_table_has_the_roadmaps_targets_beside_means_over_seeds(tmp_path: Path) -> None:
+    out = tmp_path / "road"
+    roadmap.run(PLAN, out, FakeLab(losses={"stage1-seed1": 0.20, "stage1-seed2": 0.22}), silent)
+    rows = roadmap.rows(out)
+    assert [row["milestone"] for row in rows] == [0, 1, 1, 2, 3, 4]
+    assert rows[1]["measured"]["loss"] == [0.20, 0.22]
+    assert rows[5]["targets"] == {"loss": 0.25, "l0": 12, "band": (1.3, 1.8)}
+    assert rows[5]["gate"] == "not run"
+    console = Console(record=True, width=200)
+    roadmap.render(out, console)
+    text = console.export_text()
+    assert "0.210 ± 0.014" in text
+    assert "the dense baseline alone meets the loss of milestone 4" in text
+
+
+def test_bounds_of_a_milestone_are_those_that_judge(tmp_path: Path) -> None:
+    run = write(tmp_path / "run", Story(loss=0.30))
+    assert gates.judge(run).passed
+    strict = gates.judge(run, bounds=gates.Bounds(loss=0.25, l0=0.1, band=(1.3, 1.6)))
+    assert {each.name for each in strict.criteria if not each.passed} == {"loss", "L0", "experts per token"}
+
+
+def test_jobs_run_side_by_side_and_a_signal_reaches_each(tmp_path: Path) -> None:
+    def job(name: str, seconds: float) -> jobs.Job:
+        return jobs.Job(name, note, (str(tmp_path), seconds), tmp_path / f"{name}.log")
+
+    codes, stopped = jobs.run([job("a", 0), job("b", 0), job("c", 0)], 2, silent)
+    assert (codes, stopped) == ({"a": 0, "b": 0, "c": 0}, None)
+    for old in tmp_path.glob("begun-*"):
+        old.unlink()
+
+    def interrupt() -> None:
+        while len(list(tmp_path.glob("begun-*"))) < 2:
+            time.sleep(0.05)
+        signal.raise_signal(signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    codes, stopped = jobs.run([job("d", 60), job("e", 60), job("f", 0)], 2, silent)
+    assert (codes, stopped) == ({"d": 130, "e": 130}, signal.SIGINT)
