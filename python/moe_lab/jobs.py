@@ -60,6 +60,11 @@ def run(jobs: Sequence[Job], at_once: int, say: Callable[[str], None]) -> tuple[
     return codes, caught[0] if caught else None
 
 
+def note(text: str) -> None:
+    """What a job says goes to its log."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def _child(job: Job) -> None:
     os.setpgrp()  # Ctrl-C reaches the parent, which passes it on once
     job.log.parent.mkdir(parents=True, exist_ok=True)

@@ -176,7 +176,7 @@ def train_alone(cell: stages.Cell, quick: bool, out: Path, parent: str | None) -
     from moe_lab import train as lab
 
     loaded = lab.load_run(cell.source, {**cell.overrides, "threads": 1}, quick)
-    _, stopped = stages.train_cell(cell, loaded, out, parent, lab, print)
+    _, stopped = stages.train_cell(cell, loaded, out, parent, lab, jobs.note)
     return 0 if stopped is None else 128 + stopped
 
 

@@ -1,6 +1,7 @@
 """Verbs over many runs, and over runs already trained: compare, roadmap, rerun, sweep, watch, report, specialize."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -8,9 +9,11 @@ import typer
 
 from moe_lab.cli import (
     DONE,
+    FAILED,
     Json,
     RunPath,
     Training,
+    _assignment,
     _console,
     _print_json,
     _print_plans,
@@ -96,3 +99,51 @@ def rerun(run: RunPath, options: Training) -> int:
         return _print_plans({loaded.name: loaded.check()}, options.json)
     parent = record.get("parent")
     return _report_run(lab.run_training(loaded, options.out, parent if isinstance(parent, str) else None), options.json)
+
+
+@app.command()
+@trains
+def sweep(
+    options: Training,
+    run: Annotated[
+        str, typer.Argument(metavar="RUN.toml", help="A run file, or the name of a shipped one.")
+    ] = "stage1",
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds a configuration is trained with.")] = 1,
+    sampler: Annotated[str, typer.Option(help="grid, random or tpe.")] = "grid",
+    trials: Annotated[int | None, typer.Option(min=1, help="How many configurations at most.")] = None,
+    metric: Annotated[str, typer.Option(help="The result to make small (or large, as recite).")] = "loss",
+    prune: Annotated[bool, typer.Option("--prune", help="Give up what is worse than the median after a seed.")] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that share the work, one thread each.")] = 1,
+) -> int:
+    """Train a run file with many values of its keys.
+
+    --set KEY=A,B,C lists values, --set KEY=LOW..HIGH[:log] gives a range. With --out of an earlier one it goes on.
+    """
+    from moe_lab import stages
+    from moe_lab import sweep as study
+    from moe_lab import train as lab
+
+    space, fixed = study.split(options.set_ or [], _assignment)
+    flags = replace(options, set_=None).overrides()
+    first = int(str(flags.pop("seed", lab.load_run(run).seed)))
+    source = str(Path(run).resolve()) if Path(run).is_file() else run
+    fixed = stages.anchored({**fixed, **flags})
+    plan = study.Plan(
+        source, space, fixed, tuple(range(first, first + seeds)), sampler, trials, metric, prune, options.quick
+    )
+    out = Path(options.out) if options.out else lab.default_out("sweep")
+    wanted = study.Sweep(plan, out, lab, _assignment, _progress)
+    if options.check:
+        wanted.check()
+        return _print_plans({"sweep": {"configurations": wanted.total(), "seeds": seeds}}, options.json)
+    stopped = study.run(wanted, jobs)
+    if stopped is not None:
+        _progress(f"stopped, everything is saved; go on with the same command and --out {out}")
+        return 128 + stopped
+    rows = study.rows(wanted)
+    if options.json:
+        _print_json({"sweep": str(out), "rows": rows})
+    else:
+        study.render(wanted, _console())
+        print(f"sweep directory: {out}")
+    return DONE if any(row["state"] == "complete" for row in rows) else FAILED
