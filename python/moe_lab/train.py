@@ -47,7 +47,9 @@ __all__ = [
 ]
 
 # Events that a person should see.
-ALERTS = {"collapse", "checkpoint_failed", "disk", "fault", "spike", "skipped", "rolled_back", "early_stop"}
+ALERTS = {
+    "collapse", "checkpoint_failed", "slow_save", "disk", "fault", "spike", "skipped", "rolled_back", "early_stop"
+}  # fmt: skip
 PLAIN_SECONDS = 2.0  # at least so long between two lines where no terminal shows a live bar
 
 

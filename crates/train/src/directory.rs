@@ -13,7 +13,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tensor::Layout;
 
 pub struct RunDirectory {
@@ -146,11 +146,10 @@ impl RunDirectory {
         epoch: u64,
         samples: &[(String, String)],
     ) -> io::Result<()> {
-        for (prompt, text) in samples {
-            let line = json!({ "step": step, "phase": phase, "epoch": epoch, "prompt": prompt, "text": text });
-            self.samples.append_line(&line.to_string())?;
-        }
-        Ok(())
+        let line = |(prompt, text): &(String, String)| {
+            json!({ "step": step, "phase": phase, "epoch": epoch, "prompt": prompt, "text": text }).to_string()
+        };
+        self.samples.append_lines(samples.iter().map(line))
     }
 
     /// A snapshot to fill for [`start_save`](Self::start_save).
@@ -161,6 +160,11 @@ impl RunDirectory {
     /// Whether a save is in flight.
     pub fn saving(&self) -> bool {
         self.writer.busy()
+    }
+
+    /// The step that is being saved, and for how long already.
+    pub fn in_flight(&self) -> Option<(u64, Duration)> {
+        self.writer.in_flight()
     }
 
     /// Starts to save a whole checkpoint beside the training; the rows it covers are made durable before it. Errors: rows that could not even be

@@ -3,11 +3,14 @@
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 
-/// Healthy updates remembered, and how many there must be before a jump can be told from noise.
+/// Healthy updates remembered, how many of them say what the level is now (the loss falls fast at first), and how many there must be before a
+/// jump can be told from noise.
 const LENGTH: usize = 128;
+const RECENT: usize = 9;
 const FIRST: usize = 8;
 
-/// A jump is a value 10 times the median, or one twice the median and 10 deviations (scaled median absolute deviation of the logarithms) above it.
+/// A jump is a value 10 times the median of the recent updates, or one twice the median of all that are remembered and 10 deviations (scaled
+/// median absolute deviation of the logarithms) above it.
 const FACTOR: f64 = 10.0;
 const LEAST_FACTOR: f64 = 2.0;
 const DEVIATIONS: f64 = 10.0;
@@ -69,16 +72,20 @@ struct Window {
 }
 
 impl Window {
-    /// The median of the window if `value` jumps above it.
+    /// The median that `value` jumps above, if it does.
     fn jump(&self, value: f64) -> Option<f64> {
         if self.logs.len() < FIRST || value.is_nan() || value <= 0.0 {
             return None;
         }
+        let value = value.ln();
+        let recent = median(self.logs.iter().rev().take(RECENT).copied());
+        if value - recent >= FACTOR.ln() {
+            return Some(recent.exp());
+        }
         let middle = median(self.logs.iter().copied());
         let deviation = 1.4826 * median(self.logs.iter().map(|log| (log - middle).abs())) + LEAST_DEVIATION;
-        let above = value.ln() - middle;
-        let jumps = above >= FACTOR.ln() || (above >= LEAST_FACTOR.ln() && above >= DEVIATIONS * deviation);
-        jumps.then(|| middle.exp())
+        let above = value - middle;
+        (above >= LEAST_FACTOR.ln() && above >= DEVIATIONS * deviation).then(|| middle.exp())
     }
 
     fn push(&mut self, value: f64) {
@@ -111,16 +118,22 @@ mod tests {
     #[test]
     fn a_jump_of_ten_is_seen_at_once_and_noise_is_not_a_jump() {
         for spread in [0.0, 0.05, 0.3, 0.5] {
-            let (mut guard, mut alarms) = (Guard::default(), 0);
+            let (mut guard, mut alarms, mut last) = (Guard::default(), 0, Vec::new());
             for (step, z) in noise(30_000).into_iter().enumerate() {
-                let loss = (1.0 + 5.0 * (-(step as f64) / 3000.0).exp()) * (spread * z).exp();
+                // A loss that falls to a third within 60 updates, then slowly.
+                let level = 1.0 + 5.0 * (-(step as f64) / 3000.0).exp() + 12.0 * (-(step as f64) / 60.0).exp();
+                let loss = level * (spread * z).exp();
                 alarms += u32::from(guard.judge(loss, loss).is_some());
                 guard.accept(loss, loss);
-                if step > FIRST && step % 1000 == 10 {
-                    for factor in [12.0 * (2.0 * spread).exp(), 1000.0, f64::INFINITY] {
-                        assert!(guard.judge(factor * loss, loss).is_some(), "loss x{factor} at step {step}");
-                        assert!(guard.judge(loss, factor * loss).is_some(), "gradient x{factor} at step {step}");
+                last.push(loss);
+                if step > FIRST && (step % 1000 == 10 || step < 100) {
+                    let recent = median(last[last.len() - RECENT..].iter().copied());
+                    // Ten times what it was; and, however noisy that is, ten times the level beneath the noise.
+                    for jump in [10.001 * recent, 12.0 * (2.0 * spread).exp() * level, 1000.0 * level, f64::INFINITY] {
+                        assert!(guard.judge(jump, loss).is_some(), "loss {jump} at step {step}, spread {spread}");
+                        assert!(guard.judge(loss, jump).is_some(), "gradient {jump} at step {step}, spread {spread}");
                     }
+                    assert_eq!(guard.judge(1.9 * recent.min(loss), loss), None, "less than twice is no jump");
                 }
             }
             assert!(alarms <= 3, "{alarms} false alarms in 30,000 steps of spread {spread}");

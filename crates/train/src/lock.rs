@@ -41,7 +41,9 @@ impl RunLock {
 
 impl Drop for RunLock {
     fn drop(&mut self) {
-        let _ = self.write(""); // the lock itself goes with the file handle
+        let _ = self.write("");
+        // Not left to the closing of the handle: a process that was just started holds a copy of it until it is another program.
+        let _ = self.file.unlock();
     }
 }
 
@@ -78,6 +80,15 @@ mod tests {
         let lock = RunLock::acquire(folder.path()).unwrap();
         let error = RunLock::acquire(folder.path()).unwrap_err().to_string();
         assert!(error.contains(&format!("process {}", std::process::id())), "{error}");
+        drop(lock);
+        RunLock::acquire(folder.path()).unwrap();
+    }
+
+    #[test]
+    fn a_copy_of_the_handle_does_not_outlive_the_owner() {
+        let folder = tempfile::tempdir().unwrap();
+        let lock = RunLock::acquire(folder.path()).unwrap();
+        let _copy = lock.file.try_clone().unwrap(); // as between fork and exec
         drop(lock);
         RunLock::acquire(folder.path()).unwrap();
     }

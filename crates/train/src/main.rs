@@ -273,8 +273,8 @@ fn train(mut trainer: Trainer, signals: &Signals, json: bool) -> Result<u8, Trai
 }
 
 /// Events that a person should see.
-const ALERTS: [&str; 8] =
-    ["collapse", "checkpoint_failed", "disk", "fault", "spike", "skipped", "rolled_back", "early_stop"];
+const ALERTS: [&str; 9] =
+    ["collapse", "checkpoint_failed", "slow_save", "disk", "fault", "spike", "skipped", "rolled_back", "early_stop"];
 
 /// A bar on a terminal, a line now and then elsewhere.
 struct Progress {

@@ -103,13 +103,15 @@ impl Stream {
 
     /// Appends a row in one write. After an error it waits for the next call.
     pub fn append(&mut self, row: &Row) -> io::Result<()> {
-        self.append_line(&row.line())
+        self.append_lines([row.line()])
     }
 
-    /// Appends any line.
-    pub fn append_line(&mut self, line: &str) -> io::Result<()> {
-        self.waiting.extend_from_slice(line.as_bytes());
-        self.waiting.push(b'\n');
+    /// Appends any lines in one write: after an error all of them wait for the next call.
+    pub fn append_lines(&mut self, lines: impl IntoIterator<Item = String>) -> io::Result<()> {
+        for line in lines {
+            self.waiting.extend_from_slice(line.as_bytes());
+            self.waiting.push(b'\n');
+        }
         self.flush()
     }
 
@@ -288,7 +290,7 @@ mod tests {
         (1..=6).for_each(|step| stream.append(&row(step)).unwrap());
         let whole = fs::read_to_string(&path).unwrap();
         assert_eq!(prune(&System, &path, 6).unwrap(), 0);
-        stream.append_line("{\"step\":7,\"train/lo").unwrap();
+        stream.append_lines(["{\"step\":7,\"train/lo".to_owned()]).unwrap();
         fs::write(&path, &fs::read(&path).unwrap()[..whole.len() + 10]).unwrap(); // torn
         assert_eq!(prune(&System, &path, 4).unwrap(), 3);
         let kept: Vec<&str> = whole.lines().take(4).collect();

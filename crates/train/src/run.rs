@@ -136,7 +136,8 @@ pub struct Train {
     pub min_delta: f64,
     /// What becomes of an update whose loss or gradient is not finite, or beyond 10^6 and 2000.
     pub on_nonfinite: OnNonfinite,
-    /// What becomes of an update whose loss or gradient norm jumps: 10 times the median of the last 128 updates, or twice and 10 deviations.
+    /// What becomes of an update whose loss or gradient norm jumps: to 10 times the median of the last 9 updates, or to twice that of the last 128
+    /// and 10 deviations above it.
     pub on_spike: OnSpike,
 }
 

@@ -28,7 +28,7 @@ use serde_json::{Map, Value, json};
 use std::collections::{BTreeSet, VecDeque};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tensor::Layout;
 
 /// What comes next.
@@ -101,6 +101,9 @@ pub struct Trainer {
     /// Saves that failed in a row, and why the last one did.
     misses: u32,
     missed: Option<String>,
+    /// When a save is slow, and the step of the one that was told of.
+    slow: Duration,
+    told_slow: Option<u64>,
     /// The streams could not be written last time.
     refused: bool,
     last_row: Option<Row>,
@@ -198,6 +201,8 @@ impl Trainer {
             due: false,
             misses: 0,
             missed: None,
+            slow: save::SLOW,
+            told_slow: None,
             refused: false,
             last_row: None,
             queue: VecDeque::new(),

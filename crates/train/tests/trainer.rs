@@ -120,6 +120,104 @@ fn a_killed_run_ends_with_the_bytes_of_one_that_never_stopped() {
 }
 
 #[test]
+fn a_run_killed_after_any_row_ends_with_the_bytes_of_one_that_never_stopped() {
+    let documents: &[&str] =
+        &["train.accumulate=2", "train.ema=0.9", "data.shuffle=true", "data.val_fraction=0.34", "eval.every=1"];
+    let folder = tempfile::tempdir().unwrap();
+    let text = folder.path().join("text.txt");
+    fs::write(&text, "The Sun is a star. The Moon is a rock. ".repeat(30)).unwrap();
+    let text = format!("data.text={}", text.display());
+    let text: Vec<String> = [
+        &*text,
+        "data.block_size=12",
+        "data.val_fraction=0.2",
+        "model.hidden_size=16",
+        "model.num_layers=1",
+        "model.num_heads=4",
+        "model.num_kv_heads=2",
+        "model.intermediate_size=12",
+        "model.heads={shared=1, routed=3, active=2}",
+        "train.batch_size=2",
+        "train.max_steps=20",
+        "train.warmup_steps=3",
+        "train.optimizer=adamw",
+        "eval.every=5",
+        "checkpoint.every=4",
+    ]
+    .map(String::from)
+    .to_vec();
+    let runs = [("documents", run(folder.path(), documents)), ("text", Run::load("baseline", &text).unwrap())];
+    for (name, run) in runs {
+        let straight = folder.path().join(name);
+        let mut trainer = Trainer::new(run.clone(), Some(&straight), None).unwrap();
+        let mut rows = 0;
+        while trainer.next_row().unwrap().is_some() {
+            rows += 1;
+        }
+        drop(trainer);
+        assert!(rows > 20, "{name}: {rows}");
+        for kill_after in 0..rows {
+            let out = folder.path().join(format!("{name}-{kill_after}"));
+            let mut trainer = Trainer::new(run.clone(), Some(&out), None).unwrap();
+            for _ in 0..kill_after {
+                trainer.next_row().unwrap();
+            }
+            drop(trainer);
+            finish(Trainer::resume(&out).unwrap());
+            assert!(outcome(&out) == outcome(&straight), "{name} killed after {kill_after} rows");
+            fs::remove_dir_all(&out).unwrap();
+        }
+    }
+}
+
+/// Swaps two experts of the checkpoint in `folder` and makes its manifest fit.
+fn forge_swapped_experts(folder: &Path) {
+    let file = folder.join("model.safetensors");
+    let mut bytes = fs::read(&file).unwrap();
+    swap_experts(&mut bytes);
+    fs::write(&file, &bytes).unwrap();
+    let manifest = folder.join("MANIFEST.json");
+    let mut found: serde_json::Value = serde_json::from_slice(&fs::read(&manifest).unwrap()).unwrap();
+    found["files"]["model.safetensors"]["sha256"] = train::data::sha256(&bytes).into();
+    found.as_object_mut().unwrap().remove("sha256");
+    found["sha256"] = train::data::sha256(format!("{found:#}\n").as_bytes()).into();
+    fs::write(&manifest, format!("{found:#}\n")).unwrap();
+}
+
+/// Exchanges the first two of the four experts' output projections in a model file.
+fn swap_experts(bytes: &mut [u8]) {
+    let names = safetensors::SafeTensors::deserialize(bytes).unwrap();
+    let experts = names.tensor("model.layers.0.mlp.experts.down_proj").unwrap();
+    let (start, one) = (experts.data().as_ptr() as usize - bytes.as_ptr() as usize, experts.data().len() / 4);
+    bytes[start..start + 2 * one].rotate_left(one);
+}
+
+/// The comparison itself is tested: a checkpoint that a forger swapped experts in is loaded, and the end tells.
+#[test]
+fn swapped_experts_that_no_hash_tells_of_fail_the_comparison() {
+    let folder = tempfile::tempdir().unwrap();
+    let sets = ["model.router={kind='top_p', p=0.4, num_experts=4, expert_hidden_size=6}"];
+    let straight = folder.path().join("straight");
+    finish(Trainer::new(run(folder.path(), &sets), Some(&straight), None).unwrap());
+    for forged in [false, true] {
+        let out = folder.path().join(format!("forged-{forged}"));
+        let mut trainer = Trainer::new(run(folder.path(), &sets), Some(&out), None).unwrap();
+        while trainer.step_count() < 8 {
+            trainer.next_row().unwrap();
+        }
+        trainer.stop("here").unwrap();
+        drop(trainer);
+        if forged {
+            forge_swapped_experts(&train::checkpoint::newest_whole(&out).unwrap().path.unwrap());
+        }
+        let mut trainer = Trainer::resume(&out).unwrap();
+        assert_eq!((trainer.step_count(), trainer.notes().len()), (8, 0));
+        while trainer.next_row().unwrap().is_some() {}
+        assert_eq!(outcome(&out) != outcome(&straight), forged);
+    }
+}
+
+#[test]
 fn a_moved_run_goes_on_with_another_number_of_threads_and_swapped_experts_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let sets =
@@ -139,14 +237,8 @@ fn a_moved_run_goes_on_with_another_number_of_threads_and_swapped_experts_are_re
     // Swapped experts under a manifest that does not fit: that checkpoint is not used.
     let newest = train::checkpoint::newest_whole(&moved).unwrap().path.unwrap();
     let file = newest.join("model.safetensors");
-    let good = fs::read(&file).unwrap();
-    let header = 8 + u64::from_le_bytes(good[..8].try_into().unwrap()) as usize;
-    let names = safetensors::SafeTensors::deserialize(&good).unwrap();
-    let experts = names.tensor("model.layers.0.mlp.experts.down_proj").unwrap();
-    let (start, half) = (experts.data().as_ptr() as usize - good.as_ptr() as usize, experts.data().len() / 2);
-    assert!(start >= header);
-    let mut swapped = good.clone();
-    swapped[start..start + 2 * half].rotate_left(half);
+    let mut swapped = fs::read(&file).unwrap();
+    swap_experts(&mut swapped);
     fs::write(&file, &swapped).unwrap();
     let mut trainer = Trainer::resume(&moved).unwrap();
     assert!(trainer.step_count() < 8 && trainer.notes()[0].contains("sha256"), "{:?}", trainer.notes());

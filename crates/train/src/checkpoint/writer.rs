@@ -9,6 +9,7 @@ use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 use tensor::Layout;
 
 /// A copy of all that a checkpoint holds.
@@ -99,10 +100,17 @@ impl Job {
 /// What the thread gives back: the result, and the snapshot for its buffers.
 type Landed = (Result<PathBuf, CheckpointError>, Snapshot);
 
+#[derive(Debug)]
+struct Flight {
+    step: u64,
+    since: Instant,
+    thread: JoinHandle<Landed>,
+}
+
 /// The save in flight, if any, and the buffers of the last one.
 #[derive(Debug, Default)]
 pub struct Writer {
-    flight: Option<(u64, JoinHandle<Landed>)>,
+    flight: Option<Flight>,
     spare: Snapshot,
 }
 
@@ -116,6 +124,11 @@ impl Writer {
         self.flight.is_some()
     }
 
+    /// The step that is being saved, and for how long already.
+    pub fn in_flight(&self) -> Option<(u64, Duration)> {
+        self.flight.as_ref().map(|flight| (flight.step, flight.since.elapsed()))
+    }
+
     /// Starts a save and returns at once. The one before must have been waited for.
     pub fn start(&mut self, mut job: Job) -> std::io::Result<()> {
         assert!(!self.busy(), "one save at a time");
@@ -124,18 +137,19 @@ impl Writer {
             let result = job.run();
             (result, std::mem::take(&mut job.snapshot))
         };
-        self.flight = Some((step, std::thread::Builder::new().name("moe-lab-save".into()).spawn(save)?));
+        let thread = std::thread::Builder::new().name("moe-lab-save".into()).spawn(save)?;
+        self.flight = Some(Flight { step, since: Instant::now(), thread });
         Ok(())
     }
 
     /// The outcome of a save that has ended; none while it runs or where there is none.
     pub fn poll(&mut self) -> Option<Outcome> {
-        self.flight.as_ref()?.1.is_finished().then(|| self.wait())?
+        self.flight.as_ref()?.thread.is_finished().then(|| self.wait())?
     }
 
     /// Waits for the save in flight.
     pub fn wait(&mut self) -> Option<Outcome> {
-        let (step, thread) = self.flight.take()?;
+        let Flight { step, thread, .. } = self.flight.take()?;
         let result = match thread.join() {
             Ok((result, snapshot)) => {
                 self.spare = snapshot;
@@ -150,8 +164,8 @@ impl Writer {
 impl Drop for Writer {
     /// The thread must not outlive the lock on the run directory.
     fn drop(&mut self) {
-        if let Some((_, thread)) = self.flight.take() {
-            let _ = thread.join();
+        if let Some(flight) = self.flight.take() {
+            let _ = flight.thread.join();
         }
     }
 }

@@ -7,9 +7,13 @@ use crate::metrics::Row;
 use moe_router::Policy;
 use serde_json::{Map, Value, json};
 use std::io;
+use std::time::Duration;
 
 /// Saves that may fail in a row before the run stops: what was trained since the last whole checkpoint would be lost.
 const MISSES: u32 = 3;
+
+/// After this long a save is told of as slow.
+pub(super) const SLOW: Duration = Duration::from_secs(60);
 
 impl Trainer {
     /// After an update: notes how the save in flight ended and starts the next one where it is due. A save that takes longer than
@@ -17,6 +21,7 @@ impl Trainer {
     pub(super) fn save_if_due(&mut self) -> Result<(), TrainError> {
         let outcome = self.directory.poll_save();
         self.note(outcome)?;
+        self.tell_of_a_slow_save()?;
         let every = self.run.checkpoint.every;
         self.due |= every > 0 && self.at.step.is_multiple_of(every);
         if self.due && !self.directory.saving() {
@@ -24,6 +29,21 @@ impl Trainer {
             self.start_save()?;
         }
         Ok(())
+    }
+
+    /// Tells once of a save that takes long: no other is started before it ends.
+    fn tell_of_a_slow_save(&mut self) -> Result<(), TrainError> {
+        match self.directory.in_flight() {
+            Some((step, time)) if time >= self.slow && self.told_slow != Some(step) => {
+                self.told_slow = Some(step);
+                let seconds = time.as_secs();
+                let message = format!(
+                    "the disk takes more than {seconds} s for checkpoint {step}; training goes on, the next save waits for it"
+                );
+                self.event("slow_save", message)
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Saves at the next update boundary, which is now, without waiting for the disk.

@@ -236,6 +236,47 @@ fn the_second_process_on_a_run_is_told_who_has_it() {
     report("two processes on one run", 2, 0);
 }
 
+/// The library that shows a process another time (Debian package faketime).
+fn faketime() -> Option<std::path::PathBuf> {
+    let places = fs::read_dir("/usr/lib").ok()?.filter_map(|place| Some(place.ok()?.path()));
+    places.map(|place| place.join("faketime/libfaketimeMT.so.1")).find(|library| library.exists())
+}
+
+#[test]
+fn a_clock_that_jumps_by_twenty_years_changes_no_byte() {
+    let Some(library) = faketime() else {
+        return println!("SKIPPED (faketime is not installed): clock jumps in a run");
+    };
+    let folder = TempDir::new().unwrap();
+    let (out, clock) = (folder.path().join("run"), folder.path().join("clock"));
+    let jump = |to: &str| fs::write(&clock, to).unwrap();
+    let under = |mut command: Command| {
+        command.env("LD_PRELOAD", &library).env("FAKETIME_TIMESTAMP_FILE", &clock).env("FAKETIME_NO_CACHE", "1");
+        command.env("FAKETIME_DONT_FAKE_MONOTONIC", "1");
+        command.spawn().unwrap()
+    };
+    jump("+10y");
+    let mut child = under(command(folder.path(), &out, LONG));
+    for (rows, to) in [(20, "-10y"), (60, "+10y"), (90, "-5y")] {
+        wait_for(&out, rows, &mut child);
+        jump(to);
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    jump("-10y");
+    let mut child = under(resume(&out));
+    wait_for(&out, 150, &mut child);
+    jump("+10y");
+    let (status, text) = said(child);
+    assert!(status.success(), "{text}");
+    let rows = fs::read_to_string(out.join("metrics.jsonl")).unwrap();
+    let times = rows.lines().map(|row| serde_json::from_str::<serde_json::Value>(row).unwrap()["ts"].as_f64().unwrap());
+    let (least, most) = times.fold((f64::MAX, 0.0f64), |(least, most), ts| (least.min(ts), most.max(ts)));
+    assert!(most - least > 15.0 * 365.0 * 86400.0, "the clock did not jump");
+    assert!(outcome(&out) == straight(folder.path()), "a jump of the clock changed the run");
+    report("clock jumps in a run", 5, 1);
+}
+
 #[test]
 fn a_vanished_run_directory_ends_the_run_and_is_not_made_anew() {
     let folder = TempDir::new().unwrap();
@@ -309,6 +350,8 @@ fn fifty_fill_levels_of_a_disk() {
     full_disks(50);
 }
 
+/// A file system with files open for writing is not made read-only; a second mount of the run directory over itself is, and what the run opens
+/// from then on is refused.
 #[test]
 fn a_read_only_disk_is_refused_at_the_start_and_told_on_the_way() {
     let folder = TempDir::new().unwrap();
@@ -317,7 +360,8 @@ fn a_read_only_disk_is_refused_at_the_start_and_told_on_the_way() {
         mount -o remount,ro "$1/m"; "${@:2}" --out "$1/m/run"; echo "first $?"
         mount -o remount,rw "$1/m"; "${@:2}" --out "$1/m/run" & P=$!
         while [ ! -s "$1/m/run/metrics.jsonl" ]; do sleep 0.01; done
-        sleep 0.1; mount -o remount,ro,bind "$1/m"; wait $P; echo "second $?""#;
+        mount --bind "$1/m/run" "$1/m/run"; mount -o remount,ro,bind "$1/m/run" || exit 8
+        wait $P; echo "second $?""#;
     let run = command(folder.path(), Path::new("unused"), 4000);
     let mut arguments = vec![folder.path().to_str().unwrap(), MOE_LAB];
     let own: Vec<&str> = run.get_args().map(|argument| argument.to_str().unwrap()).collect();

@@ -21,6 +21,8 @@ pub enum How {
     Die,
     /// The process is killed here for good (SIGKILL).
     Kill,
+    /// Everything works, but from here on each fsync takes so many milliseconds.
+    Slow(u64),
 }
 
 pub const WAYS: [How; 6] = [
@@ -102,10 +104,19 @@ impl Faulty {
             How::From(kind) => Verdict::Refuse(kind.into()),
             How::Die if first => Verdict::Half(io::Error::other("the process is dead")),
             How::Die => Verdict::Refuse(io::Error::other("the process is dead")),
+            How::Slow(_) => Verdict::Go,
             How::Kill => {
                 let _ = signal_hook::low_level::raise(signal_hook::consts::SIGKILL);
                 unreachable!("killed")
             }
+        }
+    }
+
+    /// Waits as a slow disk does. Others may go on meanwhile.
+    fn wait(&self) {
+        let plan = self.lock().plan;
+        if let Some((_, How::Slow(milliseconds))) = plan {
+            std::thread::sleep(std::time::Duration::from_millis(milliseconds));
         }
     }
 
@@ -175,6 +186,7 @@ impl Files for Faulty {
     }
 
     fn sync(&self, path: &Path, file: &File) -> io::Result<()> {
+        self.wait();
         let ino = file.metadata()?.ino();
         self.run(|| System.sync(path, file), |_| Some(Op::Sync { id: ino }))
     }
@@ -184,6 +196,7 @@ impl Files for Faulty {
     }
 
     fn sync_folder(&self, path: &Path) -> io::Result<()> {
+        self.wait();
         self.run(|| System.sync_folder(path), |_| Some(Op::Sync { id: fs::metadata(path).ok()?.ino() }))
     }
 

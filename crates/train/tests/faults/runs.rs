@@ -118,3 +118,26 @@ fn a_full_disk_is_told_the_run_goes_on_and_three_misses_end_it() {
     recover_to_the_end(folder.path(), &out, "full disk");
     report("full disk to the third miss", 1, 0);
 }
+
+#[test]
+fn a_slow_disk_does_not_hold_up_the_training() {
+    let folder = TempDir::new().unwrap();
+    let out = folder.path().join("run");
+    let layer = Faulty::new(Some((0, How::Slow(25))));
+    let mut trainer = Trainer::new_on(layer.disk(), run(folder.path()), Some(&out), None).unwrap();
+    let (mut saved, mut updates, mut most, mut saves) = (0, 0, 0, 0);
+    while let Some(row) = trainer.next_row().unwrap() {
+        if row.fields()["kind"] == "train" {
+            updates += 1;
+            most = most.max(updates - saved);
+        }
+        if row.fields().get("event").is_some_and(|event| event == "checkpoint") {
+            (saved, saves) = (updates, saves + 1);
+        }
+    }
+    drop(trainer);
+    // The save of update 3 takes more than a quarter of a second. Updates 4 to 8 went on, the save due at 6 was put off, the last one came.
+    assert!(updates == 8 && most > 6 && saves == 2, "{updates} updates, {most} without a save, {saves} saves");
+    assert!(outcome(&out) == *reference(), "a slow disk changes no byte");
+    report("slow disk", 1, 0);
+}
