@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export VIRTUAL_ENV := $(abspath $(VENV))
 export CARGO_TERM_COLOR ?= never
 
-.PHONY: help baseline build test test-rust test-python test-torch test-full test-faults test-faults-long bench lint format clean
+.PHONY: help baseline build test test-rust test-python test-torch test-full test-faults test-faults-long test-faults-times bench lint format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -54,7 +54,10 @@ test-faults: ## injected faults: disks, power cuts, damage, kills, numbers (a pa
 	set -o pipefail; $(FAULTS) --nocapture 2>&1 | $(call TALLY,500,20)
 
 test-faults-long: ## the same at every operation and thousands of times: at least 2,000 faults and 200 kills, some minutes
-	set -o pipefail; $(FAULTS) --include-ignored --nocapture --skip costs_at_most 2>&1 | $(call TALLY,2000,200)
+	set -o pipefail; $(FAULTS) --include-ignored --nocapture --skip sizes:: 2>&1 | $(call TALLY,2000,200)
+
+test-faults-times: ## how long recovery takes and what saving costs, measured: nothing else should run
+	cargo test --release -p train --test faults -- --ignored --nocapture --test-threads=1 sizes::
 
 lint: $(VENV)/.locked ## formatters, linters, type checker
 	cargo fmt --all --check
