@@ -13,7 +13,7 @@ const ROUNDS: usize = 1 << 18;
 const TRIES: usize = 5;
 
 /// Best rate of multiply-adds into f32, of operands as `precision` says, of all threads of the current pool together: FLOP/s. Where an instruction set
-/// has no instruction for bf16 in registers (AMX has tiles) it is the rate of f32.
+/// has no instruction for bf16 it is the rate of f32.
 pub fn register_flops(precision: Precision) -> f64 {
     let threads = rayon::current_num_threads();
     let mut best = 0.0f64;
@@ -30,6 +30,9 @@ fn chains(precision: Precision) -> usize {
     #[cfg(target_arch = "x86_64")]
     {
         let isa = isa::current();
+        if isa >= Isa::Amx && precision == Precision::Bf16 {
+            return super::gemm::tile_chains(ROUNDS / 8);
+        }
         if isa >= Isa::Avx512Bf16 && precision == Precision::Bf16 {
             // SAFETY: the machine has AVX512-BF16.
             return unsafe { chains_bf16() };

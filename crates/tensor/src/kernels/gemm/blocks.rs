@@ -1,0 +1,305 @@
+//! How a list of products is cut into work: the right sides are packed first, then blocks of rows are taken by whatever thread is free. A number of
+//! dst is summed in the same order wherever it lies in a tile, a block or a task: bytes depend neither on threads nor on the size of the product.
+
+use super::pack::{Element, Source};
+use super::tile::{Strip, Tile, bf16_tile, f32_tile};
+use crate::Precision;
+use crate::isa::Isa;
+use crate::kernels::simd::{self, Kernel};
+use rayon::prelude::*;
+use std::cell::Cell;
+
+/// Elements of k that a tile sums before it adds to dst. Fixed: it decides the order of summation.
+const DEPTH: usize = 256;
+
+/// Tiles a block of rows has at most: what a task packs stays in the second cache.
+const BLOCK: usize = 16;
+
+/// Below this many columns the rows of the left side are read where they lie.
+const NARROW: usize = 160;
+
+/// Below this many multiplications a list is computed at once by the calling thread.
+const SMALL: usize = 1 << 19;
+
+/// One product dst [m, n] (rows `stride` apart) = a [k, m]ᵀ · b [k, n]; `a` runs along k and m, `b` along k and n.
+pub struct Job<'a> {
+    pub dst: *mut f32,
+    pub stride: usize,
+    pub m: usize,
+    pub n: usize,
+    pub k: usize,
+    pub a: Source<'a>,
+    pub b: Source<'a>,
+}
+
+// SAFETY: a job stands for a mutable borrow of dst, which `run` keeps for its whole time; tasks write disjoint parts of it.
+unsafe impl Send for Job<'_> {}
+unsafe impl Sync for Job<'_> {}
+
+/// How the elements of a list of products are multiplied.
+#[derive(Clone, Copy)]
+pub struct Method {
+    pub tile: Tile,
+    pub element: Element,
+}
+
+impl Method {
+    /// The fastest of an instruction set that this machine has.
+    pub fn of(isa: Isa, precision: Precision) -> Self {
+        let (tile, narrow) = match precision {
+            Precision::F32 => (f32_tile(isa), Element::Plain),
+            Precision::Bf16 => (bf16_tile(isa), Element::Rounded),
+        };
+        Method { tile, element: if tile.pairs { Element::Pair } else { narrow } }
+    }
+}
+
+/// 64 bytes, so that packed rows start on cache lines.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([u32; 16]);
+
+thread_local! {
+    /// Recycled room for packed operands.
+    static LEFT: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
+    static RIGHT: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
+}
+
+/// `f` with `len` elements of arbitrary content.
+fn with_room<R>(
+    key: &'static std::thread::LocalKey<Cell<Vec<Line>>>,
+    len: usize,
+    f: impl FnOnce(&mut [u32]) -> R,
+) -> R {
+    let mut room = key.take();
+    if room.len() * 16 < len {
+        room.clear();
+        room.resize(len.div_ceil(16), Line([0; 16]));
+    }
+    // SAFETY: a line is 16 numbers without padding.
+    let flat = unsafe { std::slice::from_raw_parts_mut(room.as_mut_ptr().cast::<u32>(), room.len() * 16) };
+    let found = f(&mut flat[..len]);
+    key.set(room);
+    found
+}
+
+/// A job with what was decided for it.
+struct Plan<'a, 'j> {
+    job: &'j Job<'a>,
+    /// Elements of k, up to the tile's unit.
+    depth: usize,
+    /// Panels of the right side, and the first that is packed: those before are read where they lie.
+    panels: usize,
+    packed: usize,
+    /// Where its packed panels start.
+    offset: usize,
+}
+
+struct Task {
+    job: usize,
+    rows: (usize, usize),
+    panels: (usize, usize),
+}
+
+/// Computes every job, or adds to dst when `accumulate`. With `pool` the threads of the current pool take part.
+///
+/// # Safety
+/// Every dst is valid for its rows and columns and overlaps nothing else; the tile's instruction set is there.
+pub unsafe fn run(method: Method, jobs: &[Job<'_>], accumulate: bool, pool: bool) {
+    let Method { tile, element } = method;
+    let work: usize = jobs.iter().map(|job| job.m * job.n * job.k).sum();
+    let threads = if pool && work >= SMALL { rayon::current_num_threads() } else { 1 };
+    let mut total = 0;
+    let plans: Vec<Plan<'_, '_>> = jobs
+        .iter()
+        .filter(|job| job.m > 0 && job.n > 0)
+        .map(|job| {
+            let depth = job.k.div_ceil(element.numbers()).next_multiple_of(tile.unit);
+            let panels = job.n.div_ceil(tile.cols);
+            // Plain rows of the right side are read where they lie if so few rows of dst use them that a copy does not pay.
+            let direct = element == Element::Plain && job.b.w_stride == 1 && job.m <= 2 * tile.rows;
+            let packed = if direct { job.n / tile.cols } else { 0 };
+            let offset = total;
+            total += (panels - packed) * depth * tile.cols;
+            Plan { job, depth, panels, packed, offset }
+        })
+        .collect();
+    let tasks = tasks(&plans, tile, threads);
+    with_room(&RIGHT, total, |right| {
+        pack_right(method, &plans, right, threads);
+        let right = &*right;
+        let one = |task: &Task| unsafe { compute(method, &plans[task.job], task, right, accumulate) };
+        if threads == 1 {
+            tasks.iter().for_each(one);
+        } else {
+            tasks.par_iter().with_max_len(1).for_each(one);
+        }
+    });
+}
+
+/// Blocks of rows, and of columns where there are too few rows, so that every thread finds work.
+fn tasks(plans: &[Plan<'_, '_>], tile: Tile, threads: usize) -> Vec<Task> {
+    let tiles: usize = plans.iter().map(|p| p.job.m.div_ceil(tile.rows) * p.panels).sum();
+    let share = if threads == 1 { usize::MAX } else { tiles.div_ceil(4 * threads) };
+    let mut tasks = Vec::new();
+    for (index, plan) in plans.iter().enumerate() {
+        let rows = plan.job.m.div_ceil(tile.rows);
+        let tall = (share / plan.panels).clamp(2, BLOCK).min(rows);
+        let wide = (share / tall).clamp(1, plan.panels);
+        for r in (0..rows).step_by(tall) {
+            for p in (0..plan.panels).step_by(wide) {
+                let rows = (r * tile.rows, ((r + tall) * tile.rows).min(plan.job.m));
+                tasks.push(Task { job: index, rows, panels: (p, (p + wide).min(plan.panels)) });
+            }
+        }
+    }
+    tasks
+}
+
+/// Packs the panels of all right sides.
+fn pack_right(method: Method, plans: &[Plan<'_, '_>], mut right: &mut [u32], threads: usize) {
+    const PANELS: usize = 8; // that one thread packs together
+    let Method { tile: Tile { cols, .. }, element } = method;
+    let mut groups = Vec::new();
+    let large = right.len() >= 1 << 14;
+    for plan in plans {
+        for panel in (plan.packed..plan.panels).step_by(PANELS) {
+            let end = plan.panels.min(panel + PANELS);
+            let (head, tail) = std::mem::take(&mut right).split_at_mut((end - panel) * plan.depth * cols);
+            right = tail;
+            groups.push((plan, (panel * cols, plan.job.n.min(end * cols)), head));
+        }
+    }
+    let one = |(plan, j, to): (&Plan<'_, '_>, (usize, usize), &mut [u32])| {
+        let layout = Layout::Panels { width: cols, stride: plan.depth * cols, depth: plan.depth };
+        simd::dispatch(Pack { from: plan.job.b, element, l: (0, plan.job.k), j, to, layout });
+    };
+    if threads > 1 && large {
+        groups.into_par_iter().for_each(one);
+    } else {
+        groups.into_iter().for_each(one);
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Layout {
+    /// Panels of `width` columns, `stride` apart: one element of k for all columns, then the next.
+    Panels { width: usize, stride: usize, depth: usize },
+    /// All elements of one column, then the next `stride` further.
+    Lines { stride: usize, depth: usize },
+}
+
+struct Pack<'a> {
+    from: Source<'a>,
+    element: Element,
+    l: (usize, usize),
+    j: (usize, usize),
+    to: &'a mut [u32],
+    layout: Layout,
+}
+
+impl Pack<'_> {
+    #[inline(always)]
+    fn of(self, element: Element) {
+        let Pack { from, l, j, to, layout, .. } = self;
+        match layout {
+            Layout::Lines { stride, depth } => from.lines(element, l, j, to, stride, depth),
+            Layout::Panels { width: 4, stride, depth } => from.panels::<4>(element, l, j, to, (stride, depth)),
+            Layout::Panels { width: 6, stride, depth } => from.panels::<6>(element, l, j, to, (stride, depth)),
+            Layout::Panels { width: 8, stride, depth } => from.panels::<8>(element, l, j, to, (stride, depth)),
+            Layout::Panels { width: 16, stride, depth } => from.panels::<16>(element, l, j, to, (stride, depth)),
+            Layout::Panels { width: 32, stride, depth } => from.panels::<32>(element, l, j, to, (stride, depth)),
+            Layout::Panels { width, .. } => unreachable!("no tile has {width} rows or columns"),
+        }
+    }
+}
+
+impl Kernel for Pack<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        match self.element {
+            Element::Plain => self.of(Element::Plain),
+            Element::Rounded => self.of(Element::Rounded),
+            Element::Pair => self.of(Element::Pair),
+        }
+    }
+}
+
+/// # Safety
+/// As for `run`; no other task has these rows and panels.
+unsafe fn compute(method: Method, plan: &Plan<'_, '_>, task: &Task, right: &[u32], accumulate: bool) {
+    let Method { tile, element } = method;
+    let job = plan.job;
+    let rows = task.rows.1 - task.rows.0;
+    let direct =
+        element == Element::Plain && job.a.k_stride == 1 && (task.panels.1 - task.panels.0) * tile.cols < NARROW;
+    let first_packed = if direct { rows / tile.rows * tile.rows } else { 0 }; // a ragged tile is packed all the same
+    let packed_rows = rows.next_multiple_of(tile.rows) - first_packed;
+    // One element of k for all rows of a tile side by side, or where the tile wants it one row's elements, a line apart from being a power of two.
+    let by_rows = tile.unit > 1;
+    let row_stride = DEPTH + 16;
+    let size = tile.rows * DEPTH + 16; // with room for a vector that reaches beyond
+    let room = if by_rows { packed_rows * row_stride } else { packed_rows / tile.rows * size };
+    with_room(&LEFT, room, |left| unsafe {
+        (tile.enter)();
+        for start in (0..plan.depth.max(1)).step_by(DEPTH) {
+            let depth = DEPTH.min(plan.depth - start);
+            let numbers = (start * element.numbers(), ((start + depth) * element.numbers()).min(job.k));
+            let layout = if by_rows {
+                Layout::Lines { stride: row_stride, depth }
+            } else {
+                Layout::Panels { width: tile.rows, stride: size, depth }
+            };
+            let j = (task.rows.0 + first_packed, task.rows.1);
+            simd::dispatch(Pack { from: job.a, element, l: numbers, j, to: left, layout });
+            let add = accumulate || start > 0;
+            for panel in task.panels.0..task.panels.1 {
+                let (b, b_k) = if panel < plan.packed {
+                    (job.b.data.as_ptr().wrapping_add(start * job.b.k_stride + panel * tile.cols), job.b.k_stride)
+                } else {
+                    let at = plan.offset + ((panel - plan.packed) * plan.depth + start) * tile.cols;
+                    (right.as_ptr().add(at).cast::<f32>(), tile.cols)
+                };
+                let wide = tile.cols.min(job.n - panel * tile.cols);
+                for r in (0..rows).step_by(tile.rows) {
+                    let (a, a_row, a_k) = if r < first_packed {
+                        let at = start * job.a.k_stride + (task.rows.0 + r) * job.a.w_stride;
+                        (job.a.data.as_ptr().wrapping_add(at), job.a.w_stride, job.a.k_stride)
+                    } else if by_rows {
+                        (left.as_ptr().add((r - first_packed) * row_stride).cast::<f32>(), row_stride, 1)
+                    } else {
+                        (left.as_ptr().add((r - first_packed) / tile.rows * size).cast::<f32>(), 1, tile.rows)
+                    };
+                    let tall = tile.rows.min(rows - r);
+                    let dst = job.dst.add((task.rows.0 + r) * job.stride + panel * tile.cols);
+                    let strip = Strip { k: depth, a, a_row, a_k, b, b_k, dst, stride: job.stride, add };
+                    if tall == tile.rows && wide == tile.cols {
+                        (tile.run)(strip);
+                    } else {
+                        ragged(tile, strip, tall, wide);
+                    }
+                }
+            }
+        }
+        (tile.leave)();
+    });
+}
+
+/// A tile of which only `tall` rows and `wide` columns belong to dst.
+///
+/// # Safety
+/// As for `Tile::run`, dst being writable in those rows and columns.
+unsafe fn ragged(tile: Tile, strip: Strip, tall: usize, wide: usize) {
+    let mut whole = [0.0f32; 32 * 32];
+    unsafe {
+        (tile.run)(Strip { dst: whole.as_mut_ptr(), stride: tile.cols, add: false, ..strip });
+        for r in 0..tall {
+            let to = std::slice::from_raw_parts_mut(strip.dst.add(r * strip.stride), wide);
+            for (to, sum) in to.iter_mut().zip(&whole[r * tile.cols..]) {
+                *to = if strip.add { *to + *sum } else { *sum };
+            }
+        }
+    }
+}

@@ -1,0 +1,186 @@
+//! Matrix products on strided views whose bounds are checked here once. f32 (and bf16 operands with f32 sums) run on tiles of our own: `pack` lays
+//! operands out, `tile` and `amx` multiply, `blocks` cuts a list of products into work. f64, which only checks gradients, runs on the `gemm` crate.
+//!
+//! Why our own: the `gemm` crate has no bf16 operands with f32 results, no groups, takes another path for one row, and cannot be held to an instruction
+//! set; gemmkit returns bf16 and has no groups; NumKong has no strides, transposes or accumulation. `examples/gemm.rs` times ours beside `gemm`.
+//!
+//! Every number of dst is one chain of multiply-adds over k (in runs of fixed length): its bits depend neither on threads nor on the sizes of the
+//! product, so a row alone equals the row in a batch. NaN and infinities pass as arithmetic has them; bf16 rounds numbers above its largest to infinity,
+//! and its instructions (not the fallback) take denormals as zero.
+#![allow(unsafe_code)]
+#![allow(clippy::needless_range_loop)] // arrays of lanes side by side
+
+#[cfg(target_arch = "x86_64")]
+mod amx;
+mod blocks;
+mod pack;
+mod tile;
+
+#[cfg(test)]
+mod tests;
+
+#[cfg(target_arch = "x86_64")]
+pub(super) use amx::chains as tile_chains;
+
+use crate::isa;
+use crate::{Precision, Real};
+use blocks::{Job, Method};
+use gemm::Parallelism;
+use pack::Source;
+use rayon::prelude::*;
+use std::any::TypeId;
+
+/// A read-only strided matrix over a slice.
+#[derive(Clone, Copy)]
+pub struct Matrix<'a, T> {
+    data: &'a [T],
+    rows: usize,
+    cols: usize,
+    row_stride: usize,
+    col_stride: usize,
+}
+
+impl<'a, T: Real> Matrix<'a, T> {
+    /// [rows, cols] stored row after row.
+    pub fn new(data: &'a [T], rows: usize, cols: usize) -> Self {
+        Matrix::strided(data, rows, cols, cols)
+    }
+
+    /// Rows of `cols` numbers, `row_stride` apart.
+    pub fn strided(data: &'a [T], rows: usize, cols: usize, row_stride: usize) -> Self {
+        assert!(rows == 0 || cols == 0 || (rows - 1) * row_stride + cols <= data.len(), "matrix view out of bounds");
+        Matrix { data, rows, cols, row_stride, col_stride: 1 }
+    }
+
+    /// The transposed view.
+    pub fn t(self) -> Self {
+        Matrix { rows: self.cols, cols: self.rows, row_stride: self.col_stride, col_stride: self.row_stride, ..self }
+    }
+}
+
+/// Threads a product may use. Results do not depend on it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Threads {
+    One,
+    Pool,
+}
+
+/// One product of a group: dst [m, n] = a [m, k] · b [k, n], rows of dst n apart.
+pub struct Product<'a, T> {
+    pub dst: &'a mut [T],
+    pub a: Matrix<'a, T>,
+    pub b: Matrix<'a, T>,
+}
+
+/// dst [m, n] (rows `dst_stride` apart) = a [m, k] · b [k, n], or += when `accumulate`.
+pub fn matmul_strided<T: Real>(
+    precision: Precision,
+    dst: &mut [T],
+    dst_stride: usize,
+    a: Matrix<'_, T>,
+    b: Matrix<'_, T>,
+    accumulate: bool,
+    threads: Threads,
+) {
+    let pool = threads == Threads::Pool;
+    match job(dst, dst_stride, a, b) {
+        Some(job) => run(Method::of(isa::current(), precision), &[job], accumulate, pool),
+        None => wide(dst, dst_stride, a, b, accumulate, if pool { Parallelism::Rayon(0) } else { Parallelism::None }),
+    }
+}
+
+/// dst [m, n] = a · b, or += when `accumulate`, on the current thread pool.
+pub fn matmul<T: Real>(precision: Precision, dst: &mut [T], a: Matrix<'_, T>, b: Matrix<'_, T>, accumulate: bool) {
+    matmul_strided(precision, dst, b.cols, a, b, accumulate, Threads::Pool);
+}
+
+/// All products of a group (the experts of a layer), or += when `accumulate`: one list of work for the thread pool, cut by arithmetic and not by
+/// product, whatever the sizes.
+pub fn grouped<T: Real>(precision: Precision, mut products: Vec<Product<'_, T>>, accumulate: bool) {
+    let count = products.len();
+    let jobs: Vec<Job<'_>> = products.iter_mut().filter_map(|p| job(p.dst, p.b.cols, p.a, p.b)).collect();
+    if jobs.len() == count {
+        run(Method::of(isa::current(), precision), &jobs, accumulate, true);
+    } else {
+        products.into_par_iter().for_each(|p| wide(p.dst, p.b.cols, p.a, p.b, accumulate, Parallelism::None));
+    }
+}
+
+/// The product as work for tiles if T is f32.
+fn job<'a, T: Real>(dst: &'a mut [T], stride: usize, a: Matrix<'a, T>, b: Matrix<'a, T>) -> Option<Job<'a>> {
+    let (m, n, k) = check(dst, stride, a, b);
+    let source = |data: &'a [T], k_stride, w_stride| {
+        // SAFETY: T is f32, as the line below found.
+        let data = unsafe { std::slice::from_raw_parts(data.as_ptr().cast::<f32>(), data.len()) };
+        Source { data, k_stride, w_stride }
+    };
+    (TypeId::of::<T>() == TypeId::of::<f32>()).then(|| Job {
+        dst: dst.as_mut_ptr().cast(),
+        stride,
+        m,
+        n,
+        k,
+        a: source(a.data, a.col_stride, a.row_stride),
+        b: source(b.data, b.row_stride, b.col_stride),
+    })
+}
+
+fn run(method: Method, jobs: &[Job<'_>], accumulate: bool, pool: bool) {
+    // SAFETY: `job` checked that dst holds its rows and columns and the operands theirs; dst was borrowed mutably; the set is the process's.
+    unsafe { blocks::run(method, jobs, accumulate, pool) }
+}
+
+/// The sizes m, n, k of a product that fits.
+fn check<T: Real>(dst: &[T], stride: usize, a: Matrix<'_, T>, b: Matrix<'_, T>) -> (usize, usize, usize) {
+    let (m, n, k) = (a.rows, b.cols, a.cols);
+    assert_eq!(a.cols, b.rows, "inner sizes of a product differ");
+    let fits = m == 0 || n == 0 || ((m - 1) * stride + n <= dst.len() && n <= stride);
+    assert!(fits, "product does not fit its destination");
+    (m, n, k)
+}
+
+/// The same in f64.
+fn wide<T: Real>(
+    dst: &mut [T],
+    stride: usize,
+    a: Matrix<'_, T>,
+    b: Matrix<'_, T>,
+    accumulate: bool,
+    threads: Parallelism,
+) {
+    let (m, n, k) = check(dst, stride, a, b);
+    if m == 0 || n == 0 {
+        return;
+    }
+    if k == 0 {
+        if !accumulate {
+            (0..m).for_each(|i| dst[i * stride..i * stride + n].fill(T::ZERO));
+        }
+        return;
+    }
+    // SAFETY: `Matrix` proved on construction that every (row, col) of a and b lies inside its slice, `check` does so for dst, dst is
+    // borrowed mutably (no overlap with a and b), and T is f32 or f64 (`Real` is closed).
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            dst.as_mut_ptr(),
+            1,
+            stride as isize,
+            accumulate,
+            a.data.as_ptr(),
+            a.col_stride as isize,
+            a.row_stride as isize,
+            b.data.as_ptr(),
+            b.col_stride as isize,
+            b.row_stride as isize,
+            T::ONE,
+            T::ONE,
+            false,
+            false,
+            false,
+            threads,
+        );
+    }
+}

@@ -1,0 +1,395 @@
+//! Operands as the tiles read them: panels whose rows lie side by side, zeros up to the edge, numbers as they are, rounded to bf16, or as pairs of bf16.
+
+#[cfg(target_arch = "x86_64")]
+use crate::isa::{self, Isa};
+
+/// What an element of a packed operand is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Element {
+    /// The f32 itself.
+    Plain,
+    /// The f32 rounded to bf16.
+    Rounded,
+    /// Two neighbours along k as bf16, the first in the lower half.
+    Pair,
+}
+
+impl Element {
+    /// Numbers along k that one element holds.
+    #[inline(always)]
+    pub fn numbers(self) -> usize {
+        if self == Element::Pair { 2 } else { 1 }
+    }
+}
+
+/// The bits of the nearest bf16 in the upper half, ties to even; NaN stays NaN.
+#[inline(always)]
+pub fn round(x: f32) -> u32 {
+    let bits = x.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
+    let nan = if x.is_nan() { u32::MAX } else { 0 }; // masks, not branches: this is vectorised
+    (rounded & !nan | (bits | 0x0040_0000) & nan) & 0xffff_0000
+}
+
+#[inline(always)]
+fn pair(first: f32, second: f32) -> u32 {
+    round(first) >> 16 | round(second)
+}
+
+/// A k × w operand in memory: number (l, j) at l·k_stride + j·w_stride, one of the strides being 1.
+#[derive(Clone, Copy)]
+pub struct Source<'a> {
+    pub data: &'a [f32],
+    pub k_stride: usize,
+    pub w_stride: usize,
+}
+
+/// Elements of k that are turned at a time.
+const TURN: usize = 8;
+
+impl Source<'_> {
+    /// Packs numbers l0..l1 of k and the columns j0..j1 as panels of W columns, `stride` apart: each [depth, W], one element of k after the other,
+    /// zeros beyond.
+    #[inline(always)]
+    pub fn panels<const W: usize>(
+        self,
+        element: Element,
+        l: (usize, usize),
+        j: (usize, usize),
+        to: &mut [u32],
+        (stride, depth): (usize, usize),
+    ) {
+        let spans = (j.0..j.1).step_by(W).map(|start| (start, j.1));
+        if self.w_stride == 1 {
+            // Row by row through all panels: memory is read in its order.
+            for e in 0..depth {
+                let at = l.0 + e * element.numbers();
+                let done = self.copied::<W>(element, (at, l.1), j, to, (stride, depth), e);
+                for (p, span) in spans.clone().enumerate().skip(done) {
+                    let to = to[p * stride + e * W..].first_chunk_mut().expect("room for every panel");
+                    self.piece::<W>(element, at, l.1, span, to);
+                }
+            }
+        } else {
+            spans
+                .enumerate()
+                .for_each(|(p, span)| self.panel::<W>(element, l, span, &mut to[p * stride..][..depth * W]));
+        }
+    }
+
+    /// Element e of the first panels by vectors, as far as whole vectors can be read and written, and how many panels that were.
+    #[inline(always)]
+    fn copied<const W: usize>(
+        self,
+        element: Element,
+        (at, end): (usize, usize),
+        j: (usize, usize),
+        to: &mut [u32],
+        (stride, depth): (usize, usize),
+        e: usize,
+    ) -> usize {
+        #[cfg(target_arch = "x86_64")]
+        if isa::current() >= Isa::Avx2 && W != 4 && at < end {
+            // A panel of six is moved as eight: the two beyond are written again by the next element, or lie between panels.
+            let vector = W.next_multiple_of(8);
+            let second = element == Element::Pair && at + 1 < end;
+            let last_row = (at + usize::from(second)) * self.k_stride + j.0;
+            let readable = |panels: usize| last_row + (panels - 1) * W + vector <= self.data.len();
+            let writable = |panels: usize| (panels - 1) * stride + (depth - 1) * W + vector <= to.len();
+            let mut panels = (j.1 - j.0) / W;
+            while panels > 0 && !(readable(panels) && writable(panels)) {
+                panels -= 1;
+            }
+            let from = self.data[at * self.k_stride + j.0..].as_ptr();
+            let below = if second { Some(from.wrapping_add(self.k_stride)) } else { None };
+            assert!(vector == W || stride >= depth * W + vector - W, "room between panels");
+            // SAFETY: the machine has AVX2; what is read and written lies inside data and to.
+            unsafe { x86::copy::<W>((from, below), element, to[e * W..].as_mut_ptr(), panels, stride) }
+            return panels;
+        }
+        let _ = (element, at, end, j, to, stride, depth, e);
+        0
+    }
+
+    /// One element of k of up to W columns.
+    #[inline(always)]
+    fn piece<const W: usize>(self, element: Element, at: usize, end: usize, j: (usize, usize), to: &mut [u32; W]) {
+        let x = self.row::<W>(at, end, j);
+        match element {
+            Element::Plain => (0..W).for_each(|c| to[c] = x[c].to_bits()),
+            Element::Rounded => (0..W).for_each(|c| to[c] = round(x[c])),
+            Element::Pair => {
+                let y = self.row::<W>(at + 1, end, j);
+                (0..W).for_each(|c| to[c] = pair(x[c], y[c]));
+            }
+        }
+    }
+
+    /// One panel of up to W columns.
+    #[inline(always)]
+    fn panel<const W: usize>(self, element: Element, l: (usize, usize), j: (usize, usize), to: &mut [u32]) {
+        let (rows, _) = to.as_chunks_mut::<W>();
+        if self.w_stride == 1 {
+            let at = |e: usize| l.0 + e * element.numbers();
+            rows.iter_mut().enumerate().for_each(|(e, to)| self.piece::<W>(element, at(e), l.1, j, to));
+        } else {
+            let turned = self.turned::<W>(element, l, j, rows);
+            let (l, rows) = ((l.0 + turned * element.numbers(), l.1), &mut rows[turned..]);
+            let mut block = [[0u32; TURN]; W];
+            for (b, rows) in rows.chunks_mut(TURN).enumerate() {
+                for c in 0..W {
+                    let column = if j.0 + c < j.1 { Some(j.0 + c) } else { None };
+                    block[c] = self.run(element, column, l.0 + b * TURN * element.numbers(), l.1);
+                }
+                match <&mut [[u32; W]; TURN]>::try_from(&mut *rows) {
+                    Ok(rows) => (0..TURN).for_each(|i| (0..W).for_each(|c| rows[i][c] = block[c][i])),
+                    Err(_) => {
+                        rows.iter_mut().enumerate().for_each(|(i, row)| (0..W).for_each(|c| row[c] = block[c][i]))
+                    }
+                }
+            }
+        }
+    }
+
+    /// Turns columns by vectors as far as whole blocks of `TURN` elements reach, and says how many rows of the panel that were.
+    #[inline(always)]
+    fn turned<const W: usize>(
+        self,
+        element: Element,
+        l: (usize, usize),
+        j: (usize, usize),
+        rows: &mut [[u32; W]],
+    ) -> usize {
+        #[cfg(target_arch = "x86_64")]
+        if isa::current() >= Isa::Avx2 {
+            let blocks = (rows.len() / TURN).min((l.1 - l.0) / (TURN * element.numbers()));
+            let columns: [&[f32]; W] = std::array::from_fn(|c| match j.0 + c < j.1 {
+                true => &self.data[(j.0 + c) * self.w_stride + l.0..][..blocks * TURN * element.numbers()],
+                false => &[],
+            });
+            // SAFETY: the machine has AVX2; each column has the numbers of all blocks, or none at all, and rows has theirs.
+            unsafe { x86::turn(columns, element, &mut rows[..blocks * TURN]) }
+            return blocks * TURN;
+        }
+        let _ = (element, l, j, rows);
+        0
+    }
+
+    /// The same with the elements of one column side by side: column c starts at c·`stride` and has `depth` elements, a multiple of 8.
+    #[inline(always)]
+    pub fn lines(
+        self,
+        element: Element,
+        l: (usize, usize),
+        j: (usize, usize),
+        to: &mut [u32],
+        stride: usize,
+        depth: usize,
+    ) {
+        const W: usize = 8;
+        for (block, columns) in to.chunks_mut(stride * W).enumerate() {
+            for e in (0..depth).step_by(TURN) {
+                let from = l.0 + e * element.numbers();
+                let mut turned = [[0u32; W]; TURN];
+                let span = (j.0 + block * W, j.1.max(j.0 + block * W));
+                if self.w_stride == 1 {
+                    self.panel::<W>(element, (from, l.1.max(from)), span, turned.as_flattened_mut());
+                    turned = transposed(turned);
+                }
+                for (c, to) in columns.chunks_mut(stride).enumerate() {
+                    let to = &mut to[e..e + TURN];
+                    if self.w_stride == 1 {
+                        to.copy_from_slice(&turned[c]);
+                    } else {
+                        let column = if span.0 + c < span.1 { Some(span.0 + c) } else { None };
+                        to.copy_from_slice(&self.run(element, column, from, l.1));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Numbers j0..j1 of row l, which runs along w; zeros beyond and for l ≥ end.
+    #[inline(always)]
+    fn row<const W: usize>(self, l: usize, end: usize, j: (usize, usize)) -> [f32; W] {
+        let cols = (j.1 - j.0).min(W);
+        if l < end && cols == W {
+            return self.data[l * self.k_stride + j.0..][..W].try_into().expect("a whole row");
+        }
+        let mut row = [0.0; W];
+        if l < end && cols > 0 {
+            row[..cols].copy_from_slice(&self.data[l * self.k_stride + j.0..][..cols]);
+        }
+        row
+    }
+
+    /// The next elements of a column, which runs along k; zeros for no column and from `end` on.
+    #[inline(always)]
+    fn run(self, element: Element, column: Option<usize>, l: usize, end: usize) -> [u32; TURN] {
+        let mut padded = [0.0; 2 * TURN];
+        let count = end.saturating_sub(l).min(TURN * element.numbers());
+        let mut to = [0; TURN];
+        let Some(column) = column.filter(|_| count > 0) else { return to };
+        let from = &self.data[column * self.w_stride + l..][..count];
+        let whole: &[f32] = if count == TURN * element.numbers() {
+            from
+        } else {
+            padded[..count].copy_from_slice(from);
+            &padded[..TURN * element.numbers()]
+        };
+        match element {
+            Element::Plain => (0..TURN).for_each(|i| to[i] = whole[i].to_bits()),
+            Element::Rounded => (0..TURN).for_each(|i| to[i] = round(whole[i])),
+            Element::Pair => {
+                let whole: &[f32; 2 * TURN] = whole.try_into().expect("pairs of a whole run");
+                (0..TURN).for_each(|i| to[i] = pair(whole[2 * i], whole[2 * i + 1]));
+            }
+        }
+        to
+    }
+}
+
+#[inline(always)]
+fn transposed(x: [[u32; TURN]; TURN]) -> [[u32; TURN]; TURN] {
+    #[cfg(target_arch = "x86_64")]
+    if isa::current() >= Isa::Avx2 {
+        // SAFETY: the machine has AVX2.
+        return unsafe { x86::transposed(x) };
+    }
+    std::array::from_fn(|i| std::array::from_fn(|j| x[j][i]))
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::{Element, TURN};
+    use std::arch::x86_64::*;
+
+    /// Row e of `rows` becomes element e of every column; an empty column gives zeros.
+    ///
+    /// # Safety
+    /// The machine has AVX2. `rows` are a multiple of 8, and a column has all their numbers or none.
+    #[target_feature(enable = "avx2")]
+    #[inline]
+    pub unsafe fn turn<const W: usize>(columns: [&[f32]; W], element: Element, rows: &mut [[u32; W]]) {
+        let end = rows.as_mut_ptr_range().end.cast::<f32>();
+        for (block, rows) in rows.chunks_exact_mut(TURN).enumerate() {
+            for first in (0..W).step_by(8) {
+                let mut x = [_mm256_setzero_ps(); 8];
+                for c in 0..8 {
+                    if first + c < W && !columns[first + c].is_empty() {
+                        // SAFETY: the column has the numbers of every block.
+                        let from = unsafe { columns[first + c].as_ptr().add(block * TURN * element.numbers()) };
+                        x[c] = unsafe { elements(from, element) };
+                    }
+                }
+                for (i, x) in transpose(x).into_iter().enumerate() {
+                    let to = rows[i][first..].as_mut_ptr().cast::<f32>();
+                    // SAFETY: a row has W - first numbers. A row of six is written with two of the next, which is written after it, or has none.
+                    unsafe {
+                        if W >= 8 || (W == 6 && to.wrapping_add(8) <= end) {
+                            _mm256_storeu_ps(to, x);
+                        } else {
+                            let x = std::mem::transmute::<__m256, [f32; 8]>(x);
+                            std::ptr::copy_nonoverlapping(x.as_ptr(), to, W);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Numbers p·W.. of a row, and of the row below it for pairs, become element p·stride.. of `to`, for p in 0..panels.
+    ///
+    /// # Safety
+    /// The machine has AVX2; whole vectors of W, rounded up to eight, are readable and writable at each of these places.
+    #[target_feature(enable = "avx2")]
+    #[inline]
+    pub unsafe fn copy<const W: usize>(
+        (from, below): (*const f32, Option<*const f32>),
+        element: Element,
+        to: *mut u32,
+        panels: usize,
+        stride: usize,
+    ) {
+        for p in 0..panels {
+            for c in (0..W).step_by(8) {
+                // SAFETY: the caller's.
+                unsafe {
+                    let x = _mm256_loadu_ps(from.add(p * W + c));
+                    let x = match element {
+                        Element::Plain => _mm256_castps_si256(x),
+                        Element::Rounded => round(x),
+                        Element::Pair => {
+                            let y = below.map_or(_mm256_setzero_ps(), |below| _mm256_loadu_ps(below.add(p * W + c)));
+                            _mm256_or_si256(_mm256_srli_epi32::<16>(round(x)), round(y))
+                        }
+                    };
+                    _mm256_storeu_si256(to.add(p * stride + c).cast(), x);
+                }
+            }
+        }
+    }
+
+    /// # Safety
+    /// The machine has AVX2 and the numbers of eight elements are readable.
+    #[target_feature(enable = "avx2")]
+    #[inline]
+    unsafe fn elements(from: *const f32, element: Element) -> __m256 {
+        let low = unsafe { _mm256_loadu_ps(from) };
+        match element {
+            Element::Plain => low,
+            Element::Rounded => _mm256_castsi256_ps(round(low)),
+            Element::Pair => {
+                let high = unsafe { _mm256_loadu_ps(from.add(8)) };
+                let pairs = |x: __m256| {
+                    let x = round(x); // in 64 bits: second << 32 | first
+                    let first = _mm256_srli_epi64::<16>(_mm256_slli_epi64::<32>(x));
+                    _mm256_castsi256_ps(_mm256_or_si256(_mm256_srli_epi64::<32>(first), _mm256_srli_epi64::<32>(x)))
+                };
+                let mixed = _mm256_shuffle_ps::<0x88>(pairs(low), pairs(high));
+                _mm256_castpd_ps(_mm256_permute4x64_pd::<0xd8>(_mm256_castps_pd(mixed)))
+            }
+        }
+    }
+
+    /// As `super::round`.
+    #[target_feature(enable = "avx2")]
+    #[inline]
+    fn round(x: __m256) -> __m256i {
+        let bits = _mm256_castps_si256(x);
+        let even = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+        let rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), even);
+        let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x0040_0000));
+        let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(x, x));
+        _mm256_and_si256(_mm256_blendv_epi8(rounded, quiet, nan), _mm256_set1_epi32(0xffff_0000_u32 as i32))
+    }
+
+    #[target_feature(enable = "avx2")]
+    #[inline]
+    pub fn transposed(x: [[u32; TURN]; TURN]) -> [[u32; TURN]; TURN] {
+        // SAFETY: eight times eight elements of four bytes on both sides.
+        unsafe { std::mem::transmute(transpose(std::mem::transmute::<[[u32; TURN]; TURN], [__m256; 8]>(x))) }
+    }
+
+    #[target_feature(enable = "avx2")]
+    #[inline]
+    fn transpose(x: [__m256; 8]) -> [__m256; 8] {
+        let mut y = x;
+        for i in 0..4 {
+            y[2 * i] = _mm256_unpacklo_ps(x[2 * i], x[2 * i + 1]);
+            y[2 * i + 1] = _mm256_unpackhi_ps(x[2 * i], x[2 * i + 1]);
+        }
+        let mut z = y;
+        for i in [0, 4] {
+            z[i] = _mm256_shuffle_ps::<0x44>(y[i], y[i + 2]);
+            z[i + 1] = _mm256_shuffle_ps::<0xee>(y[i], y[i + 2]);
+            z[i + 2] = _mm256_shuffle_ps::<0x44>(y[i + 1], y[i + 3]);
+            z[i + 3] = _mm256_shuffle_ps::<0xee>(y[i + 1], y[i + 3]);
+        }
+        for i in 0..4 {
+            y[i] = _mm256_permute2f128_ps::<0x20>(z[i], z[i + 4]);
+            y[i + 4] = _mm256_permute2f128_ps::<0x31>(z[i], z[i + 4]);
+        }
+        y
+    }
+}

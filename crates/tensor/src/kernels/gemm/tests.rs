@@ -1,0 +1,255 @@
+//! Every face of every instruction set here (under an emulator: of the emulated machine) against a triple loop in f64.
+
+use super::pack::{Element, round};
+use super::*;
+use crate::random::{Purpose, Random};
+use proptest::prelude::*;
+
+/// A product with its views: what surrounds dst must stay.
+#[derive(Clone, Debug)]
+struct Case {
+    m: usize,
+    n: usize,
+    k: usize,
+    turned_a: bool,
+    turned_b: bool,
+    accumulate: bool,
+    /// Numbers between rows of a, b and dst.
+    gap: usize,
+    /// The exponents of operands reach from 2^-spread to 2^spread.
+    spread: i32,
+    seed: u64,
+}
+
+fn numbers(seed: u64, len: usize, spread: i32) -> Vec<f32> {
+    let random = Random::new(seed, Purpose::Test);
+    let draw = |i: u64| {
+        let power = (random.normal(1, i) * 1e6).abs() as i32 % (2 * spread + 1) - spread;
+        random.normal(0, i) as f32 * 2f32.powi(power)
+    };
+    (0..len as u64).map(draw).collect()
+}
+
+/// A matrix [rows, cols], row by row or turned, with a gap between lines.
+fn view(data: &[f32], rows: usize, cols: usize, turned: bool, gap: usize) -> Matrix<'_, f32> {
+    if turned {
+        Matrix::strided(data, cols, rows, rows + gap).t()
+    } else {
+        Matrix::strided(data, rows, cols, cols + gap)
+    }
+}
+
+fn room(rows: usize, cols: usize, gap: usize) -> usize {
+    (rows + gap) * (cols + gap)
+}
+
+fn at(x: &Matrix<'_, f32>, i: usize, j: usize) -> f32 {
+    x.data[i * x.row_stride + j * x.col_stride]
+}
+
+/// The faces to test: by set and precision, and pairs without an instruction.
+fn faces() -> Vec<(String, Method)> {
+    let mut faces = Vec::new();
+    for isa in isa::available() {
+        for precision in [Precision::F32, Precision::Bf16] {
+            faces.push((format!("{isa} {precision:?}"), Method::of(isa, precision)));
+        }
+    }
+    for unit in [1, 16] {
+        faces.push((format!("pairs by {unit}"), Method { tile: tile::portable_pairs(unit), element: Element::Pair }));
+    }
+    faces
+}
+
+fn product(method: Method, case: &Case, dst: &mut [f32], a: Matrix<'_, f32>, b: Matrix<'_, f32>) {
+    let job = job(dst, case.n + case.gap, a, b).unwrap();
+    run(method, &[job], case.accumulate, true);
+}
+
+fn agrees(case: &Case) -> Result<(), TestCaseError> {
+    let Case { m, n, k, gap, .. } = *case;
+    let a = numbers(case.seed, room(m, k, gap), case.spread);
+    let b = numbers(case.seed + 1, room(k, n, gap), case.spread);
+    let (a, b) = (view(&a, m, k, case.turned_a, gap), view(&b, k, n, case.turned_b, gap));
+    let before = numbers(case.seed + 2, room(m, n, gap), case.spread);
+    for (name, method) in faces() {
+        let mut dst = before.clone();
+        product(method, case, &mut dst, a, b);
+        let operand = |x: f32| f64::from(if method.element == Element::Plain { x } else { f32::from_bits(round(x)) });
+        for (x, (found, before)) in dst.iter().zip(&before).enumerate() {
+            let (i, j) = (x / (n + gap), x % (n + gap));
+            if i >= m || j >= n {
+                prop_assert_eq!(found.to_bits(), before.to_bits(), "{} wrote beside dst: {:?}", name, case);
+                continue;
+            }
+            let terms = (0..k).map(|l| operand(at(&a, i, l)) * operand(at(&b, l, j)));
+            let start = if case.accumulate { f64::from(*before) } else { 0.0 };
+            let (mut sum, mut size) = (start, start.abs());
+            terms.for_each(|t| (sum, size) = (sum + t, size + t.abs()));
+            let error = (f64::from(*found) - sum).abs();
+            let bound = (k as f64 + 2.0) * f64::from(f32::EPSILON) * size + 1e-30;
+            prop_assert!(error <= bound, "{} ({}, {}): {} instead of {}: {:?}", name, i, j, found, sum, case);
+        }
+    }
+    Ok(())
+}
+
+/// Small sizes, sizes around the tiles', and sizes beyond one run of k.
+fn size(most: usize) -> impl Strategy<Value = usize> {
+    prop_oneof![3 => 0..=9usize, 3 => 10..=40usize, 1 => 41..=most]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(cases(300)) })]
+
+    #[test]
+    fn products_agree_with_the_triple_loop(
+        (m, n, k) in (size(110), size(110), prop_oneof![9 => size(110), 1 => 250..=1100usize]),
+        (turned_a, turned_b, accumulate) in any::<(bool, bool, bool)>(),
+        gap in prop_oneof![Just(0usize), 1..=19usize],
+        spread in prop_oneof![Just(0), Just(3), Just(45)],
+        seed in 0..1u64 << 40,
+    ) {
+        agrees(&Case { m, n, k, turned_a, turned_b, accumulate, gap, spread, seed })?;
+    }
+
+    /// A group is its products one by one, bit for bit; the sum over threads of different sizes is the same too.
+    #[test]
+    fn groups_are_their_products_for_any_number_of_threads(
+        rows in prop::collection::vec(prop_oneof![2 => Just(0usize), 4 => 1..=40usize, 1 => 100..=300usize], 0..9),
+        (n, k) in (1..=100usize, 0..=100usize),
+        (turned, weight_gradient, accumulate) in any::<(bool, bool, bool)>(),
+        seed in 0..1u64 << 40,
+    ) {
+        let total: usize = rows.iter().sum();
+        let (x, w) = (numbers(seed, total * (n + k), 3), numbers(seed + 1, rows.len() * n * k, 3));
+        // Forward and input gradient: [rows, k] · [k, n] for each; weight gradient: [rows, k]ᵀ · [rows, n].
+        let sizes: Vec<usize> = rows.iter().map(|r| if weight_gradient { k * n } else { r * n }).collect();
+        let start = numbers(seed + 2, sizes.iter().sum(), 3);
+        let split = |dst: &mut Vec<f32>, run: &dyn Fn(Vec<Product<'_, f32>>)| {
+            let mut rest = &mut dst[..];
+            let (mut row, mut products) = (0, Vec::new());
+            for (e, (&r, &len)) in rows.iter().zip(&sizes).enumerate() {
+                let (dst, tail) = rest.split_at_mut(len);
+                rest = tail;
+                let a = Matrix::new(&x[row * k..(row + r) * k], r, k);
+                let w = &w[e * n * k..(e + 1) * n * k];
+                products.push(if weight_gradient {
+                    Product { dst, a: a.t(), b: Matrix::new(&x[total * k + row * n..][..r * n], r, n) }
+                } else {
+                    Product { dst, a, b: if turned { Matrix::new(w, n, k).t() } else { Matrix::new(w, k, n) } }
+                });
+                row += r;
+            }
+            run(products);
+        };
+        for precision in [Precision::F32, Precision::Bf16] {
+            let mut expected = start.clone();
+            split(&mut expected, &|products| {
+                for p in products {
+                    matmul_strided(precision, p.dst, p.b.cols, p.a, p.b, accumulate, Threads::One);
+                }
+            });
+            for pool in pools() {
+                let mut found = start.clone();
+                pool.install(|| split(&mut found, &|products| grouped(precision, products, accumulate)));
+                prop_assert!(bits(&found) == bits(&expected), "{} threads", pool.current_num_threads());
+            }
+        }
+    }
+}
+
+/// Cases that proptest draws; `PROPTEST_CASES` overrides it (an emulator is slow).
+fn cases(usual: u32) -> u32 {
+    std::env::var("PROPTEST_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(usual)
+}
+
+fn bits(x: &[f32]) -> Vec<u32> {
+    x.iter().map(|x| x.to_bits()).collect()
+}
+
+fn pools() -> &'static [rayon::ThreadPool] {
+    static POOLS: std::sync::OnceLock<Vec<rayon::ThreadPool>> = std::sync::OnceLock::new();
+    POOLS.get_or_init(|| [1, 2, 3, 8].map(|n| rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap()).into())
+}
+
+#[test]
+fn bytes_depend_neither_on_threads_nor_on_the_rows_beside() {
+    for (m, k, n) in [(96, 128, 128), (128, 512, 256), (257, 333, 129)] {
+        let (a, b) = (numbers(1, m * k, 0), numbers(2, k * n, 0));
+        for (name, method) in faces() {
+            let compute = |rows: usize, turned: bool| {
+                let mut dst = vec![0.0f32; rows * n];
+                let b = if turned { Matrix::new(&b, n, k).t() } else { Matrix::new(&b, k, n) };
+                run(method, &[job(&mut dst, n, Matrix::new(&a[..rows * k], rows, k), b).unwrap()], false, true);
+                bits(&dst)
+            };
+            for turned in [false, true] {
+                let one = pools()[0].install(|| compute(m, turned));
+                assert!(pools().iter().all(|pool| pool.install(|| compute(m, turned)) == one), "{name} {m}x{k}x{n}");
+                for rows in [1, 2, 7, 33] {
+                    assert_eq!(compute(rows, turned), one[..rows * n], "{name} {rows} rows of {m}x{k}x{n}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn nan_and_infinity_reach_the_numbers_they_belong_to_and_no_other() {
+    let (m, k, n) = (9, 40, 35);
+    for (name, method) in faces() {
+        let (mut a, b) = (vec![1.0f32; m * k], vec![0.5f32; k * n]);
+        (a[2 * k + 39], a[5 * k], a[7 * k + 3], a[7 * k + 4]) =
+            (f32::NAN, f32::INFINITY, f32::INFINITY, -f32::INFINITY);
+        a[8 * k + 1] = f32::MAX; // rounds to infinity in bf16
+        let mut dst = vec![0.0; m * n];
+        run(method, &[job(&mut dst, n, Matrix::new(&a, m, k), Matrix::new(&b, k, n)).unwrap()], false, true);
+        for (i, row) in dst.chunks(n).enumerate() {
+            let as_expected = |x: &f32| match i {
+                2 | 7 => x.is_nan(),
+                5 => *x == f32::INFINITY,
+                8 if method.element != Element::Plain => *x == f32::INFINITY,
+                8 => *x == f32::MAX / 2.0,
+                _ => *x == 20.0,
+            };
+            assert!(row.iter().all(as_expected), "{name} row {i}: {row:?}");
+        }
+    }
+}
+
+#[test]
+fn bf16_rounds_the_operands_and_nothing_else() {
+    let nearest = |x: f32| f32::from_bits(round(x));
+    // 1 + i/256 lies on a bf16 number for even i and halfway between two for odd i: the even one is nearest.
+    for (i, even) in [(0u16, 0u16), (1, 0), (2, 2), (3, 4), (5, 4), (7, 8)] {
+        assert_eq!(nearest(1.0 + f32::from(i) / 256.0), 1.0 + f32::from(even) / 256.0, "{i}");
+        assert_eq!(nearest(-1.0 - f32::from(i) / 256.0 - 1e-6), -1.0 - f32::from(i + i % 2) / 256.0, "{i}");
+    }
+    assert!(nearest(f32::MAX).is_infinite() && nearest(f32::NEG_INFINITY) < 0.0);
+    assert!(nearest(f32::NAN).is_nan() && nearest(f32::from_bits(0x7f80_0001)).is_nan());
+    let (a, b) = (numbers(1, 7 * 5, 0), numbers(2, 5 * 9, 0));
+    let rounded = |x: &[f32]| x.iter().map(|x| nearest(*x)).collect::<Vec<_>>();
+    let [mut narrow, mut plain, mut expected] = [(); 3].map(|_| vec![0.0f32; 63]);
+    matmul(Precision::Bf16, &mut narrow, Matrix::new(&a, 7, 5), Matrix::new(&b, 5, 9), false);
+    matmul(Precision::F32, &mut plain, Matrix::new(&a, 7, 5), Matrix::new(&b, 5, 9), false);
+    matmul(Precision::F32, &mut expected, Matrix::new(&rounded(&a), 7, 5), Matrix::new(&rounded(&b), 5, 9), false);
+    assert!(narrow.iter().zip(&expected).all(|(a, b)| (a - b).abs() < 1e-5) && narrow != plain);
+}
+
+#[test]
+fn f64_products_match_the_definition() {
+    let random = Random::new(1, Purpose::Test);
+    for (step, (m, k, n)) in [(0, 3, 4), (1, 1, 1), (5, 0, 3), (33, 16, 15), (70, 129, 65)].into_iter().enumerate() {
+        let fill = |offset: u64, len: usize| -> Vec<f64> {
+            (0..len as u64).map(|i| random.normal(step as u64, offset + i)).collect()
+        };
+        let (a, b) = (fill(0, m * k), fill(1 << 20, k * n));
+        let mut found = vec![1.0; m * n];
+        matmul(Precision::F32, &mut found, Matrix::new(&a, m, k), Matrix::new(&b, k, n), true);
+        for (x, found) in found.iter().enumerate() {
+            let expected = 1.0 + (0..k).map(|l| a[x / n * k + l] * b[l * n + x % n]).sum::<f64>();
+            assert!((found - expected).abs() < 1e-12);
+        }
+    }
+}
