@@ -124,7 +124,7 @@ def arms_of(paths: Iterable[frames.Place], target: float = gates.LOSS) -> list[A
             first, quick = record, gates.is_quick(config)
         if gates.trained_on(first) != gates.trained_on(record):
             raise ValueError(f"'{path}' was trained on other data than the first run: their losses cannot be compared")
-        flat = {key: value for key, value in flatten(config).items() if key not in SAME}
+        flat = {key: value for key, value in frames.flatten(config).items() if key not in SAME}
         arm = next((arm for arm in arms if arm.config == flat), None)
         if arm is None:
             arm = Arm(_unused(tables.model_name(config), arms, path), flat, {})
@@ -144,14 +144,6 @@ def arms_of(paths: Iterable[frames.Place], target: float = gates.LOSS) -> list[A
 
 def _unused(name: str, arms: Sequence[Arm], path: str) -> str:
     return name if all(arm.name != name for arm in arms) else f"{name} ({Path(path).name})"
-
-
-def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested configuration under dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def sample_of(path: frames.Place, target: float = gates.LOSS) -> Sample:

@@ -151,6 +151,14 @@ def settings(run: Place) -> dict[str, Any]:
         raise ValueError(f"{path} is no TOML ({error})") from error
 
 
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested configuration under dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
 def phase_epochs(config: dict[str, Any]) -> dict[str, int]:
     """Epochs per phase of a two-phase run: `[phase.X.train] epochs` before `[train] epochs`."""
     common = config.get("train", {}).get("epochs", 0)
@@ -232,11 +240,14 @@ def find_runs(folder: Place) -> list[Path]:
     return sorted(found)
 
 
+def samples(run: Place) -> list[dict[str, Any]]:
+    """The rows of samples.jsonl: step, phase, epoch, prompt, text; none where there is no such file."""
+    path = Path(run) / "samples.jsonl"
+    return _rows(path) if path.exists() else []
+
+
 def last_sample(run: Place) -> tuple[str, str] | None:
     """Prompt and text of the first prompt in its newest sample (samples.jsonl), None where there is none."""
-    path = Path(run) / "samples.jsonl"
-    if not path.exists():
-        return None
-    samples = _rows(path)
-    newest = [row for row in samples if row["prompt"] == samples[0]["prompt"]]
+    rows = samples(run)
+    newest = [row for row in rows if row["prompt"] == rows[0]["prompt"]]
     return (newest[-1]["prompt"], newest[-1]["text"]) if newest else None

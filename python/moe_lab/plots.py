@@ -73,7 +73,9 @@ def utilisation(frame: pl.DataFrame) -> Figure:
     """Load of every expert over the fair load 1/E, one panel a layer, epochs across; the last epoch in numbers."""
     layers = frames.sparse_layers(frame)
     rows = frames.epochs(frame)
-    figure = Chart(figsize=(9, 1.2 + 1.6 * max(1, len(layers))), dpi=120, layout="constrained")
+    most = max((len(load) for load in _last_loads(rows).values()), default=1)
+    tall = max(1.6, 0.16 * most)  # a line of text for every expert
+    figure = Chart(figsize=(9, 1.2 + tall * max(1, len(layers))), dpi=120, layout="constrained")
     figure.suptitle("Expert load over the fair load (1 = fair, 0 = dead)", x=0.01, ha="left", fontsize=12, color=INK)
     if not layers:
         figure.text(0.5, 0.5, "this run has no experts", ha="center", color=FAINT)

@@ -5,7 +5,7 @@ A stage is data: cells (one run each) of a parent, the model under study and its
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from moe_lab import frames, gates, tables
 
 if TYPE_CHECKING:
+    import polars as pl
+    from matplotlib.figure import Figure
+
     from moe_lab.train import Outcome, Run
 
 Say = Callable[[str], None]
@@ -282,6 +285,13 @@ def save_plots(stage: Stage) -> list[Path]:
     for row in stage.rows:
         if not os.path.isabs(_relative(Path(stage.out), row["run"])):  # a given parent is left as it is
             plots.save_all(row["run"])
+    return plots.save(comparisons(stage, streams), Path(stage.out) / "plots")
+
+
+def comparisons(stage: Stage, streams: Mapping[str, "pl.DataFrame"]) -> dict[str, "Figure"]:
+    """The runs of a stage in one figure a measure; `streams` are their metrics by name."""
+    from moe_lab import plots
+
     sparse = {name: frame for name, frame in streams.items() if frames.sparse_layers(frame)}
     figures = {
         "loss": plots.compare(
@@ -298,7 +308,7 @@ def save_plots(stage: Stage) -> list[Path]:
     studied = [row for row in stage.rows if row["role"] == "top_p"]
     if len({row["p"] for row in studied}) > 1:
         figures["sweep"] = plots.sweep(studied)
-    return plots.save(figures, Path(stage.out) / "plots")
+    return figures
 
 
 def _plan(out: Path) -> Plan:

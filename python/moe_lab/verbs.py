@@ -147,3 +147,21 @@ def sweep(
         study.render(wanted, _console())
         print(f"sweep directory: {out}")
     return DONE if any(row["state"] == "complete" for row in rows) else FAILED
+
+
+@app.command()
+def report(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run or stage directory.")], as_json: Json = False
+) -> int:
+    """Write report.html into a run or stage directory.
+
+    One page that holds all it shows: results, gates, curves, samples, configuration, provenance.
+    """
+    from moe_lab import report as page
+
+    path = page.write(run)
+    if as_json:
+        _print_json({"report": str(path), "bytes": path.stat().st_size})
+    else:
+        print(path)
+    return DONE

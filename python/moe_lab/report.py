@@ -1,0 +1,182 @@
+"""A run or stage as one HTML page that holds all it shows: results, gates, curves, samples, configuration, provenance.
+
+Everything that came out of a run directory is escaped; the page has no script and loads nothing.
+"""
+
+import json
+from base64 import b64encode
+from collections.abc import Mapping
+from io import BytesIO, StringIO
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import polars as pl
+from jinja2 import Environment
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from moe_lab import frames, gates, plots, stages, tables
+
+PROMPTS, TEXTS = 4, 4  # how many prompts are shown, and how many of each one's texts
+EVENTS = 40
+SVG_BYTES = 250_000  # a larger drawing is embedded as a picture
+SECTIONS = (
+    ("Loss", ("loss",)),
+    ("Routing", ("routing", "utilisation", "entropy")),
+    ("Gradients and learning rate", ("learning_rate", "l0", "gradients")),
+)
+# Colours of the figures -> those of the page, light or dark.
+INKS = {plots.INK: "currentColor", "#000000": "currentColor", plots.FAINT: "var(--soft)", "#e6e6e6": "var(--line)"}
+QUIET = {"run_started", "phase_started", "checkpoint"}  # events that say that all is as it should be
+
+
+def write(run: frames.Place) -> Path:
+    """Writes report.html into the directory of a run or stage, in one step. Returns its path."""
+    page = of_stage(Path(run)) if frames.is_stage(run) else of_run(run)
+    path = Path(run) / "report.html"
+    half = path.with_suffix(".tmp")
+    half.write_text(page, encoding="utf-8")
+    half.replace(path)
+    return path
+
+
+def of_run(run: frames.Place) -> str:
+    record, config, frame = frames.read_run(run), frames.settings(run), frames.read_metrics(run)
+    try:
+        verdicts = [gates.judge(run)]
+    except ValueError:  # a plain text, an unfinished parent: a page without a gate is still a page
+        verdicts = []
+    sparse = bool(frames.sparse_layers(frame))
+    drawn = {name: draw for name, draw in plots.FIGURES.items() if sparse or name not in plots.SPARSE}
+    sections = [
+        (heading, [embed(name, drawn[name](frame)) for name in names if name in drawn])
+        for heading, names in SECTIONS
+        if frame.height
+    ]
+    told = _pictures(Path(run) / "specialization")
+    return _page(
+        title=str(config.get("name", Path(run).name)),
+        lead=_lead(record, config),
+        failure=frames.failure(run) if record.get("status") in ("failed", "diverged") else None,
+        numbers=_numbers(run, verdicts[0] if verdicts else None),
+        verdicts=verdicts,
+        sections=[each for each in [*sections, ("Specialisation", told)] if each[1]],
+        samples=_samples(run),
+        events=_events(frame),
+        changes=_changes(config),
+        toml=(Path(run) / "run.toml").read_text(errors="replace"),
+        provenance=_provenance(record),
+    )
+
+
+def of_stage(out: Path) -> str:
+    stage = stages.rejudge(out)
+    streams = {str(row["name"]): frames.read_metrics(row["run"]) for row in stage.rows}
+    drawn = [embed(name, figure) for name, figure in stages.comparisons(stage, streams).items()]
+    shown = ("loss", "floor", "recited", "facts_loss_after", "experts_per_token", "l0", "active_params", "verdict")
+    rows = [("run", *(key.replace("_", " ") for key in shown))]
+    rows += [(str(row["name"]), *(_number(row.get(key)) for key in shown)) for row in stage.rows]
+    word = "passed" if stage.passed else "not judged (quick)" if not stage.judged else "FAILED"
+    return _page(
+        title=f"Stage {out.name}",
+        lead=f"{len(stage.rows)} runs; gate: {word}",
+        rows=rows,
+        verdicts=stage.verdicts,
+        sections=[("Curves", drawn)],
+    )
+
+
+def _page(**values: Any) -> str:
+    environment = Environment(autoescape=True, trim_blocks=True)
+    environment.filters["number"] = _number
+    return environment.from_string(Path(__file__).with_name("report.html").read_text()).render(**values)
+
+
+def embed(name: str, figure: Figure) -> Markup:
+    """A figure as SVG whose ink follows the page's colours; as a picture where the drawing is large."""
+    drawing = StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(drawing, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = drawing.getvalue()
+    if len(svg) > SVG_BYTES:
+        picture = BytesIO()
+        figure.savefig(picture, format="png")
+        return _image(picture.getvalue(), name)
+    for colour, follows in INKS.items():
+        svg = svg.replace(colour, follows)
+    return Markup(svg[svg.index("<svg") :])  # matplotlib escapes what it writes
+
+
+def _image(data: bytes, name: str) -> Markup:
+    return Markup('<img alt="{}" src="data:image/png;base64,{}">').format(name, b64encode(data).decode())
+
+
+def _pictures(folder: Path) -> list[Markup]:
+    return [_image(path.read_bytes(), path.stem) for path in sorted(folder.glob("*.png"))]
+
+
+def _lead(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    quick = ", quick (10 epochs a phase)" if gates.is_quick(dict(config)) else ""
+    parts = (
+        tables.model_name(dict(config)),
+        f"seed {config.get('seed')}",
+        f"{record.get('status')}{quick}",
+        record.get("started"),
+    )
+    return " · ".join(str(part) for part in parts if part)
+
+
+def _numbers(run: frames.Place, verdict: gates.Verdict | None) -> list[tuple[str, str]]:
+    found = tables.summary(run, verdict or gates.Verdict("none", str(run), False, ()))
+    known = ((measure, found.get(measure.key)) for measure in tables.MEASURES)
+    return [(measure.label.strip(), measure.number(float(value))) for measure, value in known if value is not None]
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _samples(run: frames.Place) -> list[tuple[str, list[tuple[str, str]]]]:
+    """The first prompts with some of their texts, from the first to the last."""
+    by_prompt: dict[str, list[tuple[str, str]]] = {}
+    for row in frames.samples(run):
+        place = f"{row.get('phase')} epoch {row.get('epoch')}, step {row.get('step')}"
+        by_prompt.setdefault(str(row.get("prompt")), []).append((place, str(row.get("text"))))
+    return [(prompt, _spread(texts)) for prompt, texts in list(by_prompt.items())[:PROMPTS]]
+
+
+def _spread(texts: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    chosen = sorted({round(index * (len(texts) - 1) / (TEXTS - 1)) for index in range(TEXTS)})
+    return [texts[index] for index in chosen]
+
+
+def _events(frame: pl.DataFrame) -> list[tuple[int, str]]:
+    if "event" not in frame.columns:
+        return []
+    rows = frame.filter(pl.col("event").is_not_null() & ~pl.col("event").is_in(QUIET)).select(
+        "step", "event", "message"
+    )
+    return [(int(step), str(message or event)) for step, event, message in rows.tail(EVENTS).iter_rows()]
+
+
+def _changes(config: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Against the defaults, by the engine; nothing where this build does not know the run's keys."""
+    from moe_lab import train as lab
+
+    try:
+        toml = {key: value for key, value in config.items() if key not in ("name", "quick")}
+        return lab.Run.parse("").diff(lab.Run.parse("", frames.flatten(toml)))
+    except ValueError:
+        return []
+
+
+def _provenance(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    kept = {key: value for key, value in record.items() if key not in ("results", "status")}
+    return [
+        (key, value if isinstance(value, str) else json.dumps(value)) for key, value in frames.flatten(kept).items()
+    ]

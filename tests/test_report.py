@@ -1,0 +1,117 @@
+"""The page of a run: whole, escaped, small, loading nothing, and drawn by a browser without a complaint where one is there."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from moe_lab import report
+from runs import DENSE, Story, write
+
+EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
+
+
+def samples(run: Path, text: str) -> None:
+    rows = [{"step": step, "phase": "chat", "epoch": step, "prompt": f"p {text}", "text": text} for step in range(1, 9)]
+    (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+class Page(HTMLParser):
+    """Every tag with its attributes, and the text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a run whose every text wants to break out."""
+    run = write(tmp_path_factory.mktemp("report") / "run", Story(epochs=5, trained=5))
+    samples(run, EVIL)
+    (run / "run.toml").write_text((run / "run.toml").read_text().replace("hand-made", "<b>bold</b>"))
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**record, "status": "failed", "argv": [EVIL], "cwd": EVIL}))
+    (run / "failure.json").write_text(json.dumps({"step": 3, "reason": EVIL, "remedy": EVIL}))
+    with (run / "metrics.jsonl").open("a") as stream:
+        stream.write(json.dumps({"step": 20, "kind": "event", "event": "spike", "message": EVIL}) + "\n")
+    return report.write(run)
+
+
+def test_the_page_loads_nothing_runs_nothing_and_is_small(page: Path) -> None:
+    found = Page(page.read_text())
+    names = {tag for tag, _ in found.tags}
+    assert not names & {"script", "link", "iframe", "object", "b"}
+    for tag, attributes in found.tags:
+        assert not [name for name in attributes if name.startswith("on")], (tag, attributes)
+        for name in ("src", "href", "xlink:href"):
+            assert (attributes.get(name) or "#").startswith(("#", "data:image/")), (tag, attributes)
+    assert page.stat().st_size < 3_000_000
+    assert not re.search(r"@import|url\((?!#)", page.read_text())
+
+
+def test_what_a_run_says_stands_there_as_text(page: Path) -> None:
+    text = Page(page.read_text()).text
+    assert text.count(EVIL) >= report.TEXTS + 4  # samples, prompt, failure, event, provenance
+    assert "<b>bold</b>" in text
+
+
+def test_the_page_tells_results_gate_curves_samples_and_provenance(page: Path) -> None:
+    text = Page(page.read_text()).text
+    for told in (
+        "0.2100",
+        "entropy floor",
+        "every expert used",
+        "Routing",
+        "Samples",
+        "data.chat.sha256",
+        "max_length = 80",
+    ):
+        assert told in text
+    assert page.read_text().count("<svg") == 7
+
+
+def test_samples_are_spread_from_the_first_to_the_last() -> None:
+    texts = [(f"step {index}", "") for index in range(10)]
+    assert [place for place, _ in report._spread(texts)] == ["step 0", "step 3", "step 6", "step 9"]
+    assert report._spread(texts[:1]) == texts[:1]
+
+
+def test_a_dense_run_without_samples_has_a_page_too(tmp_path: Path) -> None:
+    text = Page(report.write(write(tmp_path / "run", Story(DENSE, epochs=2, trained=2))).read_text()).text
+    assert "Routing" not in text
+    assert "Samples" not in text
+
+
+def test_a_browser_opens_it_without_a_complaint(page: Path, tmp_path: Path) -> None:
+    browser = shutil.which("chromium") or shutil.which("chromium-browser")
+    if browser is None:
+        pytest.skip("SKIPPED: no chromium on this machine")
+    picture = tmp_path / "page.png"
+    command = [
+        browser,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--enable-logging=stderr",
+        "--window-size=1000,3000",
+    ]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={picture}", page.as_uri()]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=120, env={**os.environ, "HOME": str(tmp_path)}
+    )
+    assert picture.stat().st_size > 20_000
+    assert "CONSOLE" not in done.stderr, done.stderr
