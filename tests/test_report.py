@@ -1,4 +1,4 @@
-"""The page of a run: whole, escaped, small, loading nothing, and drawn by a browser without a complaint where one is there."""
+"""The page of a run: whole, escaped, small, loading nothing, and drawn by a browser where there is one."""
 
 import json
 import os
@@ -101,17 +101,9 @@ def test_a_browser_opens_it_without_a_complaint(page: Path, tmp_path: Path) -> N
     if browser is None:
         pytest.skip("SKIPPED: no chromium on this machine")
     picture = tmp_path / "page.png"
-    command = [
-        browser,
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--enable-logging=stderr",
-        "--window-size=1000,3000",
-    ]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={picture}", page.as_uri()]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=120, env={**os.environ, "HOME": str(tmp_path)}
-    )
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    command += ["--window-size=1000,3000", f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={picture}"]
+    home = {**os.environ, "HOME": str(tmp_path)}
+    done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, check=True, timeout=120, env=home)
     assert picture.stat().st_size > 20_000
     assert "CONSOLE" not in done.stderr, done.stderr
