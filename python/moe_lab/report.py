@@ -158,10 +158,9 @@ def _spread(texts: list[tuple[str, str]]) -> list[tuple[str, str]]:
 def _events(frame: pl.DataFrame) -> list[tuple[int, str]]:
     if "event" not in frame.columns:
         return []
-    rows = frame.filter(pl.col("event").is_not_null() & ~pl.col("event").is_in(QUIET)).select(
-        "step", "event", "message"
-    )
-    return [(int(step), str(message or event)) for step, event, message in rows.tail(EVENTS).iter_rows()]
+    told = pl.col("event").is_not_null() & ~pl.col("event").is_in(QUIET)
+    rows = frame.filter(told).tail(EVENTS).iter_rows(named=True)
+    return [(int(row["step"]), str(row.get("message") or row["event"])) for row in rows]
 
 
 def _changes(config: dict[str, Any]) -> list[tuple[str, str, str]]:
