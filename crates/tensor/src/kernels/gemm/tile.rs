@@ -5,7 +5,7 @@
 use super::amx;
 use crate::isa::Isa;
 
-/// What a tile multiplies: `k` elements of R rows of `a` (element (r, l) at r·a_row + l·a_k) and of NR columns of `b` (row l at l·b_k), into dst
+/// What a tile multiplies: `k` elements of R rows of `a` (element (r, l) at r·a_row + l·a_k, one of these being 1) and of NR columns of `b` (row l at l·b_k), into dst
 /// (rows `stride` apart), or added to it.
 #[derive(Clone, Copy)]
 pub struct Strip {
@@ -55,21 +55,36 @@ trait Lanes {
 /// As `Tile::run` says for R rows and C·N columns.
 #[inline(always)]
 unsafe fn tile<L: Lanes, const R: usize, const C: usize>(s: Strip) {
+    // Two loops, so that no address hangs on a sum over the rows: as many additions in a row cost as much as the products.
+    unsafe {
+        if s.a_row == 1 {
+            strip::<L, R, C>(s, |r, l| s.a.add(l * s.a_k + r));
+        } else {
+            debug_assert!(s.a_k == 1);
+            let rows: [*const f32; R] = std::array::from_fn(|r| s.a.add(r * s.a_row));
+            strip::<L, R, C>(s, |r, l| rows[r].add(l));
+        }
+    }
+}
+
+/// # Safety
+/// As for `tile`; `left` says where element (r, l) of the left side is.
+#[inline(always)]
+unsafe fn strip<L: Lanes, const R: usize, const C: usize>(s: Strip, left: impl Fn(usize, usize) -> *const f32) {
     unsafe {
         let mut sums = [[L::zero(); C]; R];
-        let (mut a, mut b) = (s.a, s.b);
-        for _ in 0..s.k {
+        let mut b = s.b;
+        for l in 0..s.k {
             let mut right = [L::zero(); C];
             for c in 0..C {
                 right[c] = L::load(b.add(c * L::N));
             }
             for r in 0..R {
-                let left = L::splat(a.add(r * s.a_row));
+                let left = L::splat(left(r, l));
                 for c in 0..C {
                     sums[r][c] = L::fma(left, right[c], sums[r][c]);
                 }
             }
-            a = a.add(s.a_k);
             b = b.add(s.b_k);
         }
         for r in 0..R {
