@@ -21,7 +21,11 @@ const NARROW: usize = 160;
 /// Below this many multiplications a list is computed at once by the calling thread.
 const SMALL: usize = 1 << 19;
 
+/// Elements of right sides that are packed at a time: 8 MiB that a thread keeps, and that stay in the third cache.
+const ROOM: usize = 1 << 21;
+
 /// One product dst [m, n] (rows `stride` apart) = a [k, m]ᵀ · b [k, n]; `a` runs along k and m, `b` along k and n.
+#[derive(Clone, Copy)]
 pub struct Job<'a> {
     pub dst: *mut f32,
     pub stride: usize,
@@ -30,6 +34,14 @@ pub struct Job<'a> {
     pub k: usize,
     pub a: Source<'a>,
     pub b: Source<'a>,
+}
+
+impl Job<'_> {
+    /// The columns start..start + n of it.
+    fn columns(self, start: usize, n: usize) -> Self {
+        let data = &self.b.data[(start * self.b.w_stride).min(self.b.data.len())..];
+        Job { n, dst: self.dst.wrapping_add(start), b: Source { data, ..self.b }, ..self }
+    }
 }
 
 // SAFETY: a job stands for a mutable borrow of dst, which `run` keeps for its whole time; tasks write disjoint parts of it.
@@ -106,6 +118,34 @@ struct Task {
 /// # Safety
 /// Every dst is valid for its rows and columns and overlaps nothing else; the tile's instruction set is there.
 pub unsafe fn run(method: Method, jobs: &[Job<'_>], accumulate: bool, pool: bool) {
+    let Method { tile, element } = method;
+    let depth = |job: &Job<'_>| job.k.div_ceil(element.numbers()).next_multiple_of(tile.unit).max(1);
+    let size = |job: &Job<'_>| depth(job) * job.n.next_multiple_of(tile.cols);
+    if jobs.iter().map(size).sum::<usize>() <= ROOM {
+        return unsafe { wave(method, jobs, accumulate, pool) };
+    }
+    let (mut next, mut held) = (Vec::with_capacity(jobs.len()), 0);
+    for job in jobs {
+        let widest = (ROOM / depth(job) / tile.cols).max(1) * tile.cols;
+        for start in (0..job.n).step_by(widest) {
+            let part = job.columns(start, widest.min(job.n - start));
+            if held + size(&part) > ROOM && !next.is_empty() {
+                unsafe { wave(method, &next, accumulate, pool) };
+                next.clear();
+                held = 0;
+            }
+            held += size(&part);
+            next.push(part);
+        }
+    }
+    unsafe { wave(method, &next, accumulate, pool) }
+}
+
+/// The same for jobs whose right sides are packed together.
+///
+/// # Safety
+/// As for `run`.
+unsafe fn wave(method: Method, jobs: &[Job<'_>], accumulate: bool, pool: bool) {
     let Method { tile, element } = method;
     let work: usize = jobs.iter().map(|job| job.m * job.n * job.k).sum();
     let threads = if pool && work >= SMALL { rayon::current_num_threads() } else { 1 };

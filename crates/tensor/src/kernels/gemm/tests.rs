@@ -195,6 +195,30 @@ fn bytes_depend_neither_on_threads_nor_on_the_rows_beside() {
     }
 }
 
+/// Right sides beyond what is packed at a time: one product that is cut, and many.
+#[test]
+fn large_right_sides_are_taken_in_parts() {
+    let (m, k, n) = (13, 300, 7100);
+    let (a, b) = (numbers(1, m * k, 0), numbers(2, k * n, 0));
+    let narrow = |from: usize, to: usize| (0..k).flat_map(|l| b[l * n + from..l * n + to].to_vec()).collect::<Vec<_>>();
+    for precision in [Precision::F32, Precision::Bf16] {
+        let mut whole = vec![0.5; m * n];
+        matmul(precision, &mut whole, Matrix::new(&a, m, k), Matrix::new(&b, k, n), true);
+        let parts: Vec<_> = (0..n).step_by(710).map(|j| narrow(j, j + 710)).collect();
+        let mut dst = vec![0.0; m * n];
+        let mut products = Vec::new();
+        for (dst, b) in dst.chunks_mut(m * 710).zip(&parts) {
+            products.push(Product { dst, a: Matrix::new(&a, m, k), b: Matrix::new(b, k, 710) });
+        }
+        grouped(precision, products, false);
+        for (x, whole) in whole.iter().enumerate() {
+            let (i, j) = (x / n, x % n);
+            let part = dst[j / 710 * m * 710 + i * 710 + j % 710];
+            assert!((whole - part - 0.5).abs() < 1e-3 && part != 0.0, "({i}, {j}): {whole} {part}");
+        }
+    }
+}
+
 #[test]
 fn nan_and_infinity_reach_the_numbers_they_belong_to_and_no_other() {
     let (m, k, n) = (9, 40, 35);
