@@ -1,6 +1,7 @@
 //! Every face of every instruction set here (under an emulator: of the emulated machine) against a triple loop in f64.
 
 use super::pack::{Element, round};
+use super::tile::{Strip, Tile};
 use super::*;
 use crate::random::{Purpose, Random};
 use proptest::prelude::*;
@@ -55,10 +56,31 @@ fn faces() -> Vec<(String, Method)> {
             faces.push((format!("{isa} {precision:?}"), Method::of(isa, precision)));
         }
     }
-    for unit in [1, 16] {
-        faces.push((format!("pairs by {unit}"), Method { tile: tile::portable_pairs(unit), element: Element::Pair }));
+    for (name, tile) in [("bf16", pairs::<8, 32>(1)), ("AMX", pairs::<32, 32>(16)), ("small", pairs::<4, 8>(1))] {
+        faces.push((format!("pairs as for {name}"), Method { tile, element: Element::Pair }));
     }
     faces
+}
+
+/// The tile of an instruction for pairs of bf16, without the instruction: what packs and cuts for it is tested on every machine.
+fn pairs<const R: usize, const C: usize>(unit: usize) -> Tile {
+    unsafe fn run<const R: usize, const C: usize>(s: Strip) {
+        let halves = |x: f32| (f32::from_bits(x.to_bits() << 16), f32::from_bits(x.to_bits() & 0xffff_0000));
+        for (r, c) in (0..R).flat_map(|r| (0..C).map(move |c| (r, c))) {
+            // SAFETY: as `Tile::run` says.
+            unsafe {
+                let mut sum = 0.0;
+                for l in 0..s.k {
+                    let (a, b) = (halves(*s.a.add(r * s.a_row + l * s.a_k)), halves(*s.b.add(l * s.b_k + c)));
+                    sum += a.0 * b.0 + a.1 * b.1;
+                }
+                let to = s.dst.add(r * s.stride + c);
+                *to = if s.add { *to + sum } else { sum };
+            }
+        }
+    }
+    assert!(R * C <= 32 * 32);
+    Tile { rows: R, cols: C, pairs: true, unit, run: run::<R, C>, enter: || (), leave: || () }
 }
 
 fn product(method: Method, case: &Case, dst: &mut [f32], a: Matrix<'_, f32>, b: Matrix<'_, f32>) {

@@ -119,13 +119,6 @@ pub fn bf16_tile(isa: Isa) -> Tile {
     }
 }
 
-/// Pairs without an instruction for them: slow, and there to test what packs them.
-#[cfg(test)]
-pub fn portable_pairs(unit: usize) -> Tile {
-    let run = |s| unsafe { tile::<Pairs, 4, 1>(s) };
-    Tile { pairs: true, unit, run, ..f32_tile(Isa::Portable) }
-}
-
 unsafe fn portable(s: Strip) {
     // SAFETY: as for the caller.
     unsafe { tile::<Plain, 4, 1>(s) }
@@ -159,41 +152,6 @@ impl Lanes for Plain {
     #[inline(always)]
     unsafe fn store(to: *mut f32, v: Self::V) {
         unsafe { to.cast::<Self::V>().write(v) }
-    }
-}
-
-/// Elements are pairs of bf16: their upper half holds the later of two k.
-#[cfg(test)]
-struct Pairs;
-
-#[cfg(test)]
-impl Lanes for Pairs {
-    const N: usize = 8;
-    type V = [f32; 8];
-    #[inline(always)]
-    unsafe fn zero() -> Self::V {
-        [0.0; 8]
-    }
-    #[inline(always)]
-    unsafe fn load(from: *const f32) -> Self::V {
-        unsafe { Plain::load(from) }
-    }
-    #[inline(always)]
-    unsafe fn splat(from: *const f32) -> Self::V {
-        unsafe { Plain::splat(from) }
-    }
-    #[inline(always)]
-    unsafe fn fma(a: Self::V, b: Self::V, sum: Self::V) -> Self::V {
-        let (low, high) = (|x: f32| f32::from_bits(x.to_bits() << 16), |x: f32| f32::from_bits(x.to_bits() & !0xffff));
-        std::array::from_fn(|l| sum[l] + low(a[l]) * low(b[l]) + high(a[l]) * high(b[l]))
-    }
-    #[inline(always)]
-    unsafe fn add(a: Self::V, b: Self::V) -> Self::V {
-        unsafe { Plain::add(a, b) }
-    }
-    #[inline(always)]
-    unsafe fn store(to: *mut f32, v: Self::V) {
-        unsafe { Plain::store(to, v) }
     }
 }
 
