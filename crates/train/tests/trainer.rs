@@ -9,6 +9,11 @@ use train::{TrainError, Trainer};
 const FACTS: &str = r#"["The Sun is a star . </s>", "The Moon is a rock . </s>", "Ice is cold water . </s>", "A star is hot . </s>", "Water is wet . </s>"]"#;
 const CHAT: &str = r#"["User: What is the Sun? Assistant: The Sun is a star. </s>", "User: What is ice? Assistant: Ice is cold water. </s>", "User: Is water wet? Assistant: Water is wet. </s>"]"#;
 
+/// A folder in memory where the system has one: these runs save often.
+fn memory() -> tempfile::TempDir {
+    tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
+}
+
 /// A tiny run on the two files above.
 fn run(folder: &Path, sets: &[&str]) -> Run {
     let (facts, chat) = (folder.join("facts.json"), folder.join("chat.json"));
@@ -53,7 +58,7 @@ fn outcome(out: &Path) -> (Vec<(String, Vec<u8>)>, Vec<String>) {
 
 #[test]
 fn bf16_products_move_the_run_a_little_and_are_evaluated_as_trained() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = memory();
     let sparse = "model.router={kind='top_p', p=0.4, num_experts=4, expert_hidden_size=6}";
     let [(wide, _), (narrow, judged)] = ["f32", "bf16"].map(|dtype| {
         let out = folder.path().join(dtype);
@@ -99,7 +104,7 @@ fn a_killed_run_ends_with_the_bytes_of_one_that_never_stopped() {
         &["data.val_fraction=0.34", "eval.every=1", "train.patience=2", "train.learning_rate=0.05", "train.epochs=12"],
     ];
     for sets in variants {
-        let folder = tempfile::tempdir().unwrap();
+        let folder = memory();
         let straight = folder.path().join("straight");
         finish(Trainer::new(run(folder.path(), sets), Some(&straight), None).unwrap());
         for kill_after in [1, 8, 17, 29] {
@@ -130,7 +135,7 @@ fn a_run_killed_after_any_row_ends_with_the_bytes_of_one_that_never_stopped() {
         "train.epochs=3",
         "threads=1",
     ];
-    let folder = tempfile::tempdir().unwrap();
+    let folder = memory();
     let text = folder.path().join("text.txt");
     fs::write(&text, "The Sun is a star. The Moon is a rock. ".repeat(30)).unwrap();
     let text = format!("data.text={}", text.display());
@@ -203,7 +208,7 @@ fn swap_experts(bytes: &mut [u8]) {
 /// The comparison itself is tested: a checkpoint that a forger swapped experts in is loaded, and the end tells.
 #[test]
 fn swapped_experts_that_no_hash_tells_of_fail_the_comparison() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = memory();
     let sets = ["model.router={kind='top_p', p=0.4, num_experts=4, expert_hidden_size=6}"];
     let straight = folder.path().join("straight");
     finish(Trainer::new(run(folder.path(), &sets), Some(&straight), None).unwrap());
@@ -227,7 +232,7 @@ fn swapped_experts_that_no_hash_tells_of_fail_the_comparison() {
 
 #[test]
 fn a_moved_run_goes_on_with_another_number_of_threads_and_swapped_experts_are_refused() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = memory();
     let sets =
         ["model.router={kind='top_p', p=0.4, num_experts=4, expert_hidden_size=6}", "threads=1", "train.ema=0.9"];
     let straight = folder.path().join("straight");
@@ -257,7 +262,7 @@ fn a_moved_run_goes_on_with_another_number_of_threads_and_swapped_experts_are_re
 
 /// The model after one facts epoch of one batch.
 fn weights(sets: &[&str]) -> Vec<u8> {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = memory();
     let out = folder.path().join("run");
     finish(Trainer::new(run(folder.path(), sets), Some(&out), None).unwrap());
     let newest = train::checkpoint::newest_whole(&out).unwrap().path.unwrap();
@@ -296,7 +301,7 @@ fn evaluating_often_leaves_the_weights_as_they_are() {
 
 #[test]
 fn divergence_stops_the_run_with_a_record_of_why() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = memory();
     let out = folder.path().join("run");
     let sets = ["train.optimizer=sgd", "train.learning_rate=1e6", "train.lr_scale=none"];
     let mut trainer = Trainer::new(run(folder.path(), &sets), Some(&out), None).unwrap();
@@ -317,7 +322,7 @@ fn divergence_stops_the_run_with_a_record_of_why() {
 
 #[test]
 fn what_is_refused_leaves_no_trace() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = memory();
     let out = folder.path().join("run");
     let good = run(folder.path(), &[]);
     fs::write(folder.path().join("chat.json"), "[\"no dialogue\"]").unwrap();

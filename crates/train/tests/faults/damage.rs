@@ -1,9 +1,8 @@
 //! Bits flipped, files cut, swapped, missing: the run falls back to an older whole checkpoint, says why, and ends with the right bytes.
 
-use crate::tiny::{checkpoints, finish, recover_to_the_end, report, run};
+use crate::tiny::{checkpoints, finish, memory, recover_to_the_end, report, run};
 use std::fs;
 use std::path::Path;
-use tempfile::TempDir;
 use train::Trainer;
 
 const KINDS: [&str; 6] =
@@ -54,7 +53,7 @@ fn damage(file: &Path, older: &Path, turn: usize) {
 }
 
 fn damaged(turns: usize) -> usize {
-    let folder = TempDir::new().unwrap();
+    let folder = memory();
     let whole = stopped(folder.path());
     for turn in 0..turns {
         let out = folder.path().join("run");
@@ -86,7 +85,7 @@ fn many_places_of_every_file_are_seen() {
 
 #[test]
 fn all_checkpoints_damaged_is_a_start_from_the_beginning_with_the_same_end() {
-    let folder = TempDir::new().unwrap();
+    let folder = memory();
     let out = stopped(folder.path());
     let all = checkpoints(&out);
     for path in &all {
@@ -98,7 +97,7 @@ fn all_checkpoints_damaged_is_a_start_from_the_beginning_with_the_same_end() {
 
 #[test]
 fn torn_and_foreign_lines_leave_the_stream_and_are_kept_beside_it() {
-    let folder = TempDir::new().unwrap();
+    let folder = memory();
     let whole = stopped(folder.path());
     let tails: [&[u8]; 5] =
         [b"{\"step\":4,\"train/lo", b"\0\0\0\0", b"{\"step\":4}", b"not json\n", b"{\"step\":99,\"kind\":\"train\"}\n"];
@@ -118,7 +117,7 @@ fn torn_and_foreign_lines_leave_the_stream_and_are_kept_beside_it() {
 
 #[test]
 fn a_damaged_record_or_run_file_is_named_and_nothing_is_changed() {
-    let folder = TempDir::new().unwrap();
+    let folder = memory();
     let whole = stopped(folder.path());
     let mut injected = 0;
     for name in ["run.json", "run.toml"] {
@@ -141,7 +140,7 @@ fn a_damaged_record_or_run_file_is_named_and_nothing_is_changed() {
 
 #[test]
 fn a_completed_run_stays_as_it_is() {
-    let folder = TempDir::new().unwrap();
+    let folder = memory();
     let out = folder.path().join("run");
     finish(&mut Trainer::new(run(folder.path()), Some(&out), None).unwrap()).unwrap();
     let trainer = Trainer::resume(&out).unwrap();

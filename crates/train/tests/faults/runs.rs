@@ -2,14 +2,13 @@
 
 use crate::layer::{Faulty, How, WAYS};
 use crate::power::FATES;
-use crate::tiny::{finish, outcome, recover_to_the_end, reference, report, run};
+use crate::tiny::{finish, memory, outcome, recover_to_the_end, reference, report, run};
 use std::fs;
-use tempfile::TempDir;
 use train::Trainer;
 
 /// Every `stride`-th operation of a run, failing in one way after the other.
 fn every_operation(stride: usize) -> usize {
-    let folder = TempDir::new().unwrap();
+    let folder = memory();
     let counting = Faulty::new(None);
     let out = folder.path().join("count");
     finish(&mut Trainer::new_on(counting.disk(), run(folder.path()), Some(&out), None).unwrap()).unwrap();
@@ -51,7 +50,7 @@ fn every_operation_of_a_run_may_fail_in_every_way() {
 
 /// Power cuts over a whole run: every `stride`-th prefix, each resumed to the end.
 fn power_cuts(stride: usize) -> usize {
-    let folder = TempDir::new().unwrap();
+    let folder = memory();
     let out = folder.path().join("run");
     let mut reported = vec![(0, 0)];
     fs::create_dir(&out).unwrap();
@@ -97,7 +96,7 @@ fn power_cuts_at_every_operation_of_a_run_lose_nothing() {
 
 #[test]
 fn a_full_disk_is_told_the_run_goes_on_and_three_misses_end_it() {
-    let folder = TempDir::new().unwrap();
+    let folder = memory();
     let out = folder.path().join("run");
     let full = std::io::ErrorKind::StorageFull;
     let layer = Faulty::new(Some((90, How::From(full))));
@@ -121,7 +120,7 @@ fn a_full_disk_is_told_the_run_goes_on_and_three_misses_end_it() {
 
 #[test]
 fn a_slow_disk_does_not_hold_up_the_training() {
-    let folder = TempDir::new().unwrap();
+    let folder = memory();
     let out = folder.path().join("run");
     let layer = Faulty::new(Some((0, How::Slow(25))));
     let mut trainer = Trainer::new_on(layer.disk(), run(folder.path()), Some(&out), None).unwrap();

@@ -2,10 +2,9 @@
 
 use crate::layer::{Faulty, How, WAYS};
 use crate::power::FATES;
-use crate::tiny::{names, report};
+use crate::tiny::{memory, names, report};
 use serde_json::{Map, Value, json};
 use std::path::Path;
-use tempfile::TempDir;
 use tensor::Layout;
 use train::checkpoint::{self, CheckpointError, Contents, Retention};
 use train::files::{Files, System};
@@ -68,7 +67,7 @@ fn every_operation_of_a_save_may_fail_in_every_way() {
     let (model, mut injected) = (Model::new(), 0);
     for how in WAYS {
         for at in 0.. {
-            let folder = TempDir::new().unwrap();
+            let folder = memory();
             model.save(&System, folder.path(), 1, 1).unwrap();
             let layer = Faulty::new(Some((at, how)));
             let saved = model.save(&*layer.disk(), folder.path(), 2, 1);
@@ -111,7 +110,7 @@ fn every_operation_of_a_save_may_fail_in_every_way() {
 #[test]
 fn a_power_cut_at_any_operation_leaves_what_was_reported() {
     let model = Model::new();
-    let folder = TempDir::new().unwrap();
+    let folder = memory();
     let layer = Faulty::logging(folder.path());
     let mut saved = vec![(0, 0)]; // operations done when a step was reported
     for step in 1..=4 {
@@ -123,7 +122,7 @@ fn a_power_cut_at_any_operation_leaves_what_was_reported() {
     for cut in 0..=log.ops.len() {
         let reported = saved.iter().rfind(|(done, _)| *done <= cut).unwrap().1;
         for fate in FATES {
-            let left = TempDir::new().unwrap();
+            let left = memory();
             log.replay(cut, fate, left.path());
             let what = format!("power cut before operation {cut}, {fate:?}");
             let newest = model.recovered(left.path(), &what);
@@ -138,7 +137,7 @@ fn a_power_cut_at_any_operation_leaves_what_was_reported() {
     // The control: without the folder's fsync the same replay must find losses.
     let mut careless = log.clone();
     careless.ops.retain(|op| !matches!(op, crate::power::Op::Sync { .. }));
-    let left = TempDir::new().unwrap();
+    let left = memory();
     careless.replay(careless.ops.len(), FATES[0], left.path());
     assert_eq!(model.recovered(left.path(), "control"), 0);
     report("power cuts between the operations of saves", injected, 0);
@@ -147,7 +146,7 @@ fn a_power_cut_at_any_operation_leaves_what_was_reported() {
 #[test]
 fn the_newest_is_chosen_by_step_whatever_the_clock_said() {
     let (model, mut injected) = (Model::new(), 0);
-    let folder = TempDir::new().unwrap();
+    let folder = memory();
     for step in 1..=5 {
         model.save(&System, folder.path(), step, 9).unwrap();
     }
