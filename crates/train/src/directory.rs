@@ -3,7 +3,7 @@
 use crate::checkpoint::{self, Job, Outcome, Retention, Snapshot, Writer};
 use crate::data::Source;
 use crate::error::TrainError;
-use crate::files::{Disk, explain, make_folders, replace};
+use crate::files::{Disk, explain, make_folders, replace, sweep};
 use crate::lock::RunLock;
 use crate::metrics::{self, Row, Stream};
 use crate::record::{self, Record, Status};
@@ -97,6 +97,10 @@ impl RunDirectory {
     pub fn reopen(disk: &Disk, path: &Path, mut record: Record, lock: RunLock, step: u64) -> Result<Self, TrainError> {
         for stream in ["metrics.jsonl", "samples.jsonl"] {
             metrics::prune(&**disk, &path.join(stream), step)?;
+        }
+        // What an earlier start left half done; where that fails the next save tries again.
+        for folder in [path.to_path_buf(), path.join("checkpoints")] {
+            let _ = sweep(&**disk, &folder);
         }
         record.status = Status::Running;
         record.finished = None;
@@ -213,8 +217,11 @@ impl RunDirectory {
         results.insert("tokens_per_second".into(), json!(tokens.map(|tokens| tokens / seconds)));
         results.insert("peak_memory_bytes".into(), json!(record::peak_memory_bytes()));
         self.record.finish(status, results);
-        self.stream.flush()?;
-        self.samples.flush()?;
+        // Before the record: nobody looks at the lines of a completed run again, so a power cut must not take them.
+        for stream in [&mut self.stream, &mut self.samples] {
+            stream.flush()?;
+            stream.sync()?;
+        }
         Ok(self.record.write(&*self.disk, &self.path)?)
     }
 

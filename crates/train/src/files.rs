@@ -162,6 +162,19 @@ pub(crate) fn remove_all(disk: &dyn Files, path: &Path) -> io::Result<()> {
     disk.remove_folder(path)
 }
 
+/// Removes the temporaries in a folder that a process left when it was killed, or the disk refused.
+pub(crate) fn sweep(disk: &dyn Files, folder: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        match (entry.file_name().to_string_lossy().starts_with(".tmp-"), entry.file_type()?.is_dir()) {
+            (true, true) => remove_all(disk, &entry.path())?,
+            (true, false) => disk.remove_file(&entry.path())?,
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
 /// The folder that holds `path`; "." for a bare name.
 pub(crate) fn parent(path: &Path) -> &Path {
     match path.parent() {
@@ -209,6 +222,10 @@ mod tests {
         replace_link(&System, Path::new("../file"), &folder.path().join("a/link")).unwrap();
         remove_all(&System, &folder.path().join("a")).unwrap();
         assert!(!folder.path().join("a").exists() && folder.path().join("file").exists());
+        make_folders(&System, &folder.path().join(".tmp-a/b")).unwrap();
+        replace_link(&System, Path::new("file"), &folder.path().join(".tmp-link")).unwrap();
+        sweep(&System, folder.path()).unwrap();
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
     }
 
     #[test]

@@ -139,6 +139,11 @@ impl Stream {
         Ok(())
     }
 
+    /// Makes the lines written so far durable.
+    pub fn sync(&self) -> io::Result<()> {
+        self.disk.sync(&self.path, &self.file).map_err(explain("fsync", &self.path))
+    }
+
     /// A second handle, for a thread that makes the lines written so far durable.
     pub fn handle(&self) -> io::Result<(PathBuf, File)> {
         Ok((self.path.clone(), self.file.try_clone().map_err(explain("open", &self.path))?))

@@ -13,7 +13,7 @@ pub use read::{Newest, Recovered, list, load, newest_whole, read_texts, recover,
 pub use tensors::read_weights;
 pub use writer::{Job, Outcome, Snapshot, Writer};
 
-use crate::files::{Files, explain, remove_all, replace_link, sync_folder, write_new};
+use crate::files::{Files, explain, remove_all, replace_link, sweep, sync_folder, write_new};
 use crate::layers::sum_squares;
 use crate::optimizers::State;
 use serde_json::{Map, Value, json};
@@ -341,11 +341,5 @@ fn tidy(disk: &dyn Files, folder: &Path, retention: Retention) -> io::Result<()>
     if renamed {
         disk.sync_folder(folder)?;
     }
-    for entry in fs::read_dir(folder)? {
-        let entry = entry?;
-        if entry.file_name().to_string_lossy().starts_with(".tmp-") && entry.file_type()?.is_dir() {
-            remove_all(disk, &entry.path())?;
-        }
-    }
-    Ok(())
+    sweep(disk, folder)
 }
