@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export VIRTUAL_ENV := $(abspath $(VENV))
 export CARGO_TERM_COLOR ?= never
 
-.PHONY: help baseline build test test-rust test-python test-torch test-full test-faults test-faults-long test-faults-times bench lint format clean
+.PHONY: help baseline build test test-rust test-python test-torch test-full test-faults test-faults-long test-faults-times test-asan test-valgrind fuzz bench lint format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -58,6 +58,28 @@ test-faults-long: ## the same at every operation and thousands of times: at leas
 
 test-faults-times: ## how long recovery takes and what saving costs, measured: nothing else should run
 	cargo test --release -p train --test faults -- --ignored --nocapture --test-threads=1 sizes::
+
+# Nightly switches of the stable compiler, for this target alone.
+HOST := $(shell rustc -vV | sed -n 's/^host: //p')
+
+test-asan: ## the unsafe kernels under AddressSanitizer
+	@[ "$$(uname -s)" = Linux ] || { echo "test-asan needs Linux: the sanitizer of the Rust compiler is used there"; exit 1; }
+	RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Zsanitizer=address" CARGO_TARGET_DIR=target/asan \
+		cargo test --release --target $(HOST) -p tensor --lib kernels
+
+test-valgrind: ## the unsafe kernels under valgrind, on the instruction set that it knows (AVX2)
+	@command -v valgrind > /dev/null || { echo "test-valgrind needs valgrind: install the package valgrind of your system"; exit 1; }
+	cargo test --release -p tensor --lib --no-run
+	MOE_LAB_ISA=avx2 RAYON_NUM_THREADS=2 PROPTEST_CASES=4 valgrind --error-exitcode=9 --quiet \
+		$$(ls -t target/release/deps/tensor-* | grep -v '\.d$$' | head -1) kernels --test-threads=1
+
+FUZZ_RUNS ?= 2000000
+FUZZ_SECONDS ?= 600
+FUZZ_DIRECTORIES ?= 100000
+
+fuzz: ## fuzz every parser (FUZZ_RUNS or FUZZ_SECONDS each) and run directories (FUZZ_DIRECTORIES); needs cargo-fuzz
+	@cargo fuzz --version > /dev/null 2>&1 || { echo "fuzz needs cargo-fuzz: cargo install cargo-fuzz"; exit 1; }
+	fuzz/run $(FUZZ_RUNS) $(FUZZ_SECONDS) $(FUZZ_DIRECTORIES)
 
 lint: $(VENV)/.locked ## formatters, linters, type checker
 	cargo fmt --all --check

@@ -10,11 +10,13 @@ __all__ = [
     "Run",
     "Trainer",
     "__version__",
+    "compare_runs",
     "config_docs",
     "config_schema",
     "data_stats",
     "doctor",
     "loss_and_gradients",
+    "reproduction",
 ]
 
 __version__: Final[str]
@@ -103,3 +105,5 @@ def bench(
 def config_schema() -> str: ...
 def config_docs() -> str: ...
 def doctor() -> dict[str, Any]: ...
+def reproduction(run: str) -> Run: ...
+def compare_runs(original: str, again: str) -> tuple[dict[str, Any], str]: ...

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moe_lab.text import shown
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -83,7 +85,7 @@ def _cause(error: BaseException) -> str:
 
 
 def _error(sentence: str, code: int) -> int:
-    print("error: " + " ".join(sentence.split()), file=sys.stderr)
+    print("error: " + shown(" ".join(sentence.split())), file=sys.stderr)
     return code
 
 
@@ -255,6 +257,31 @@ def resume(run: RunPath, as_json: Json = False) -> int:
 
 
 @app.command()
+def reproduce(
+    run: RunPath,
+    out: Annotated[
+        str | None, typer.Option(metavar="DIR", help="The directory of the new run; runs/<time>-<name> if absent.")
+    ] = None,
+    as_json: Json = False,
+) -> int:
+    """Train a completed run again and compare every byte.
+
+    Exit status 1 where a byte differs; then the inputs that differ are named.
+    """
+    from moe_lab import train as lab
+
+    outcome = lab.run_training(lab.reproduction(run), out)
+    if outcome.signal is not None:
+        return _interrupted(outcome.out, outcome.signal)
+    report, text = lab.compare_runs(run, outcome.out)
+    if as_json:
+        _print_json(report)
+    else:
+        print(shown(text))
+    return DONE if report["identical"] else FAILED
+
+
+@app.command()
 def gate(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run or stage directory.")],
     parent: Annotated[str | None, typer.Option(metavar="RUN", help="The run whose loss must be kept.")] = None,
@@ -359,7 +386,7 @@ def generate(
     if as_json:
         _print_json({"prompt": prompt, "text": text})
     else:
-        print(text)
+        print(shown(text))
     return DONE
 
 
@@ -393,7 +420,7 @@ def data_stats(
     if as_json:
         _print_json(json.loads(as_data))
     else:
-        print(as_text.rstrip("\n"))
+        print(shown(as_text.rstrip("\n")))
     return DONE
 
 
@@ -429,7 +456,7 @@ def diff(
     if as_json:
         _print_json({"changes": [{"key": key, "a": old, "b": new} for key, old, new in changes]})
     else:
-        print("\n".join(f"{key}: {old} -> {new}" for key, old, new in changes) or "no difference")
+        print(shown("\n".join(f"{key}: {old} -> {new}" for key, old, new in changes) or "no difference"))
     return DONE
 
 
@@ -644,7 +671,7 @@ def _shown(value: Any) -> str:
         return ", ".join(_shown(each) for each in value) or "none"
     if isinstance(value, float):
         return f"{value:.6g}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else shown(str(value))
 
 
 def _print_json(value: object) -> None:
@@ -652,7 +679,7 @@ def _print_json(value: object) -> None:
 
 
 def _progress(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(shown(text), file=sys.stderr, flush=True)
 
 
 def _console() -> "Console":

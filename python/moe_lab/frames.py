@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 Place = str | Path
 
+MAX_BYTES = 16 << 20  # of run.json and run.toml
+
 _LAYER = re.compile(r"moe/layer_(\d+)/")
 
 
@@ -132,8 +134,8 @@ def read_run(run: Place) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: is '{run}' the directory of a run?")
     try:
-        data = json.loads(path.read_text())
-    except ValueError as error:
+        data = json.loads(_text(path))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON ({error})") from error
     if not isinstance(data, dict):
         raise ValueError(f"{path} holds no JSON object")
@@ -146,8 +148,8 @@ def settings(run: Place) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: is '{run}' the directory of a run?")
     try:
-        return tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
+        return tomllib.loads(_text(path))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no TOML ({error})") from error
 
 
@@ -157,6 +159,15 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in config.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
+
+
+def _text(path: Path) -> str:
+    """A small file of a run directory, which may be a stranger's: never more than its largest size is read."""
+    with path.open("rb") as file:
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"it is larger than {MAX_BYTES >> 20} MiB")
+    return data.decode()
 
 
 def phase_epochs(config: dict[str, Any]) -> dict[str, int]:

@@ -8,9 +8,11 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from moe_lab import frames, gates
+from moe_lab.text import shown
 
 Value = float | str | None
 
@@ -115,15 +117,22 @@ def _table(groups: dict[str, list[dict[str, Any]]], title: str) -> Table:
     table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
     table.add_column("")
     for name in groups:
-        table.add_column(name, justify="right", overflow="fold")
+        table.add_column(_plain(name), justify="right", overflow="fold")
     table.add_column("roadmap", justify="right", style="dim")
-    table.add_row("seeds", *(", ".join(str(entry["seed"]) for entry in entries) for entries in groups.values()), "")
+    table.add_row(
+        "seeds", *(_plain(", ".join(str(entry["seed"]) for entry in entries)) for entries in groups.values()), ""
+    )
     for measure in MEASURES:
         cells = [_cell(measure, entries) for entries in groups.values()]
         if any(cell != "-" for cell in cells):
             table.add_row(measure.label, *cells, measure.target)
     table.add_row("gate", *(_words(entries) for entries in groups.values()), "")
     return table
+
+
+def _plain(text: str) -> str:
+    """Text out of a run directory: it commands neither the terminal nor rich."""
+    return escape(shown(text))
 
 
 def _cell(measure: Measure, entries: list[dict[str, Any]]) -> str:
@@ -143,15 +152,19 @@ def _words(entries: list[dict[str, Any]]) -> str:
 def render_verdict(verdict: gates.Verdict, console: Console) -> None:
     """Every criterion with its measure and bound, then the word of the gate."""
     if not verdict.judged:
-        console.print(f"{verdict.gate} gate: not judged (quick)  {verdict.run}", highlight=False)
+        console.print(f"{verdict.gate} gate: not judged (quick)  {_plain(verdict.run)}", highlight=False)
         return
     table = Table(
-        title=f"{verdict.gate} gate  {verdict.run}", box=box.SIMPLE_HEAD, title_justify="left", title_style="bold"
+        title=f"{verdict.gate} gate  {_plain(verdict.run)}",
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        title_style="bold",
     )
     for column in ("", "criterion", "measured", "bound", "what is measured"):
         table.add_column(column, overflow="fold")
     for criterion in verdict.criteria:
         mark = "[green]pass[/green]" if criterion.passed else "[bold red]FAIL[/bold red]"
-        table.add_row(mark, criterion.name, gates.show(criterion.measured), criterion.bound, criterion.why)
+        cells = (criterion.name, gates.show(criterion.measured), criterion.bound, criterion.why)
+        table.add_row(mark, *map(_plain, cells))
     console.print(table)
     console.print(f"{verdict.gate} gate: {verdict.word}", highlight=False)

@@ -21,12 +21,15 @@ from moe_lab._native import (
     Trainer,
     __version__,
     bench,
+    compare_runs,
     config_docs,
     config_schema,
     data_stats,
     doctor,
     loss_and_gradients,
+    reproduction,
 )
+from moe_lab.text import shown
 
 __all__ = [
     "DivergedError",
@@ -36,12 +39,14 @@ __all__ = [
     "Trainer",
     "__version__",
     "bench",
+    "compare_runs",
     "config_docs",
     "config_schema",
     "data_stats",
     "doctor",
     "load_run",
     "loss_and_gradients",
+    "reproduction",
     "resume_training",
     "run_training",
 ]
@@ -187,7 +192,7 @@ class _Live:
         self.progress.update(self.task, completed=step, description=self.latest.place(), latest=self.latest.measures())
 
     def say(self, note: str) -> None:
-        self.progress.console.print(note, highlight=False)
+        self.progress.console.print(shown(note), highlight=False, markup=False)
 
 
 class _Plain:
@@ -209,7 +214,7 @@ class _Plain:
         self.say(f"{self.latest.place()}  step {step}/{self.total}  {self.latest.measures()}{ending}")
 
     def say(self, note: str) -> None:
-        print(note, file=sys.stderr, flush=True)
+        print(shown(note), file=sys.stderr, flush=True)
 
 
 def default_out(name: str) -> Path:

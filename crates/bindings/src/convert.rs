@@ -6,7 +6,7 @@ use pyo3::exceptions::{
     PyPermissionError, PyRuntimeError, PyValueError,
 };
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyList};
+use pyo3::types::{PyDict, PyList, PyString};
 use serde_json::{Map, Value};
 use std::io::ErrorKind;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -77,8 +77,20 @@ pub fn to_dict<'py>(py: Python<'py>, map: &Map<String, Value>) -> PyResult<Bound
     Ok(dict)
 }
 
+/// Deeper values are no part of a run file; a list that holds itself would end in the stack's overflow.
+const MAX_DEPTH: usize = 16;
+/// More entries than any list of a run file has.
+const MAX_ENTRIES: usize = 1 << 20;
+
 /// A Python object as JSON (None, bool, int, float, str, list, tuple, dict with str keys).
 pub fn to_json(value: &Bound<'_, PyAny>) -> PyResult<Value> {
+    json_at(value, 0)
+}
+
+fn json_at(value: &Bound<'_, PyAny>, depth: usize) -> PyResult<Value> {
+    if depth > MAX_DEPTH {
+        return Err(PyValueError::new_err(format!("a value is nested deeper than {MAX_DEPTH} lists or dicts")));
+    }
     if value.is_none() {
         return Ok(Value::Null);
     }
@@ -93,16 +105,40 @@ pub fn to_json(value: &Bound<'_, PyAny>) -> PyResult<Value> {
             .map(Value::Number)
             .ok_or_else(|| PyValueError::new_err(format!("{x} is not a finite number")));
     }
-    if let Ok(s) = value.extract::<String>() {
-        return Ok(Value::String(s));
+    if value.is_instance_of::<PyString>() {
+        return Ok(Value::String(value.extract()?)); // a lone surrogate is a UnicodeEncodeError, which is a ValueError
     }
     if let Ok(dict) = value.cast::<PyDict>() {
-        let entry =
-            |(key, value): (Bound<'_, PyAny>, Bound<'_, PyAny>)| Ok((key.extract::<String>()?, to_json(&value)?));
+        let entry = |(key, value): (Bound<'_, PyAny>, Bound<'_, PyAny>)| {
+            Ok((key.extract::<String>()?, json_at(&value, depth + 1)?))
+        };
         return Ok(Value::Object(dict.iter().map(entry).collect::<PyResult<Map<_, _>>>()?));
     }
-    if let Ok(items) = value.try_iter() {
-        return Ok(Value::Array(items.map(|item| to_json(&item?)).collect::<PyResult<_>>()?));
+    // Lists, tuples and arrays say how long they are; an iterator may have no end.
+    if let Ok(length) = value.len() {
+        if length > MAX_ENTRIES {
+            return Err(PyValueError::new_err(format!("a list of {length} entries; {MAX_ENTRIES} are the most")));
+        }
+        let items = value.try_iter()?.take(MAX_ENTRIES);
+        return Ok(Value::Array(items.map(|item| json_at(&item?, depth + 1)).collect::<PyResult<_>>()?));
     }
     Err(PyValueError::new_err(format!("{} is not a value of a run file", value.get_type())))
+}
+
+/// The process that made an object with threads: after a fork the child has the object and none of its threads, and would wait for ever.
+pub struct Home(u32);
+
+impl Home {
+    pub fn here() -> Self {
+        Home(std::process::id())
+    }
+
+    pub fn check(&self) -> PyResult<()> {
+        if self.0 == std::process::id() {
+            return Ok(());
+        }
+        Err(PyRuntimeError::new_err(
+            "this object was made in another process, and a fork does not take its threads along; make it in this process",
+        ))
+    }
 }

@@ -16,9 +16,10 @@ pyo3::create_exception!(
 
 #[pymodule]
 mod _native {
-    use super::convert::{enter, to_dict};
+    use super::convert::{enter, to_dict, to_python};
     use pyo3::prelude::*;
     use pyo3::types::PyDict;
+    use std::path::Path;
 
     #[pymodule_export]
     use super::DivergedError;
@@ -94,8 +95,25 @@ mod _native {
         to_dict(py, &report)
     }
 
+    /// The configuration of a completed run that is to be trained again; its data must be what they were.
+    #[pyfunction]
+    fn reproduction(py: Python<'_>, run: String) -> PyResult<Run> {
+        let original = enter(py, move || train::reproduce::Original::read(Path::new(&run)))?;
+        Ok(Run { inner: original.run })
+    }
+
+    /// What two trainings of one run have in common: (report as a dict, report as text).
+    #[pyfunction]
+    fn compare_runs<'py>(py: Python<'py>, original: String, again: String) -> PyResult<(Bound<'py, PyAny>, String)> {
+        let report =
+            enter(py, move || train::reproduce::Original::read(Path::new(&original))?.compare(Path::new(&again)))?;
+        Ok((to_python(py, &report.json())?, report.to_string()))
+    }
+
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        let python = module.py().version_info();
+        train::record::note_version("python", &format!("{}.{}.{}", python.major, python.minor, python.patch));
         module.add("__version__", env!("CARGO_PKG_VERSION"))
     }
 }

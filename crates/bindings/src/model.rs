@@ -1,6 +1,6 @@
 //! `Model`: a trained model out of a run directory; and the loss and every gradient of given documents, for oracles and notebooks.
 
-use crate::convert::{enter, to_dict};
+use crate::convert::{Home, enter, to_dict};
 use numpy::{PyArray1, PyArrayMethods, ToPyArray};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
@@ -10,6 +10,7 @@ use train::trained::Trained;
 #[pyclass(frozen, module = "moe_lab")]
 pub struct Model {
     inner: Trained,
+    home: Home,
 }
 
 /// A flat row-major array as a numpy array of `shape`.
@@ -23,7 +24,8 @@ impl Model {
     #[staticmethod]
     #[pyo3(signature = (path, checkpoint=None))]
     fn load(py: Python<'_>, path: String, checkpoint: Option<String>) -> PyResult<Model> {
-        Ok(Model { inner: enter(py, move || Trained::load(Path::new(&path), checkpoint.as_deref()))? })
+        let inner = enter(py, move || Trained::load(Path::new(&path), checkpoint.as_deref()))?;
+        Ok(Model { inner, home: Home::here() })
     }
 
     #[pyo3(signature = (prompt, max_tokens=80, temperature=0.0, top_p=1.0, top_k=0, seed=0, cache=true))]
@@ -40,11 +42,13 @@ impl Model {
         cache: bool,
     ) -> PyResult<String> {
         let sampling = train::trained::Sampling { temperature, top_p, top_k, seed };
+        self.home.check()?;
         enter(py, || self.inner.generate(&prompt, max_tokens, sampling, cache))
     }
 
     /// Logits [n, v] of a text.
     fn logits<'py>(&self, py: Python<'py>, text: String) -> PyResult<Bound<'py, PyAny>> {
+        self.home.check()?;
         let logits = enter(py, || self.inner.logits(&text))?;
         let v = self.inner.vocab_size();
         array(py, &logits, &[logits.len() / v, v])
@@ -52,6 +56,7 @@ impl Model {
 
     /// Which experts every token of a text goes to, by layer.
     fn route<'py>(&self, py: Python<'py>, text: String) -> PyResult<Bound<'py, PyDict>> {
+        self.home.check()?;
         let routed = enter(py, || self.inner.route(&text))?;
         let layers = PyList::empty(py);
         for layer in &routed.layers {
@@ -73,6 +78,7 @@ impl Model {
 
     /// The evaluation suite on the data of the run.
     fn evaluate<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        self.home.check()?;
         let results = enter(py, || self.inner.evaluate())?;
         to_dict(py, &results)
     }

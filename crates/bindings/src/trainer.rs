@@ -1,6 +1,6 @@
 //! `Trainer`: an iterator of metric rows.
 
-use crate::convert::{enter, to_dict};
+use crate::convert::{Home, enter, to_dict};
 use crate::run::Run;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -10,6 +10,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 #[pyclass(frozen, module = "moe_lab")]
 pub struct Trainer {
     inner: Mutex<train::Trainer>,
+    home: Home,
 }
 
 impl Trainer {
@@ -18,8 +19,9 @@ impl Trainer {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn read<R: Send>(&self, py: Python<'_>, get: impl FnOnce(&train::Trainer) -> R + Send) -> R {
-        py.detach(|| get(&self.lock()))
+    fn read<R: Send>(&self, py: Python<'_>, get: impl FnOnce(&train::Trainer) -> R + Send) -> PyResult<R> {
+        self.home.check()?;
+        Ok(py.detach(|| get(&self.lock())))
     }
 }
 
@@ -31,12 +33,13 @@ impl Trainer {
         let inner = run.inner.clone();
         drop(run);
         let trainer = enter(py, move || train::Trainer::new(inner, out.as_deref().map(Path::new), parent))?;
-        Ok(Trainer { inner: Mutex::new(trainer) })
+        Ok(Trainer { inner: Mutex::new(trainer), home: Home::here() })
     }
 
     #[staticmethod]
     fn resume(py: Python<'_>, out: String) -> PyResult<Self> {
-        Ok(Trainer { inner: Mutex::new(enter(py, move || train::Trainer::resume(Path::new(&out)))?) })
+        let trainer = enter(py, move || train::Trainer::resume(Path::new(&out)))?;
+        Ok(Trainer { inner: Mutex::new(trainer), home: Home::here() })
     }
 
     fn __iter__(slf: PyRef<'_, Self>) -> PyRef<'_, Self> {
@@ -44,11 +47,13 @@ impl Trainer {
     }
 
     fn __next__<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyDict>>> {
+        self.home.check()?;
         let row = enter(py, || self.lock().next_row())?;
         row.map(|row| to_dict(py, row.fields())).transpose()
     }
 
     fn stop(&self, py: Python<'_>) -> PyResult<()> {
+        self.home.check()?;
         enter(py, || self.lock().stop("asked to stop"))
     }
 
@@ -58,32 +63,32 @@ impl Trainer {
     }
 
     #[getter]
-    fn out(&self, py: Python<'_>) -> String {
+    fn out(&self, py: Python<'_>) -> PyResult<String> {
         self.read(py, |trainer| trainer.out().display().to_string())
     }
 
     #[getter]
-    fn id(&self, py: Python<'_>) -> String {
+    fn id(&self, py: Python<'_>) -> PyResult<String> {
         self.read(py, |trainer| trainer.id().to_string())
     }
 
     #[getter]
-    fn done(&self, py: Python<'_>) -> bool {
+    fn done(&self, py: Python<'_>) -> PyResult<bool> {
         self.read(py, train::Trainer::done)
     }
 
     #[getter]
-    fn total_steps(&self, py: Python<'_>) -> u64 {
+    fn total_steps(&self, py: Python<'_>) -> PyResult<u64> {
         self.read(py, train::Trainer::total_steps)
     }
 
     #[getter]
-    fn step(&self, py: Python<'_>) -> u64 {
+    fn step(&self, py: Python<'_>) -> PyResult<u64> {
         self.read(py, train::Trainer::step_count)
     }
 
     #[getter]
-    fn notes(&self, py: Python<'_>) -> Vec<String> {
+    fn notes(&self, py: Python<'_>) -> PyResult<Vec<String>> {
         self.read(py, |trainer| trainer.notes().to_vec())
     }
 }

@@ -83,6 +83,23 @@ impl Statistics {
         }
     }
 
+    /// Whether this, read from a file, is an accumulation over `num_experts` experts that `add` and `report` can go on with.
+    pub fn fits(&self, num_experts: usize) -> bool {
+        let lengths = [self.counts_e.len(), self.importance_sums_e.len(), self.histogram.len().wrapping_sub(1)];
+        let offsets = &self.sample_offsets;
+        let counts = self.counts_e.iter().chain(&self.histogram).chain([&self.tokens]);
+        self.num_experts == num_experts
+            && lengths.iter().all(|length| *length == num_experts)
+            && counts.into_iter().all(|count| *count < 1 << 48) // sums and squares of them stay numbers
+            && self.histogram.iter().sum::<u64>() == self.tokens
+            && self.sample_tokens.len() <= SAMPLE
+            && offsets.len() == self.sample_tokens.len() + 1
+            && offsets.is_sorted()
+            && offsets.first() == Some(&0)
+            && offsets.last() == Some(&self.sample_experts.len())
+            && self.sample_experts.iter().all(|id| (*id as usize) < num_experts)
+    }
+
     /// Adds a batch: scores [n, num_ids] with their routing and token ids [n].
     pub fn add<T: Real>(&mut self, scores_ne: &[T], routing: &Routing, tokens_n: &[u32]) {
         let (e, n) = (routing.num_ids, routing.num_tokens());

@@ -5,6 +5,9 @@ use crate::data::{TextSource, Tokenizer, Unknowns, split_chat, split_documents};
 use crate::run::Run;
 use std::path::Path;
 
+/// Tokens of an answer where no document is longer.
+const LONGEST_ANSWER: usize = 1024;
+
 /// A prompt and the answer that is expected after it.
 #[derive(Clone, Debug)]
 pub struct Question {
@@ -150,6 +153,12 @@ impl Dataset {
             [id] => Some(id),
             _ => None,
         }
+    }
+
+    /// Tokens that an answer or a sample may have: `data.max_length`, but no more than a text that is read here could make sense of. A model
+    /// that never ends a text would otherwise write for as long as the key allows.
+    pub fn longest_answer(&self, run: &Run) -> usize {
+        run.data.max_length.min(self.longest().max(LONGEST_ANSWER))
     }
 
     /// Tokens of the longest document or window.

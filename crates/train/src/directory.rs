@@ -2,12 +2,14 @@
 
 use crate::checkpoint::{self, Job, Outcome, Retention, Snapshot, Writer};
 use crate::data::Source;
+use crate::dataset::{self, Dataset};
 use crate::error::TrainError;
 use crate::files::{Disk, explain, make_folders, replace, sweep};
 use crate::lock::RunLock;
 use crate::metrics::{self, Row, Stream};
 use crate::record::{self, Record, Status};
-use crate::run::Run;
+use crate::run::{Change, Run};
+use crate::untrusted;
 use serde_json::{Map, Value, json};
 use std::fs;
 use std::io;
@@ -37,7 +39,7 @@ impl RunDirectory {
         run: &Run,
         out: Option<&Path>,
         parent: Option<String>,
-        sources: &[(&'static str, Source)],
+        dataset: &Dataset,
     ) -> Result<Self, TrainError> {
         let (id, path) = match out {
             None => record::new_run_folder(&**disk, Path::new("runs"), &run.name)?,
@@ -52,7 +54,13 @@ impl RunDirectory {
         let lock = RunLock::acquire(&path)?;
         let mut record = Record::start(&id, run.seed, threads(run.threads));
         record.parent = parent;
-        record.data = sources.iter().map(|(role, source)| (role.to_string(), json!(source))).collect();
+        record.data = dataset.sources.iter().map(|(role, source)| (role.to_string(), json!(source))).collect();
+        let floor = |phase: &dataset::Phase| json!(phase.floor.map(|floor| floor.macro_average));
+        record.floors = dataset.phases.iter().map(|phase| (phase.name.to_string(), floor(phase))).collect();
+        record.config = json!(run);
+        if record.changes.is_some() {
+            record::write_changes(&**disk, &path)?;
+        }
         record::write_run_file(&**disk, &path, &run.to_toml())?;
         record.write(&**disk, &path)?;
         Self::opened(disk, path, record, lock)
@@ -81,6 +89,7 @@ impl RunDirectory {
                 path.display()
             )));
         }
+        untrusted::check_run_folder(path)?;
         let lock = RunLock::acquire(path)?;
         Ok((Self::read_run(path)?, Record::read(path)?, lock))
     }
@@ -88,8 +97,8 @@ impl RunDirectory {
     /// run.toml of the run in `path`.
     pub fn read_run(path: &Path) -> Result<Run, TrainError> {
         let file = path.join("run.toml");
-        let text = fs::read_to_string(&file)
-            .map_err(|error| TrainError::Failed(format!("cannot read {}: {error}", file.display())))?;
+        let text = untrusted::read_text(&file, untrusted::MAX_RUN_FILE)
+            .map_err(|error| TrainError::Failed(error.to_string()))?;
         Run::parse(&text).map_err(|error| TrainError::Usage(format!("{}: {error}", file.display())))
     }
 
@@ -272,6 +281,27 @@ fn refuse_occupied(path: &Path) -> Result<(), TrainError> {
     }
 }
 
+/// Keys whose change between two starts of a run changes no byte of the model and none of its measures.
+pub const CHANGEABLE: [&str; 5] = ["name", "threads", "eval.samples", "checkpoint.every", "checkpoint.keep"];
+
+/// The configuration of a run must be what it was when the run started, but for [`CHANGEABLE`] keys; their changes are returned.
+pub fn check_config(record: &Record, run: &Run) -> Result<Vec<Change>, TrainError> {
+    let Ok(before) = serde_json::from_value::<Run>(record.config.clone()) else { return Ok(Vec::new()) }; // an old record
+    let (allowed, refused): (Vec<Change>, Vec<Change>) =
+        Run::diff(&before, run).into_iter().partition(|change| CHANGEABLE.contains(&change.key.as_str()));
+    if refused.is_empty() {
+        return Ok(allowed);
+    }
+    let lines: Vec<String> = refused
+        .iter()
+        .map(|change| format!("{}: {} when it started, {} now", change.key, change.a, change.b))
+        .collect();
+    Err(TrainError::Usage(format!(
+        "run.toml was changed since the run started; put it back, or start a new run with the changes:\n{}",
+        lines.join("\n")
+    )))
+}
+
 /// The data of a run must be what they were when it started.
 pub fn check_data(record: &Record, sources: &[(&'static str, Source)]) -> Result<(), TrainError> {
     for (role, source) in sources {
@@ -291,6 +321,8 @@ pub fn checkpoint_folder(path: &Path, checkpoint: Option<&str>) -> Result<PathBu
     if checkpoint.is_none() && path.join("MANIFEST.json").is_file() {
         return Ok(path.to_path_buf());
     }
+    untrusted::refuse_pickle(path, b"").map_err(|reason| TrainError::Usage(format!("{}: {reason}", path.display())))?;
+    untrusted::check_run_folder(path)?;
     let folder = path.join("checkpoints");
     if !path.join("run.toml").is_file() && !folder.is_dir() {
         return Err(TrainError::Usage(format!(

@@ -47,6 +47,15 @@ impl Epoch {
         }
     }
 
+    /// Whether this, read from a file, is an epoch of these policies.
+    pub fn fits(&self, policies: &[Policy]) -> bool {
+        let routing = self.routing.iter().zip(policies);
+        self.routing.len() == policies.len()
+            && self.alarms.len() == policies.len()
+            && [self.sequences, self.targets, self.batches].iter().all(|count| *count < 1 << 48)
+            && routing.into_iter().all(|(layer, policy)| layer.fits(policy.num_experts()))
+    }
+
     /// Takes over the alarm counts of the epoch before, after its `routing`.
     pub fn keep_alarms(&mut self, before: &Epoch) {
         self.alarms.clone_from(&before.alarms);

@@ -16,6 +16,9 @@ use tensor::ops::cross_entropy::Targets;
 use tensor::ops::linear::linear;
 use tensor::{Arena, Engine, Precision, Real, Tape};
 
+/// Largest model whose gradients are handed out as copies in f64.
+const MAX_INSPECTED: u64 = 1 << 30;
+
 /// Statistics of data files (None: the shipped one) as JSON and as a text table.
 pub fn data_stats(
     facts: Option<&str>,
@@ -79,6 +82,10 @@ pub fn loss_and_gradients(
         return Err(TrainError::Usage(format!(
             "document {i}: needs 2 tokens or more, every id below vocab_size = {vocab_size}"
         )));
+    }
+    if run.model.num_parameters(vocab_size).is_none_or(|count| count > MAX_INSPECTED) {
+        let text = format!("vocab_size = {vocab_size}: makes a model of more than 2^30 numbers; lower it");
+        return Err(TrainError::Usage(text));
     }
     let model = Transformer::new(&run.model, vocab_size);
     if let (Some(max), Some(longest)) = (run.model.max_positions(), documents.iter().map(Vec::len).max())

@@ -25,10 +25,12 @@ pub mod metrics;
 pub mod optimizers;
 mod origin;
 pub mod record;
+pub mod reproduce;
 pub mod run;
 pub mod schedule;
 pub mod trained;
 pub mod trainer;
+pub mod untrusted;
 
 pub use error::TrainError;
 pub use trainer::Trainer;

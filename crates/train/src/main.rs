@@ -3,14 +3,16 @@
 use clap::{Args, Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Map, Value, json};
-use std::io::IsTerminal;
-use std::path::PathBuf;
+use std::io::{IsTerminal, Write};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use train::metrics::Row;
+use train::reproduce::Original;
 use train::run::Run;
+use train::untrusted::shown;
 use train::{TrainError, Trainer};
 
 /// Trains adaptive sparse transformers. Without arguments: the baseline on the shipped data.
@@ -35,6 +37,30 @@ enum Verb {
         #[arg(long)]
         json: bool,
     },
+    /// Train a finished run again from its own record and compare every byte, or say which input differs.
+    Reproduce {
+        /// The run directory.
+        run: PathBuf,
+        /// The directory of the new run (default: runs/<time>-<name>).
+        #[arg(long)]
+        out: Option<PathBuf>,
+        /// One JSON object on the last line of stdout.
+        #[arg(long)]
+        json: bool,
+    },
+    /// What a run file may say.
+    Config {
+        #[command(subcommand)]
+        form: Form,
+    },
+}
+
+#[derive(Subcommand)]
+enum Form {
+    /// The JSON Schema of a run file.
+    Schema,
+    /// Every key: type, default, meaning.
+    Docs,
 }
 
 #[derive(Args)]
@@ -181,7 +207,7 @@ fn main() -> ExitCode {
         Ok(Ok(status)) => ExitCode::from(status),
         Ok(Err(error)) => {
             for line in error.to_string().lines() {
-                eprintln!("error: {line}");
+                eprintln!("error: {}", shown(line));
             }
             ExitCode::from(error.exit_status())
         }
@@ -196,7 +222,10 @@ fn run(cli: Cli) -> Result<u8, TrainError> {
             let signals = Signals::register()?;
             return train(Trainer::resume(&run)?, &signals, json);
         }
+        Some(Verb::Reproduce { run, out, json }) => return reproduce(&run, out.as_deref(), json),
         Some(Verb::Bench(bench)) => return bench.run(),
+        Some(Verb::Config { form: Form::Schema }) => return print(&Run::schema_json()),
+        Some(Verb::Config { form: Form::Docs }) => return print(Run::docs().trim_end()),
         None => {}
     }
     let run = cli.train.load()?;
@@ -238,10 +267,49 @@ impl Signals {
     }
 }
 
-/// Runs to the end, or to where a signal ends it.
-fn train(mut trainer: Trainer, signals: &Signals, json: bool) -> Result<u8, TrainError> {
+/// One text on stdout; a reader that has gone (head, less) is no failure.
+fn print(text: &str) -> Result<u8, TrainError> {
+    match writeln!(std::io::stdout(), "{text}") {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error.into()),
+        _ => Ok(0),
+    }
+}
+
+/// Trains the run in `path` again and compares. Exit status 1 if a byte differs.
+fn reproduce(path: &Path, out: Option<&Path>, json: bool) -> Result<u8, TrainError> {
+    let original = Original::read(path)?;
+    let signals = Signals::register()?;
+    let (trainer, status) = finish(Trainer::new(original.run.clone(), out, None)?, &signals)?;
+    if status != 0 {
+        return Ok(status);
+    }
+    let report = original.compare(trainer.out())?;
+    match json {
+        true => println!("{}", report.json()),
+        false => println!("{}", shown(&report.to_string())),
+    }
+    Ok(u8::from(!report.identical))
+}
+
+/// Runs to the end and prints the results.
+fn train(trainer: Trainer, signals: &Signals, json: bool) -> Result<u8, TrainError> {
+    let (trainer, status) = finish(trainer, signals)?;
+    if status != 0 {
+        return Ok(status);
+    }
+    let results = trainer.results().clone();
+    if json {
+        println!("{}", Value::Object(results));
+    } else {
+        print_results(&trainer, &results);
+    }
+    Ok(0)
+}
+
+/// Runs to the end, or to where a signal ends it. With the exit status.
+fn finish(mut trainer: Trainer, signals: &Signals) -> Result<(Trainer, u8), TrainError> {
     for note in trainer.notes() {
-        eprintln!("{note}");
+        eprintln!("{}", shown(note));
     }
     eprintln!("run {} in {}", trainer.id(), trainer.out().display());
     let mut progress = Progress::new(&trainer);
@@ -259,17 +327,11 @@ fn train(mut trainer: Trainer, signals: &Signals, json: bool) -> Result<u8, Trai
                 trainer.step_count(),
                 trainer.out().display()
             );
-            return Ok(128 + number as u8);
+            return Ok((trainer, 128 + number as u8));
         }
     }
     progress.bar.finish_and_clear();
-    let results = trainer.results().clone();
-    if json {
-        println!("{}", Value::Object(results));
-    } else {
-        print_results(&trainer, &results);
-    }
-    Ok(0)
+    Ok((trainer, 0))
 }
 
 /// Events that a person should see.
@@ -303,7 +365,7 @@ impl Progress {
             self.bar.set_position(step);
         }
         if text("kind") == "event" && ALERTS.contains(&text("event")) {
-            self.bar.suspend(|| eprintln!("warning: {}", text("message")));
+            self.bar.suspend(|| eprintln!("warning: {}", shown(text("message"))));
         }
         if let Some(loss) = number("epoch/loss").or(number("eval/loss")) {
             let epoch = fields.get("epoch").and_then(Value::as_u64).unwrap_or_default();
@@ -321,7 +383,7 @@ impl Progress {
 fn print_results(trainer: &Trainer, results: &Map<String, Value>) {
     print_table(results);
     if let Some((prompt, answer)) = trainer.first_answer() {
-        println!("\n{prompt}\n  -> {answer}");
+        println!("\n{}\n  -> {}", shown(&prompt), shown(&answer));
     }
     println!("\nrun directory: {}", trainer.out().display());
 }
@@ -335,7 +397,7 @@ fn print_table(values: &Map<String, Value>) {
                 let x = n.as_f64().unwrap_or(f64::NAN);
                 if x.abs() >= 1e5 || x == x.trunc() { format!("{x:.0}") } else { format!("{x:.4}") }
             }
-            Value::String(text) => text.clone(),
+            Value::String(text) => shown(text),
             other => other.to_string(),
         };
         println!("{name:width$}  {shown}");

@@ -1,6 +1,8 @@
 //! run.toml and run.json: what a run is, where and from what it was made, how it ended. Written atomically, readable with `cat`.
 
+use crate::data::sha256;
 use crate::files::{Files, explain, make_folders, replace, sync_folder};
+use crate::untrusted::{MAX_RECORD, read_text};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use std::fs;
@@ -57,11 +59,21 @@ pub struct Record {
     pub commit: Option<String>,
     /// Whether tracked files differed from that commit.
     pub dirty: Option<bool>,
+    /// sha256 of what differed, as kept in uncommitted.diff.
+    #[serde(default)]
+    pub changes: Option<String>,
+    /// moe_lab, the compiler, libraries that can change a number, and what the caller noted (Python).
     pub versions: Map<String, Value>,
     pub machine: Map<String, Value>,
     pub seed: u64,
-    /// Absolute path (or "shipped:name") to sha256 of every data file.
+    /// By role: name, bytes and sha256 of every data file.
     pub data: Map<String, Value>,
+    /// Entropy floor of the training set by phase, null for a text.
+    #[serde(default)]
+    pub floors: Map<String, Value>,
+    /// The configuration the run was started with, so that a resume sees what was changed since.
+    #[serde(default)]
+    pub config: Value,
     pub argv: Vec<String>,
     pub cwd: Option<PathBuf>,
     /// Id of the run this one is an option of.
@@ -77,18 +89,21 @@ impl Record {
     /// The record of a run that starts now in this process, with `threads` threads.
     pub fn start(id: &str, seed: u64, threads: usize) -> Self {
         let cwd = std::env::current_dir().ok();
-        let (commit, dirty) = cwd.as_deref().map_or((None, None), git_state);
+        let (commit, diff) = cwd.as_deref().map_or((None, None), git_state);
         let mut machine = machine();
         machine.insert("threads".to_owned(), json!(threads));
         Self {
             id: id.to_owned(),
             status: Status::Running,
             commit,
-            dirty,
-            versions: Map::from_iter([("moe_lab".to_owned(), json!(env!("CARGO_PKG_VERSION")))]),
+            dirty: diff.as_ref().map(|diff| !diff.is_empty()),
+            changes: diff.filter(|diff| !diff.is_empty()).map(|diff| sha256(&diff)),
+            versions: versions(),
             machine,
             seed,
             data: Map::new(),
+            floors: Map::new(),
+            config: Value::Null,
             argv: std::env::args_os().map(|argument| argument.to_string_lossy().into_owned()).collect(),
             cwd,
             parent: None,
@@ -120,7 +135,7 @@ impl Record {
     /// Reads run.json of `folder`. Errors: one sentence naming the file.
     pub fn read(folder: &Path) -> io::Result<Self> {
         let path = folder.join("run.json");
-        let text = fs::read_to_string(&path).map_err(explain("read", &path))?;
+        let text = read_text(&path, MAX_RECORD)?;
         serde_json::from_str(&text).map_err(|error| {
             io::Error::new(io::ErrorKind::InvalidData, format!("{} is not a run record: {error}", path.display()))
         })
@@ -130,6 +145,11 @@ impl Record {
 /// Writes the resolved configuration as run.toml into `folder`, atomically.
 pub fn write_run_file(disk: &dyn Files, folder: &Path, text: &str) -> io::Result<()> {
     replace(disk, &folder.join("run.toml"), text.as_bytes())
+}
+
+/// Keeps what was not committed beside the record that names its hash.
+pub fn write_changes(disk: &dyn Files, folder: &Path) -> io::Result<()> {
+    uncommitted().map_or(Ok(()), |diff| replace(disk, &folder.join("uncommitted.diff"), &diff))
 }
 
 /// `results` with every key of [`RESULTS`], in their order, then the others.
@@ -181,8 +201,32 @@ pub(crate) fn timestamp(time: SystemTime) -> String {
     format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{:02}Z", second % 60)
 }
 
-/// Commit and dirtiness of the git work tree around `folder`; nothing where there is no git or no work tree.
-fn git_state(folder: &Path) -> (Option<String>, Option<bool>) {
+/// Notes the version of something around this program, the Python that calls it say, for every record that is made after.
+pub fn note_version(name: &str, version: &str) {
+    let mut noted = NOTED.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    noted.retain(|(known, _)| known != name);
+    noted.push((name.to_owned(), version.to_owned()));
+}
+
+static NOTED: std::sync::Mutex<Vec<(String, String)>> = std::sync::Mutex::new(Vec::new());
+
+fn versions() -> Map<String, Value> {
+    let ours =
+        [("moe_lab".to_owned(), json!(env!("CARGO_PKG_VERSION"))), ("rustc".to_owned(), json!(env!("MOE_LAB_RUSTC")))];
+    let libraries = env!("MOE_LAB_LIBRARIES").split(',').filter_map(|entry| entry.split_once(' '));
+    let noted = NOTED.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let around = noted.iter().map(|(name, version)| (name.as_str(), version.as_str()));
+    let others = libraries.chain(around).map(|(name, version)| (name.to_owned(), json!(version)));
+    ours.into_iter().chain(others).collect()
+}
+
+/// What tracked files of the git work tree around the current folder have beyond its commit.
+fn uncommitted() -> Option<Vec<u8>> {
+    git_state(&std::env::current_dir().ok()?).1
+}
+
+/// Commit of the git work tree around `folder` and the difference of its tracked files to it; nothing where there is no git or no work tree.
+fn git_state(folder: &Path) -> (Option<String>, Option<Vec<u8>>) {
     let git = |arguments: &[&str]| {
         let output = Command::new("git")
             .args(["-c", "core.fsmonitor=false", "--no-optional-locks"]) // start no helper, take no lock
@@ -192,11 +236,11 @@ fn git_state(folder: &Path) -> (Option<String>, Option<bool>) {
             .stderr(Stdio::null())
             .output()
             .ok()?;
-        output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+        output.status.success().then_some(output.stdout)
     };
     let Some(commit) = git(&["rev-parse", "HEAD"]) else { return (None, None) };
-    let dirty = git(&["status", "--porcelain", "--untracked-files=no"]).map(|changes| !changes.is_empty());
-    (Some(commit), dirty)
+    let diff = git(&["diff", "--no-ext-diff", "--no-textconv", "--no-color", "--binary", "HEAD"]);
+    (Some(String::from_utf8_lossy(&commit).trim().to_owned()), diff)
 }
 
 /// What this machine has: `cpu`, `cores`, `memory_bytes`, `instruction_sets`, `isa` (the one that the kernels of this process use), `os`, `arch`; null where it does not say.
@@ -290,6 +334,18 @@ mod tests {
     }
 
     #[test]
+    fn the_record_names_what_can_change_a_byte() {
+        note_version("caller", "1.2");
+        let record = Record::start("a", 1, 1);
+        for name in ["moe_lab", "rustc", "candle-core", "gemm", "safetensors", "tokenizers", "caller"] {
+            assert!(record.versions[name].as_str().is_some_and(|version| !version.is_empty()), "{name}");
+        }
+        for name in ["cpu", "instruction_sets", "arch", "threads"] {
+            assert!(record.machine.contains_key(name), "{name}");
+        }
+    }
+
+    #[test]
     fn a_damaged_record_is_named() {
         let folder = tempfile::tempdir().unwrap();
         assert!(Record::read(folder.path()).unwrap_err().to_string().contains("run.json"));
@@ -337,10 +393,11 @@ mod tests {
         }
         fs::write(folder.path().join("file"), "1").unwrap();
         assert!(git(&["add", "."]) && git(&["commit", "-m", "first"]));
-        let (commit, dirty) = git_state(folder.path());
-        assert_eq!((commit.map(|commit| commit.len()), dirty), (Some(40), Some(false)));
+        let (commit, diff) = git_state(folder.path());
+        assert_eq!((commit.map(|commit| commit.len()), diff), (Some(40), Some(Vec::new())));
         fs::write(folder.path().join("file"), "2").unwrap();
-        assert_eq!(git_state(folder.path()).1, Some(true));
+        let diff = git_state(folder.path()).1.unwrap();
+        assert!(String::from_utf8(diff).unwrap().contains("-1\n\\ No newline at end of file\n+2"));
     }
 
     #[test]

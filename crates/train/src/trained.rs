@@ -16,6 +16,9 @@ use serde_json::{Map, Value, json};
 use std::path::Path;
 use tensor::{Arena, Engine, Precision, Tape};
 
+/// Longest text that is generated at once; it cannot be interrupted.
+const MAX_TOKENS: usize = 100_000;
+
 pub struct Trained {
     /// The run the model came from, where it was given as a run directory.
     run: Option<Run>,
@@ -133,6 +136,9 @@ impl Trained {
         cache: bool,
     ) -> Result<String, TrainError> {
         sampling.validate().map_err(TrainError::Usage)?;
+        if max_tokens > MAX_TOKENS {
+            return Err(TrainError::Usage(format!("max_tokens = {max_tokens}: {MAX_TOKENS} are the most")));
+        }
         let tokens = self.encode(prompt)?;
         let given = self.pool.install(|| self.weights().generate(&tokens, max_tokens, self.stop(), sampling, cache));
         Ok(self.tokenizer.decode(&given))
@@ -203,7 +209,7 @@ impl Trained {
                     found.insert("eval_loss".into(), json!(evaluate::window_loss(&weights, batches)));
                 }
             }
-            for (name, value) in evaluate::questions(&weights, &dataset, run.data.max_length) {
+            for (name, value) in evaluate::questions(&weights, &dataset, dataset.longest_answer(run)) {
                 found.insert(name.trim_start_matches("eval/").into(), value);
             }
         });

@@ -22,7 +22,7 @@ use crate::metrics::Row;
 use crate::optimizers::Optimizer;
 use crate::record::Status;
 use crate::run::{OnNonfinite, OnSpike, Run, Train};
-use moe_router::Control;
+use moe_router::{Control, Policy};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use std::collections::{BTreeSet, VecDeque};
@@ -123,7 +123,7 @@ impl Trainer {
     pub fn new_on(disk: Disk, run: Run, out: Option<&Path>, parent: Option<String>) -> Result<Self, TrainError> {
         let (dataset, learner) = prepare(&run)?;
         check_room(&disk, out.unwrap_or(Path::new("runs")), &learner)?;
-        let directory = RunDirectory::create(&disk, &run, out, parent, &dataset.sources)?;
+        let directory = RunDirectory::create(&disk, &run, out, parent, &dataset)?;
         let mut trainer = Trainer::assemble(run, dataset, learner, directory);
         trainer.event("run_started", format!("run {} started", trainer.id()))?;
         trainer.event("phase_started", format!("phase {} started", trainer.phase_name()))?;
@@ -137,7 +137,8 @@ impl Trainer {
 
     /// As [`Trainer::resume`], on another disk.
     pub fn resume_on(disk: Disk, out: &Path) -> Result<Self, TrainError> {
-        let (run, record, lock) = RunDirectory::open(out)?;
+        let (run, mut record, lock) = RunDirectory::open(out)?;
+        let changes = directory::check_config(&record, &run)?;
         let (dataset, mut learner) = prepare(&run)?;
         directory::check_data(&record, &dataset.sources)?;
         if record.status == Status::Completed {
@@ -149,7 +150,8 @@ impl Trainer {
             return Ok(trainer);
         }
         let found = checkpoint::recover(&*disk, out, &learner.model.layout).map_err(failed)?;
-        let mut notes = Vec::new();
+        let mut notes: Vec<String> =
+            changes.iter().map(|change| format!("{} is now {}, was {}", change.key, change.b, change.a)).collect();
         for (path, reason) in &found.skipped {
             let aside = match checkpoint::set_aside(&*disk, path) {
                 Ok(aside) => format!("kept as {}", aside.display()),
@@ -161,16 +163,14 @@ impl Trainer {
         if found.checkpoint.is_none() {
             notes.push("no whole checkpoint; starting at step 0".into());
         }
-        let restored = found.checkpoint.map(|(path, loaded)| restore(&path, loaded, &run, &mut learner)).transpose()?;
+        let restored = found.checkpoint.map(|(path, loaded)| restore(&path, loaded, &run, &dataset, &mut learner)).transpose()?;
         let step = restored.as_ref().map_or(0, |(state, _)| state.position.step);
+        record.config = json!(run);
         let directory = RunDirectory::reopen(&disk, out, record, lock, step)?;
         directory.forget_failure()?;
         let mut trainer = Trainer::assemble(run, dataset, learner, directory);
         let differs =
             |name: &str| saved.as_ref().is_some_and(|saved| saved.get(name) != trainer.texts.fingerprints.get(name));
-        if differs("config") {
-            notes.push("run.toml has changed since the checkpoint; the run goes on with the new values".into());
-        }
         if differs("isa") {
             notes.push(
                 "another instruction set than before: the bytes will not be those of a run that never stopped".into(),
@@ -517,14 +517,15 @@ fn restore(
     path: &Path,
     loaded: checkpoint::Checkpoint,
     run: &Run,
+    dataset: &Dataset,
     learner: &mut Learner,
 ) -> Result<(State, Option<Vec<f32>>), TrainError> {
     let bad = |what: String| TrainError::Failed(format!("{}: {what}; choose another checkpoint", path.display()));
-    let mut state: State = serde_json::from_value(loaded.state).map_err(|error| bad(format!("state.json: {error}")))?;
+    let mut policies = learner.model.policies();
+    let state =
+        read_state(loaded.state, run, dataset, &mut policies).map_err(|what| bad(format!("state.json: {what}")))?;
     learner.params = loaded.params;
-    for (layer, (policy, control)) in learner.policies.iter_mut().zip(state.controls.drain(..)).enumerate() {
-        policy.restore(control, layer).map_err(|error| bad(error.to_string()))?;
-    }
+    learner.policies = policies;
     let phases = run.phases();
     let settings = run.phase(phases[state.position.phase.min(phases.len() - 1)]);
     learner.optimizer = Optimizer::restore(
@@ -535,6 +536,40 @@ fn restore(
     )
     .map_err(bad)?;
     Ok((state, loaded.ema))
+}
+
+/// The state of a checkpoint whose control states were put into `policies`, fresh ones of the run.
+fn read_state(json: Value, run: &Run, dataset: &Dataset, policies: &mut [Policy]) -> Result<State, String> {
+    let mut state: State = serde_json::from_value(json).map_err(|error| error.to_string())?;
+    check_state(&state, run, dataset, policies)?;
+    for (layer, (policy, control)) in policies.iter_mut().zip(state.controls.drain(..)).enumerate() {
+        policy.restore(control, layer).map_err(|error| error.to_string())?;
+    }
+    Ok(state)
+}
+
+/// As a resume reads state.json; returns what the epoch had added up.
+pub fn checked_state(json: Value, run: &Run, dataset: &Dataset, policies: &mut [Policy]) -> Result<Epoch, String> {
+    read_state(json, run, dataset, policies).map(|state| state.epoch)
+}
+
+/// A state may come from anybody: what is used as an index or a length must be in range.
+fn check_state(state: &State, run: &Run, dataset: &Dataset, policies: &[Policy]) -> Result<(), String> {
+    let (at, phases) = (&state.position, dataset.phases.len());
+    let inside = |phase: usize| {
+        let (batches, steps) = (epoch_batches(run, dataset, phase), phase_steps(run, dataset, phase));
+        at.batch < batches && at.phase_step < steps && at.epoch <= steps / batches.max(1)
+    };
+    let ended = || (at.epoch, at.batch, at.phase_step) == (0, 0, 0);
+    let total: u64 = (0..phases).map(|phase| phase_steps(run, dataset, phase)).sum();
+    let placed = if at.phase < phases { inside(at.phase) } else { at.phase == phases && ended() };
+    if !placed || at.step > total {
+        return Err("its position is outside the run".into());
+    }
+    match state.controls.len() == policies.len() && state.epoch.fits(policies) {
+        true => Ok(()),
+        false => Err("its routing statistics are of another model".into()),
+    }
 }
 
 /// Batches of an epoch; a text phase is cut into epochs of `eval.every` steps.

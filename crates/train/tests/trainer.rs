@@ -337,3 +337,84 @@ fn what_is_refused_leaves_no_trace() {
     assert!(Trainer::new(run(folder.path(), &[]), Some(&out), None).err().unwrap().to_string().contains("not empty"));
     assert_eq!(fs::read_dir(&out).unwrap().count(), 1);
 }
+
+#[test]
+fn a_changed_configuration_is_refused_on_resume_with_the_difference_or_noted() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("run");
+    let mut trainer = Trainer::new(run(folder.path(), &[]), Some(&out), None).unwrap();
+    for _ in 0..9 {
+        trainer.next_row().unwrap();
+    }
+    drop(trainer);
+    let text = fs::read_to_string(out.join("run.toml")).unwrap();
+    let edit = |from: &str, to: &str| {
+        assert!(text.contains(from), "{from}: {text}");
+        fs::write(out.join("run.toml"), text.replacen(from, to, 1)).unwrap();
+    };
+    for (from, to, key) in [
+        ("learning_rate = 0.003", "learning_rate = 0.004", "train.learning_rate: 0.003 when it started, 0.004 now"),
+        ("hidden_size = 16", "hidden_size = 24", "model.hidden_size"),
+        ("epochs = 4", "epochs = 5", "train.epochs"),
+        ("seed = ", "seed = 1", "seed"),
+    ] {
+        edit(from, to);
+        let error = Trainer::resume(&out).err().unwrap();
+        assert!(error.exit_status() == 2 && error.to_string().contains(key), "{error}");
+    }
+    edit("threads = 0", "threads = 2");
+    let trainer = Trainer::resume(&out).unwrap();
+    assert!(trainer.notes().iter().any(|note| note == "threads is now 2, was 0"), "{:?}", trainer.notes());
+    finish(trainer);
+    let straight = folder.path().join("straight");
+    finish(Trainer::new(run(folder.path(), &[]), Some(&straight), None).unwrap());
+    assert_eq!(outcome(&out).0, outcome(&straight).0, "what may change changes no byte");
+}
+
+#[test]
+fn a_run_is_reproduced_to_the_byte_or_the_difference_is_named() {
+    use train::reproduce::Original;
+    let folder = tempfile::tempdir().unwrap();
+    let (first, again) = (folder.path().join("first"), folder.path().join("again"));
+    let mut trainer = Trainer::new(run(folder.path(), &[]), Some(&first), None).unwrap();
+    trainer.next_row().unwrap();
+    assert!(Original::read(&first).err().unwrap().to_string().contains("is not completed"));
+    finish(trainer);
+    let original = Original::read(&first).unwrap();
+    assert_eq!(original.run, run(folder.path(), &[]));
+    finish(Trainer::new(original.run.clone(), Some(&again), None).unwrap());
+    let report = original.compare(&again).unwrap();
+    assert!(report.identical && report.inputs.is_empty() && report.metric_lines > 5, "{report}");
+    assert!(report.to_string().contains("reproduced to the byte"));
+    // Negative control: one other seed, one other byte.
+    let other = folder.path().join("other");
+    finish(Trainer::new(run(folder.path(), &["seed=9"]), Some(&other), None).unwrap());
+    let report = original.compare(&other).unwrap();
+    let names: Vec<&str> = report.inputs.iter().map(|input| input.name.as_str()).collect();
+    assert!(!report.identical && names == ["seed"] && report.first_other_line == Some(1), "{report}");
+    assert!(report.to_string().contains("the inputs above differ"));
+    let metrics = fs::read_to_string(again.join("metrics.jsonl")).unwrap();
+    fs::write(again.join("metrics.jsonl"), metrics.replacen("\"train/l0\":", "\"train/l0\":9", 1)).unwrap();
+    let report = original.compare(&again).unwrap();
+    assert!(!report.identical && report.first_other_line.is_some() && report.inputs.is_empty());
+    assert!(report.to_string().contains("although every recorded input is the same"));
+    // The record holds what the run was made of.
+    let record = train::record::Record::read(&first).unwrap();
+    assert!(record.floors["facts"].as_f64().is_some() && record.data["chat"]["sha256"].is_string());
+    assert_eq!(record.config["model"]["hidden_size"], 16);
+    // Data that are no longer what they were are named before anything is trained.
+    fs::write(folder.path().join("facts.json"), FACTS.replace("Sun", "sky")).unwrap();
+    assert!(Original::read(&first).err().unwrap().to_string().contains("facts.json (facts) has changed"));
+}
+
+#[test]
+fn a_run_killed_after_its_last_checkpoint_is_completed_on_resume() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("run");
+    finish(Trainer::new(run(folder.path(), &[]), Some(&out), None).unwrap());
+    let record = fs::read_to_string(out.join("run.json")).unwrap();
+    fs::write(out.join("run.json"), record.replace("\"completed\"", "\"running\"")).unwrap();
+    let trainer = Trainer::resume(&out).unwrap();
+    assert!(trainer.done());
+    assert!(fs::read_to_string(out.join("run.json")).unwrap().contains("\"completed\""));
+}

@@ -3,14 +3,15 @@
 //! A checkpoint is written into `.tmp-…` beside its place, every file and the folder are fsynced, MANIFEST.json (sizes, sha256, fingerprints)
 //! last; then it is renamed to `checkpoints/checkpoint-<step>` and the folder above is fsynced. Only then is it reported.
 
+pub mod header;
 mod read;
 mod tensors;
 #[cfg(test)]
 mod tests;
 mod writer;
 
-pub use read::{Newest, Recovered, list, load, newest_whole, read_texts, recover, verify};
-pub use tensors::read_weights;
+pub use read::{Newest, Recovered, list, load, newest_whole, parse_manifest, read_texts, recover, verify};
+pub use tensors::{read_weights, weights};
 pub use writer::{Job, Outcome, Snapshot, Writer};
 
 use crate::files::{Files, explain, remove_all, replace_link, sweep, sync_folder, write_new};
@@ -32,7 +33,8 @@ const OPTIMIZER: &str = "optimizer.safetensors";
 const STATE: &str = "state.json";
 const TOKENIZER: &str = "tokenizer.json";
 const CONFIG: &str = "config.json";
-const FILES: [&str; 5] = [MODEL, OPTIMIZER, STATE, TOKENIZER, CONFIG];
+/// The files of a checkpoint, beside the manifest.
+pub const FILES: [&str; 5] = [MODEL, OPTIMIZER, STATE, TOKENIZER, CONFIG];
 
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
@@ -198,8 +200,9 @@ fn numbered(folder: &Path) -> io::Result<Vec<(u64, PathBuf)>> {
     };
     let mut found = Vec::new();
     for entry in entries {
-        let path = entry.map_err(explain("read", folder))?.path();
-        found.extend(step_of(&path).map(|step| (step, path)));
+        let entry = entry.map_err(explain("read", folder))?;
+        let link = entry.file_type().map_err(explain("read", folder))?.is_symlink(); // it could lead out of the run
+        found.extend(step_of(&entry.path()).filter(|_| !link).map(|step| (step, entry.path())));
     }
     found.sort_by(|a, b| b.cmp(a));
     Ok(found)

@@ -100,17 +100,21 @@ fn newest<T>(
 }
 
 /// A manifest that fits its own hash.
-pub(super) struct Manifest {
+pub struct Manifest {
     pub step: u64,
     pub files: Map<String, Value>,
     pub fingerprints: Map<String, Value>,
 }
 
 pub(super) fn read_manifest(disk: &dyn Files, folder: &Path) -> Result<Manifest, CheckpointError> {
+    parse_manifest(folder, &read_plain(disk, &folder.join(MANIFEST), MAX_MANIFEST)?)
+}
+
+/// The manifest of the checkpoint `folder` in its bytes.
+pub fn parse_manifest(folder: &Path, bytes: &[u8]) -> Result<Manifest, CheckpointError> {
     let file = folder.join(MANIFEST);
     let damaged = |reason: &str| CheckpointError::Damaged { file: file.clone(), reason: reason.to_owned() };
-    let bytes = read_plain(disk, &file, MAX_MANIFEST)?;
-    let mut manifest: Value = serde_json::from_slice(&bytes).map_err(|error| damaged(&format!("no JSON: {error}")))?;
+    let mut manifest: Value = serde_json::from_slice(bytes).map_err(|error| damaged(&format!("no JSON: {error}")))?;
     manifest.as_object_mut().ok_or_else(|| damaged("no JSON object"))?.shift_remove("sha256");
     if seal(manifest.clone()) != bytes {
         return Err(damaged("its sha256 does not fit its contents"));

@@ -1,18 +1,14 @@
 //! Flat buffers to safetensors and back: Hugging Face names and shapes, no padding, little-endian, names and shapes checked on the way in.
 
-use super::CheckpointError;
+use super::{CheckpointError, header};
 use crate::layers::shape;
 use crate::optimizers::State;
+use crate::untrusted::refuse_pickle;
 use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo};
-use serde::de::{self, Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
 use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::path::Path;
 use tensor::{Layout, Param};
-
-/// Bounds on what a header may hold before a library sees it.
-const MAX_HEADER: u64 = 16 << 20;
-const MAX_TENSORS: usize = 100_000;
 
 /// Names in optimizer.safetensors beside `<moment>.<parameter>`.
 pub(super) const EMA: &str = "ema";
@@ -152,8 +148,16 @@ pub(super) fn read_params(file: &Path, bytes: &[u8], layout: &Layout) -> Result<
 /// The flat parameter buffer in the safetensors file at `path`, of f32 or f64, wherever it comes from: names and shapes must be those of
 /// `layout`. Padding is zero.
 pub fn read_weights(path: &Path, layout: &Layout) -> Result<Vec<f64>, CheckpointError> {
+    let foreign = |reason| CheckpointError::Foreign { file: path.to_owned(), reason };
+    refuse_pickle(path, b"").map_err(foreign)?;
     let bytes = super::read::read_plain(&crate::files::System, path, u64::MAX)?;
-    let tensors = Tensors::open(path, &bytes)?;
+    refuse_pickle(path, &bytes).map_err(foreign)?;
+    weights(path, &bytes, layout)
+}
+
+/// As [`read_weights`] from the bytes of a file called `path`.
+pub fn weights(path: &Path, bytes: &[u8], layout: &Layout) -> Result<Vec<f64>, CheckpointError> {
+    let tensors = Tensors::open(path, bytes)?;
     tensors.refuse_others(|name| layout.get(name).is_some())?;
     tensors.flat("", layout, &[Dtype::F32, Dtype::F64], |x| x)
 }
@@ -196,7 +200,7 @@ struct Tensors<'a> {
 impl<'a> Tensors<'a> {
     fn open(file: &'a Path, bytes: &'a [u8]) -> Result<Self, CheckpointError> {
         let damaged = |reason: String| CheckpointError::Damaged { file: file.to_owned(), reason };
-        check_header(bytes).map_err(damaged)?;
+        header::check(bytes).map_err(damaged)?;
         let tensors =
             SafeTensors::deserialize(bytes).map_err(|error| damaged(format!("no safetensors file: {error}")))?;
         Ok(Self { file, tensors })
@@ -248,9 +252,11 @@ impl<'a> Tensors<'a> {
         dtypes: &[Dtype],
         from: impl Fn(f64) -> T,
     ) -> Result<Vec<T>, CheckpointError> {
+        // All tensors are found before memory is asked for: then the file itself is as large as the buffer.
+        let find = |(name, param)| Ok((param, self.tensor(&format!("{prefix}{name}"), &shape(name, param), dtypes)?));
+        let found = layout.iter().map(find).collect::<Result<Vec<_>, CheckpointError>>()?;
         let mut buffer = vec![T::default(); layout.len()];
-        for (name, param) in layout.iter() {
-            let (dtype, data) = self.tensor(&format!("{prefix}{name}"), &shape(name, param), dtypes)?;
+        for (param, (dtype, data)) in found {
             let places = (0..param.count).flat_map(|i| param.range(i));
             if dtype == Dtype::F64 {
                 let numbers = data.as_chunks::<8>().0.iter().map(|bytes| f64::from_le_bytes(*bytes));
@@ -261,46 +267,5 @@ impl<'a> Tensors<'a> {
             }
         }
         Ok(buffer)
-    }
-}
-
-/// Length, number of names and uniqueness of names, which the safetensors crate leaves unchecked or checks loosely.
-fn check_header(bytes: &[u8]) -> Result<(), String> {
-    let (length, rest) = bytes.split_first_chunk::<8>().ok_or("shorter than a safetensors header")?;
-    let length = u64::from_le_bytes(*length);
-    if length > MAX_HEADER {
-        return Err(format!("a header of {length} bytes; {MAX_HEADER} are the most"));
-    }
-    let header = rest.get(..length as usize).ok_or("the header is longer than the file")?;
-    serde_json::from_slice::<Names>(header).map(|_| ()).map_err(|error| format!("bad header: {error}"))
-}
-
-/// The keys of the header, each of which may occur once.
-struct Names;
-
-impl<'de> Deserialize<'de> for Names {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Keys;
-        impl<'de> Visitor<'de> for Keys {
-            type Value = Names;
-
-            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                f.write_str("an object of tensors")
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Names, A::Error> {
-                let mut names = BTreeSet::new();
-                while let Some((name, _)) = map.next_entry::<String, IgnoredAny>()? {
-                    if names.len() == MAX_TENSORS {
-                        return Err(de::Error::custom(format!("more than {MAX_TENSORS} tensors")));
-                    }
-                    if let Some(name) = names.replace(name) {
-                        return Err(de::Error::custom(format!("two tensors are called {name:?}")));
-                    }
-                }
-                Ok(Names)
-            }
-        }
-        deserializer.deserialize_map(Keys)
     }
 }

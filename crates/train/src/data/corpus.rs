@@ -9,6 +9,10 @@ use std::path::Path;
 
 /// Larger files are refused before they are read: they would not fit beside their tokens in a small machine's memory.
 pub const MAX_FILE_BYTES: u64 = 2 << 30;
+/// Lists of items are held in memory as a whole: text, items and tokens.
+pub const MAX_LIST_BYTES: u64 = 256 << 20;
+/// A document longer than this is a file that lost its structure.
+pub const MAX_ITEM_BYTES: usize = 4 << 20;
 
 const BOM: &[u8] = b"\xEF\xBB\xBF";
 const SHIPPED_FACTS: &str = include_str!("../../../../data/facts.json");
@@ -60,7 +64,7 @@ pub struct ItemFile {
 impl ItemFile {
     /// Reads and checks the file at `path`; see [`DataError`] for what is refused.
     pub fn read(path: &Path, role: Role) -> Result<Self, DataError> {
-        Self::parse(&path.display().to_string(), &read_bytes(path, MAX_FILE_BYTES)?, role)
+        Self::parse(&path.display().to_string(), &read_bytes(path, MAX_LIST_BYTES)?, role)
     }
 
     /// The list shipped inside the program.
@@ -80,11 +84,14 @@ impl ItemFile {
         if text.trim().is_empty() {
             return Err(DataError::EmptyFile { file: file(), remedy: "write a JSON list of strings into it" });
         }
-        let list = match serde_json::from_str(text).map_err(|error| not_json(name, &error))? {
-            Value::Array(list) if list.is_empty() => return Err(DataError::EmptyList { file: file() }),
-            Value::Array(list) => list,
-            other => return Err(DataError::NotAList { file: file(), found: kind_of(&other) }),
-        };
+        let (list, error) = read_list(text);
+        if let Some(error) = error {
+            return Err(not_json(name, &error, list.map_or(0, |list| list.len())));
+        }
+        let list = list.map_err(|found| DataError::NotAList { file: file(), found })?;
+        if list.is_empty() {
+            return Err(DataError::EmptyList { file: file() });
+        }
         let items = list
             .into_iter()
             .enumerate()
@@ -154,8 +161,9 @@ pub(crate) fn read_bytes(path: &Path, limit: u64) -> Result<Vec<u8>, DataError> 
     let file = || path.display().to_string();
     let unreadable = |error: std::io::Error| DataError::Unreadable { file: file(), reason: plain_reason(&error) };
     let metadata = std::fs::metadata(path).map_err(unreadable)?;
-    if metadata.is_dir() {
-        return Err(DataError::Unreadable { file: file(), reason: "it is a folder".to_string() });
+    if !metadata.is_file() {
+        let reason = if metadata.is_dir() { "it is a folder" } else { "it is a device or a pipe, not a file" };
+        return Err(DataError::Unreadable { file: file(), reason: reason.to_string() });
     }
     if metadata.len() > limit {
         return Err(DataError::TooLarge { file: file(), size: metadata.len(), limit });
@@ -177,24 +185,65 @@ pub(crate) fn plain_reason(error: &std::io::Error) -> String {
 fn utf8<'a>(name: &str, bytes: &'a [u8]) -> Result<&'a str, DataError> {
     let body = bytes.strip_prefix(BOM).unwrap_or(bytes);
     let skipped = bytes.len() - body.len();
-    std::str::from_utf8(body)
-        .map_err(|error| DataError::NotUtf8 { file: name.to_string(), offset: skipped + error.valid_up_to() })
+    std::str::from_utf8(body).map_err(|error| {
+        let offset = skipped + error.valid_up_to();
+        let line = 1 + bytes[..offset].iter().filter(|byte| **byte == b'\n').count();
+        DataError::NotUtf8 { file: name.to_string(), offset, line }
+    })
 }
 
-fn not_json(name: &str, error: &serde_json::Error) -> DataError {
+/// An item that is a text, or what it is instead.
+type Item = Result<String, &'static str>;
+
+/// The items of a JSON list, those before an error too, or what stands there in place of a list; and the error. Texts are kept as they
+/// come, so that a file that is wrong at its end costs no second copy.
+fn read_list(text: &str) -> (Result<Vec<Item>, &'static str>, Option<serde_json::Error>) {
+    struct Items<'i>(&'i mut Vec<Item>);
+
+    impl<'de> serde::de::Visitor<'de> for Items<'_> {
+        type Value = ();
+
+        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("a list of strings")
+        }
+
+        fn visit_seq<A: serde::de::SeqAccess<'de>>(self, mut list: A) -> Result<(), A::Error> {
+            while let Some(value) = list.next_element::<Value>()? {
+                self.0.push(match value {
+                    Value::String(text) => Ok(text),
+                    other => Err(kind_of(&other)),
+                });
+            }
+            Ok(())
+        }
+    }
+
+    if !text.trim_start().starts_with('[') {
+        return match serde_json::from_str::<Value>(text) {
+            Ok(other) => (Err(kind_of(&other)), None),
+            Err(error) => (Ok(Vec::new()), Some(error)),
+        };
+    }
+    let mut items = Vec::new();
+    let mut parser = serde_json::Deserializer::from_str(text);
+    let read = serde::Deserializer::deserialize_seq(&mut parser, Items(&mut items)).and_then(|()| parser.end());
+    (Ok(items), read.err())
+}
+
+fn not_json(name: &str, error: &serde_json::Error, good: usize) -> DataError {
     let (line, column) = (error.line(), error.column());
     let text = error.to_string();
     let place = format!(" at line {line} column {column}");
     let reason = text.strip_suffix(place.as_str()).unwrap_or(text.as_str()).to_string();
-    DataError::NotJson { file: name.to_string(), line, column, reason }
+    DataError::NotJson { file: name.to_string(), line, column, good, reason }
 }
 
-fn checked_item(name: &str, item: usize, value: Value, role: Role) -> Result<String, DataError> {
+fn checked_item(name: &str, item: usize, value: Item, role: Role) -> Result<String, DataError> {
     let file = || name.to_string();
-    let text = match value {
-        Value::String(text) => text,
-        other => return Err(DataError::NotAString { file: file(), item, found: kind_of(&other) }),
-    };
+    let text = value.map_err(|found| DataError::NotAString { file: file(), item, found })?;
+    if text.len() > MAX_ITEM_BYTES {
+        return Err(DataError::LongItem { file: file(), item, bytes: text.len(), limit: MAX_ITEM_BYTES });
+    }
     if text.trim().is_empty() {
         return Err(DataError::EmptyItem { file: file(), item });
     }
@@ -235,19 +284,23 @@ mod tests {
         let cases: Vec<(&[u8], Role, String)> = vec![
             (b"", Role::Facts, "the file is empty; write a JSON list of strings into it".into()),
             (b"\xEF\xBB\xBF \n", Role::Facts, "the file is empty; write a JSON list of strings into it".into()),
-            (b"[\"a\xFF\"]", Role::Facts, "not UTF-8 at byte 3; save the file in UTF-8".into()),
-            (b"\xEF\xBB\xBF[\"a\xFF\"]", Role::Facts, "not UTF-8 at byte 6; save the file in UTF-8".into()),
+            (b"[\"a\xFF\"]", Role::Facts, "not UTF-8 at byte 3 (line 1); save the file in UTF-8".into()),
+            (b"\xEF\xBB\xBF[\"a\xFF\"]", Role::Facts, "not UTF-8 at byte 6 (line 1); save the file in UTF-8".into()),
             (
                 b"[\"a\",\n\"b\"",
                 Role::Facts,
-                format!("not JSON at line 2, column 3 (EOF while parsing a list); {remedy}"),
+                format!("not JSON at line 2, column 3, after 2 good items (EOF while parsing a list); {remedy}"),
             ),
-            (b"\"a\"\n\"b\"\n", Role::Facts, format!("not JSON at line 2, column 1 (trailing characters); {remedy}")),
+            (
+                b"\"a\"\n\"b\"\n",
+                Role::Facts,
+                format!("not JSON at line 2, column 1, before any item (trailing characters); {remedy}"),
+            ),
             (
                 b"[\"a\0\"]",
                 Role::Facts,
                 format!(
-                    "not JSON at line 1, column 4 (control character (\\u0000-\\u001F) found while parsing a string); {remedy}"
+                    "not JSON at line 1, column 4, before any item (control character (\\u0000-\\u001F) found while parsing a string); {remedy}"
                 ),
             ),
             (b"{\"a\": 1}", Role::Facts, format!("holds an object, not a list; {remedy}")),
@@ -298,7 +351,10 @@ mod tests {
     fn a_nested_bomb_is_a_sentence_and_not_a_stack_overflow() {
         let bomb = "[".repeat(1_000_000);
         let message = refusal(bomb.as_bytes(), Role::Facts);
-        assert!(message.starts_with("f.json: not JSON at line 1, column 128 (recursion limit exceeded);"), "{message}");
+        assert!(
+            message.starts_with("f.json: not JSON at line 1, column 128, before any item (recursion limit exceeded);"),
+            "{message}"
+        );
     }
 
     #[test]
@@ -337,8 +393,43 @@ mod tests {
         }
         assert_eq!(
             TextFile::parse("t.txt", b"ab\xC3").unwrap_err().to_string(),
-            "t.txt: not UTF-8 at byte 2; save the file in UTF-8"
+            "t.txt: not UTF-8 at byte 2 (line 1); save the file in UTF-8"
         );
+    }
+
+    #[test]
+    fn rows_that_break_the_file_are_counted_and_placed() {
+        let list = |bytes: &[u8]| ItemFile::parse("f.json", bytes, Role::Facts);
+        let reason = |bytes: &[u8]| list(bytes).unwrap_err().to_string();
+        // Line ends of any kind are white space between items, and none can stand inside one.
+        for ends in ["\n", "\r\n", "\r", "\n\r\r\n"] {
+            let text = format!("[\"a\",{ends}\"b\"{ends}]{ends}");
+            assert_eq!(list(text.as_bytes()).unwrap().items, ["a", "b"]);
+            assert!(reason(format!("[\"a{ends}\"]").as_bytes()).contains("control character"));
+        }
+        assert!(reason(b"[\"a\",\n\"b\", \"\\ud800 alone\"]").contains("line 2, column 13, after 2 good items"));
+        assert!(reason(b"[\"a\",\n\"b\xff\"]").contains("not UTF-8 at byte 8 (line 2)"));
+        assert!(reason(b"[\"a\"] \"b\"").contains("after 1 good item (trailing characters)"));
+        let deep = format!("[\"a\", {}", "[".repeat(100_000));
+        assert!(reason(deep.as_bytes()).contains("after 1 good item (recursion limit exceeded)"));
+        assert!(reason("[".repeat(100_000).as_bytes()).contains("recursion limit"));
+        let long = format!("[\"a\", \"{}\"]", "x".repeat(MAX_ITEM_BYTES + 1));
+        assert!(reason(long.as_bytes()).contains("item 2 has 4194305 bytes, more than the 4194304 of a document"));
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn huge_files_and_devices_are_refused_before_they_are_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("line.json");
+        std::fs::File::create(&path).unwrap().set_len(1 << 30).unwrap(); // one line of 1 GiB, sparse
+        let message = ItemFile::read(&path, Role::Facts).unwrap_err().to_string();
+        assert!(message.contains("1073741824 bytes is more than the limit of 268435456"), "{message}");
+        for device in ["/dev/zero", "/dev/null"] {
+            let message = ItemFile::read(Path::new(device), Role::Facts).unwrap_err().to_string();
+            assert!(message.contains("device or a pipe"), "{message}");
+        }
+        assert!(ItemFile::read(folder.path(), Role::Facts).unwrap_err().to_string().contains("it is a folder"));
     }
 
     #[test]

@@ -4,6 +4,7 @@
 pub mod batch;
 pub mod corpus;
 pub mod floor;
+mod foreign;
 pub mod statistics;
 pub mod tokenizer;
 
@@ -22,18 +23,21 @@ pub enum DataError {
     TooLarge { file: String, size: u64, limit: u64 },
     #[error("{file}: the file is empty; {remedy}")]
     EmptyFile { file: String, remedy: &'static str },
-    #[error("{file}: not UTF-8 at byte {offset}; save the file in UTF-8")]
-    NotUtf8 { file: String, offset: usize },
+    #[error("{file}: not UTF-8 at byte {offset} (line {line}); save the file in UTF-8")]
+    NotUtf8 { file: String, offset: usize, line: usize },
     #[error(
-        "{file}: not JSON at line {line}, column {column} ({reason}); write one list of strings, such as [\"first item\", \"second item\"]"
+        "{file}: not JSON at line {line}, column {column}, {} ({reason}); write one list of strings, such as [\"first item\", \"second item\"]",
+        if *good == 0 { "before any item".to_string() } else { format!("after {good} good item{}", if *good == 1 { "" } else { "s" }) }
     )]
-    NotJson { file: String, line: usize, column: usize, reason: String },
+    NotJson { file: String, line: usize, column: usize, good: usize, reason: String },
     #[error("{file}: holds {found}, not a list; write one list of strings, such as [\"first item\", \"second item\"]")]
     NotAList { file: String, found: &'static str },
     #[error("{file}: the list is empty; add at least one string")]
     EmptyList { file: String },
     #[error("{file}: item {item} is {found}, not a string; put it in double quotes or remove it")]
     NotAString { file: String, item: usize, found: &'static str },
+    #[error("{file}: item {item} has {bytes} bytes, more than the {limit} of a document; cut it into several")]
+    LongItem { file: String, item: usize, bytes: usize, limit: usize },
     #[error("{file}: item {item} is empty; write its text or remove it")]
     EmptyItem { file: String, item: usize },
     #[error("{file}: item {item} lacks {missing}; write it as \"User: question Assistant: answer </s>\"")]

@@ -2,7 +2,7 @@
 //! An unknown word is never dropped: it becomes an id and is counted.
 
 use super::corpus::{plain_reason, read_bytes};
-use super::{DataError, sha256};
+use super::{DataError, foreign, sha256};
 use serde::{Deserialize, Serialize};
 use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -263,6 +263,7 @@ impl BpeTokenizer {
             let size = bytes.len() as u64;
             return Err(DataError::TooLarge { file: name.to_string(), size, limit: MAX_TOKENIZER_BYTES });
         }
+        foreign::check(value).map_err(bad)?;
         let (inner, largest) = quietly(|| {
             let mut inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(|error| error.to_string())?;
             // A file may ask for cutting and padding; here the cap is the run's and there is no padding.

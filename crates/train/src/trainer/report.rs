@@ -128,7 +128,7 @@ impl Trainer {
                 found.extend(facts.map(|(mean, _)| ("eval/facts_loss", json!(mean))));
             }
             if phase.name == "chat" {
-                found.extend(evaluate::questions(&weights, &self.dataset, self.run.data.max_length));
+                found.extend(evaluate::questions(&weights, &self.dataset, self.dataset.longest_answer(&self.run)));
             }
         });
         if phase.name == "facts" {
@@ -156,7 +156,7 @@ impl Trainer {
     }
 
     pub(super) fn continue_greedily(&self, prompt: &[u32]) -> Vec<u32> {
-        let (limit, stop) = (self.run.data.max_length, self.dataset.stop());
+        let (limit, stop) = (self.dataset.longest_answer(&self.run), self.dataset.stop());
         let weights = self.learner.weights();
         self.learner.pool.install(|| weights.generate(prompt, limit, stop, Sampling::GREEDY, true))
     }
