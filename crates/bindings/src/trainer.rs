@@ -59,6 +59,7 @@ impl Trainer {
 
     /// Saves at this update boundary and goes on; the checkpoint is written beside the training.
     fn save(&self, py: Python<'_>) -> PyResult<()> {
+        self.home.check()?;
         enter(py, || self.lock().save_soon())
     }
 

@@ -282,7 +282,8 @@ fn refuse_occupied(path: &Path) -> Result<(), TrainError> {
 }
 
 /// Keys whose change between two starts of a run changes no byte of the model and none of its measures.
-pub const CHANGEABLE: [&str; 5] = ["name", "threads", "eval.samples", "checkpoint.every", "checkpoint.keep"];
+pub const CHANGEABLE: [&str; 6] =
+    ["name", "threads", "eval.samples", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_every"];
 
 /// The configuration of a run must be what it was when the run started, but for [`CHANGEABLE`] keys; their changes are returned.
 pub fn check_config(record: &Record, run: &Run) -> Result<Vec<Change>, TrainError> {

@@ -2,8 +2,8 @@
 //! `benches/memory.py` shows how near that comes to the measured peak.
 
 use crate::bench::product_flops;
-use crate::data::Batch;
-use crate::dataset::{Dataset, PhaseData};
+use crate::data::{Batch, DocumentSet};
+use crate::dataset::{Dataset, Phase, PhaseData};
 use crate::epoch::Epoch;
 use crate::error::TrainError;
 use crate::flops;
@@ -128,32 +128,39 @@ fn initial_score_std(run: &Run) -> f64 {
     run.model.router.experts().map_or(0.0, |e| e.init_std * (run.model.hidden_size as f64).sqrt())
 }
 
-/// Tokens of the largest batch of the first epoch of any phase, and that batch's document offsets, whole (before accumulation).
-fn largest_batch(run: &Run, dataset: &Dataset) -> (usize, Vec<usize>, Train) {
-    let mut largest = (0, vec![0], run.train.clone());
-    for phase in &dataset.phases {
-        let settings = run.phase(phase.name);
-        let offsets = |lengths: &[usize]| {
-            lengths.iter().fold(vec![0], |mut offsets, length| {
-                offsets.push(offsets[offsets.len() - 1] + length);
-                offsets
-            })
-        };
-        let lengths: Vec<usize> = match &phase.data {
-            PhaseData::Documents { train, .. } => {
-                let mut lengths: Vec<usize> = train.documents.iter().map(|document| document.targets()).collect();
-                lengths.sort_unstable_by(|a, b| b.cmp(a));
-                lengths.truncate(settings.batch_size);
-                lengths
-            }
-            PhaseData::Text(_) => vec![run.data.block_size; settings.batch_size],
-        };
-        let tokens = lengths.iter().sum::<usize>();
-        if tokens > largest.0 {
-            largest = (tokens, offsets(&lengths), settings);
-        }
-    }
-    largest
+/// Tokens of the largest batch of the first epoch of any phase, whole (before accumulation), and its phase. Sizes may be absurd: nothing of
+/// theirs is allocated.
+fn largest_batch<'a>(run: &Run, dataset: &'a Dataset) -> (usize, &'a Phase) {
+    let tokens = |phase: &Phase| match &phase.data {
+        PhaseData::Documents { train, .. } => longest(train, run.phase(phase.name).batch_size).iter().sum(),
+        PhaseData::Text(_) => run.data.block_size.saturating_mul(run.phase(phase.name).batch_size),
+    };
+    let first = &dataset.phases[0];
+    dataset.phases.iter().skip(1).fold((tokens(first), first), |largest, phase| match tokens(phase) {
+        count if count > largest.0 => (count, phase),
+        _ => largest,
+    })
+}
+
+/// Targets of the longest documents, `count` or all of them.
+fn longest(set: &DocumentSet, count: usize) -> Vec<usize> {
+    let mut lengths: Vec<usize> = set.documents.iter().map(|document| document.targets()).collect();
+    lengths.sort_unstable_by(|a, b| b.cmp(a));
+    lengths.truncate(count);
+    lengths
+}
+
+/// Document offsets of the largest batch of a phase.
+fn offsets(run: &Run, phase: &Phase) -> Vec<usize> {
+    let batch_size = run.phase(phase.name).batch_size;
+    let lengths = match &phase.data {
+        PhaseData::Documents { train, .. } => longest(train, batch_size),
+        PhaseData::Text(_) => vec![run.data.block_size; batch_size],
+    };
+    lengths.iter().fold(vec![0], |mut offsets, length| {
+        offsets.push(offsets[offsets.len() - 1] + length);
+        offsets
+    })
 }
 
 /// Refuses a run that does not fit into this machine, before anything of its size is allocated.
@@ -162,16 +169,16 @@ pub fn check(run: &Run, dataset: &Dataset) -> Result<(), TrainError> {
 }
 
 fn memory(run: &Run, dataset: &Dataset) -> Memory {
-    let (tokens, _, settings) = largest_batch(run, dataset);
-    let part = tokens.div_ceil(settings.accumulate.max(1));
+    let (tokens, phase) = largest_batch(run, dataset);
+    let part = tokens.div_ceil(run.phase(phase.name).accumulate.max(1));
     Memory::new(run, dataset.tokenizer.vocab_size(), part, initial_score_std(run))
 }
 
 /// The estimates of `--check`: memory, disk, time. `steps` is the whole run's.
 pub fn plan(run: &Run, dataset: &Dataset, learner: Learner, steps: u64) -> Result<Map<String, Value>, TrainError> {
     let memory = memory(run, dataset);
-    let (tokens, offsets, settings) = largest_batch(run, dataset);
-    let step = time(run, learner, &offsets, &settings)?;
+    let (tokens, phase) = largest_batch(run, dataset);
+    let step = time(run, learner, &offsets(run, phase), &run.phase(phase.name))?;
     let mut plan = Map::new();
     let mut put = |name: &str, value: Value| plan.insert(name.to_owned(), value);
     put("largest_batch_tokens", json!(tokens));

@@ -150,8 +150,7 @@ impl Trainer {
             return Ok(trainer);
         }
         let found = checkpoint::recover(&*disk, out, &learner.model.layout).map_err(failed)?;
-        let mut notes: Vec<String> =
-            changes.iter().map(|change| format!("{} is now {}, was {}", change.key, change.b, change.a)).collect();
+        let mut notes = Vec::new();
         for (path, reason) in &found.skipped {
             let aside = match checkpoint::set_aside(&*disk, path) {
                 Ok(aside) => format!("kept as {}", aside.display()),
@@ -159,11 +158,13 @@ impl Trainer {
             };
             notes.push(format!("skipped {}: {reason}; {aside}", path.display()));
         }
+        notes.extend(changes.iter().map(|change| format!("{} is now {}, was {}", change.key, change.b, change.a)));
         let saved = found.checkpoint.as_ref().map(|(_, loaded)| loaded.fingerprints.clone());
         if found.checkpoint.is_none() {
             notes.push("no whole checkpoint; starting at step 0".into());
         }
-        let restored = found.checkpoint.map(|(path, loaded)| restore(&path, loaded, &run, &dataset, &mut learner)).transpose()?;
+        let restored =
+            found.checkpoint.map(|(path, loaded)| restore(&path, loaded, &run, &dataset, &mut learner)).transpose()?;
         let step = restored.as_ref().map_or(0, |(state, _)| state.position.step);
         record.config = json!(run);
         let directory = RunDirectory::reopen(&disk, out, record, lock, step)?;

@@ -23,6 +23,8 @@ enum Seen {
     Metrics,
     /// samples.jsonl.
     Samples,
+    /// How the run ended.
+    Ending,
     /// Which checkpoints there are.
     Checkpoints,
     /// run.json: threads of the machine.
@@ -37,6 +39,12 @@ use Seen::*;
 const SPARSE: &str = "model.router={kind='top_p', p=0.4, num_experts=4, expert_hidden_size=6}";
 const TOP_K: &str = "model.router={kind='top_k', k=2, num_experts=4, expert_hidden_size=6}";
 const TEXT_RUN: &str = "data.text=@text.txt";
+/// Held-out documents, looked at after every epoch; at rate 0 they never get better.
+const HELD_OUT: &[&str] = &["data.val_fraction=0.4", "eval.every=1", "train.epochs=4"];
+const HELD_OUT_STILL: &[&str] = &["data.val_fraction=0.4", "eval.every=1", "train.epochs=4", "train.learning_rate=0"];
+const HELD_OUT_PATIENT: &[&str] = &["data.val_fraction=0.4", "eval.every=1", "train.epochs=4", "train.patience=1"];
+/// A text of one letter, soon known by heart, with a few others in the middle.
+const JUMP: &[&str] = &["data.text=@jump.txt", "train.max_steps=60"];
 
 /// Key, what both runs say, what the second says more, where it shows. `@` stands for the folder of the data.
 const CASES: &[(&str, &[&str], &[&str], Seen)] = &[
@@ -95,6 +103,11 @@ const CASES: &[(&str, &[&str], &[&str], Seen)] = &[
     ("train.eps", &[], &["train.eps=0.1"], Weights),
     ("train.momentum", &["train.optimizer=sgd"], &["train.momentum=0.1"], Weights),
     ("train.trust", &["train.optimizer=lars"], &["train.trust=0.1"], Weights),
+    ("train.ema", &[], &["train.ema=0.9"], Metrics),
+    ("train.patience", HELD_OUT_STILL, &["train.patience=1"], Metrics),
+    ("train.min_delta", HELD_OUT_PATIENT, &["train.min_delta=100"], Weights),
+    ("train.on_nonfinite", &["train.learning_rate=1e30"], &["train.on_nonfinite=skip"], Ending),
+    ("train.on_spike", JUMP, &["train.on_spike=skip"], Weights),
     ("losses.balance", &[SPARSE], &["losses.balance=1"], Weights),
     ("losses.entropy", &[SPARSE], &["losses.entropy=1"], Weights),
     ("losses.z", &[SPARSE], &["losses.z=1"], Weights),
@@ -104,6 +117,8 @@ const CASES: &[(&str, &[&str], &[&str], Seen)] = &[
     ("eval.samples", &[], &["eval.samples=['The Sun']"], Samples),
     ("checkpoint.every", &[], &["checkpoint.every=3"], Checkpoints),
     ("checkpoint.keep", &["checkpoint.every=1"], &["checkpoint.keep=1"], Checkpoints),
+    ("checkpoint.keep_every", &["checkpoint.every=1", "checkpoint.keep=1"], &["checkpoint.keep_every=1"], Checkpoints),
+    ("checkpoint.best", HELD_OUT, &["checkpoint.best=true"], Checkpoints),
     ("phase.facts.train", &[], &["phase.facts.train.learning_rate=0.001"], Weights),
     ("phase.chat.train", &[], &["phase.chat.train.learning_rate=0.001"], Weights),
     ("phase.text.train", &[TEXT_RUN], &["phase.text.train.learning_rate=0.001"], Weights),
@@ -134,6 +149,7 @@ fn write_data(folder: &Path) {
         ("paraphrases.json", PARAPHRASES.to_string()),
         ("text.txt", TEXT.repeat(2)),
         ("text2.txt", TEXT.repeat(3)),
+        ("jump.txt", format!("{0}bcdefgh{0}", "a".repeat(150))),
     ] {
         fs::write(folder.join(name), text).unwrap();
     }
@@ -165,6 +181,7 @@ struct Outcome {
     weights: Vec<u8>,
     metrics: Vec<String>,
     samples: String,
+    ending: String,
     checkpoints: BTreeSet<String>,
     threads: Value,
     name: String,
@@ -173,14 +190,23 @@ struct Outcome {
 fn train(run: Run, out: &Path) -> Outcome {
     let name = run.name.clone();
     let mut trainer = Trainer::new(run, Some(out), None).unwrap();
-    while trainer.next_row().unwrap().is_some() {}
-    let newest = train::checkpoint::newest_whole(out).unwrap().path.unwrap();
+    let ending = loop {
+        match trainer.next_row() {
+            Ok(Some(_)) => {}
+            Ok(None) => break "completed".to_string(),
+            Err(TrainError::Diverged(reason)) => break reason,
+            Err(error) => panic!("{error}"),
+        }
+    };
+    let newest = train::checkpoint::newest_whole(out).unwrap().path;
     let record: Value = serde_json::from_str(&fs::read_to_string(out.join("run.json")).unwrap()).unwrap();
-    let names = fs::read_dir(out.join("checkpoints")).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
+    let folders = fs::read_dir(out.join("checkpoints")).into_iter().flatten();
+    let names = folders.map(|entry| entry.unwrap().file_name().into_string().unwrap());
     Outcome {
-        weights: fs::read(newest.join("model.safetensors")).unwrap(),
+        weights: newest.map_or(Vec::new(), |newest| fs::read(newest.join("model.safetensors")).unwrap()),
         metrics: fs::read_to_string(out.join("metrics.jsonl")).unwrap().lines().filter_map(canonical).collect(),
         samples: fs::read_to_string(out.join("samples.jsonl")).unwrap(),
+        ending,
         checkpoints: names.collect(),
         threads: record["machine"]["threads"].clone(),
         name,
@@ -217,6 +243,7 @@ fn every_key_of_the_schema_is_turned_and_has_an_effect() {
             Weights => before.weights != after.weights,
             Metrics => before.metrics != after.metrics,
             Samples => before.samples != after.samples,
+            Ending => before.ending != after.ending,
             Checkpoints => before.checkpoints != after.checkpoints,
             Threads => before.threads != after.threads,
             Name => before.name != after.name,
@@ -293,6 +320,11 @@ const MENUS: &[(&str, &[&str])] = &[
     ("train.eps", &["1e-300", "1e-8", "1e300"]),
     ("train.momentum", &["0", "0.9", "1"]),
     ("train.trust", &["1e-3", "1e300"]),
+    ("train.ema", &["0", "0.9", "1", "-0.1"]),
+    ("train.patience", &["0", "1", "1000000000"]),
+    ("train.min_delta", &["0", "1e300", "-1"]),
+    ("train.on_nonfinite", &["stop", "skip", "roll_back", "hope"]),
+    ("train.on_spike", &["off", "warn", "stop", "skip", "roll_back"]),
     ("losses.balance", &["0", "1", "1e300", "-1"]),
     ("losses.entropy", &["0", "1"]),
     ("losses.z", &["0", "1e10"]),
@@ -301,6 +333,8 @@ const MENUS: &[(&str, &[&str])] = &[
     ("eval.samples", &["['']", "['Sun']", "['no such words at all']"]),
     ("checkpoint.every", &["0", "1", "1000000000"]),
     ("checkpoint.keep", &["0", "1", "1000000000"]),
+    ("checkpoint.keep_every", &["0", "1", "1000000000"]),
+    ("checkpoint.best", &["true"]),
     ("data.max_length", &["0", "1", "2", "3", "1000000000", "9223372036854775807"]),
     ("data.val_fraction", &["0", "0.5", "0.999999", "1"]),
     ("data.shuffle", &["true"]),

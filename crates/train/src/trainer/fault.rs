@@ -92,8 +92,10 @@ impl Trainer {
         let mut learner =
             Learner::new(&self.run, self.learner.model.vocab_size, &self.run.phase(self.dataset.phases[0].name))?;
         let found = checkpoint::recover(&**self.directory.disk(), self.out(), &self.layout).map_err(failed)?;
-        let restored =
-            found.checkpoint.map(|(path, loaded)| restore(&path, loaded, &self.run, &self.dataset, &mut learner)).transpose()?;
+        let restored = found
+            .checkpoint
+            .map(|(path, loaded)| restore(&path, loaded, &self.run, &self.dataset, &mut learner))
+            .transpose()?;
         #[cfg(test)]
         std::mem::swap(&mut learner.tamper, &mut self.learner.tamper);
         self.learner = learner;
