@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -90,6 +91,7 @@ def test_version() -> None:
         (["stage1", "--parent", "nowhere"], "nowhere"),
         (["train", "nowhere.toml"], "nowhere.toml"),
         (["resume", "nowhere"], "nowhere"),
+        (["reproduce", "nowhere"], "nowhere"),
         (["gate", "nowhere"], "nowhere"),
         (["table", "nowhere"], "nowhere"),
         (["plot", "nowhere"], "nowhere"),
@@ -177,6 +179,20 @@ def test_a_run_is_trained_shown_and_used(tiny: Path) -> None:
     assert json.loads(cli("eval", str(run), "--json").stdout)["recite_total"] == 20
 
 
+def test_a_run_is_reproduced_or_the_difference_is_told(tiny: Path) -> None:
+    run, again = tiny.parent / "run", tiny.parent / "again"
+    assert cli("train", str(tiny), "--out", str(run)).returncode == 0
+    done = cli("reproduce", str(run), "--out", str(again), "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["identical"], report["inputs"]) == (True, [])
+    text = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(text.replace('"train/l0":', '"train/l0":9', 1))
+    other = cli("reproduce", str(run), "--out", str(tiny.parent / "other"))
+    assert other.returncode == 1, other.stderr
+    assert "DIFFERS from line 1" in other.stdout
+
+
 def test_a_damaged_checkpoint_is_named_and_not_loaded(tiny: Path) -> None:
     run = tiny.parent / "run"
     assert cli("train", str(tiny), "--out", str(run), "--set", "train.epochs=1").returncode == 0
@@ -195,6 +211,13 @@ def test_check_trains_nothing(tiny: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)
     assert not (tiny.parent / "run").exists()
+    assert 0 < json.loads(done.stdout)["seconds_estimate"] < 60
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert cli("train", "baseline", "--check", cwd=tiny.parent).returncode == 0
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert (
+        after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
+    )  # of one core, Python's start included
     several = cli("stage1", "--check", "--json", "--p", "0.3,0.4", cwd=tiny.parent)
     models = ("parent", "top_p-0.3", "top_p-0.4", "top_k-2")
     assert set(json.loads(several.stdout)) == {f"{model}-seed{SEED}" for model in models}

@@ -40,7 +40,6 @@ MODULES = {  # python/moe_lab: what each module may import of the package
     "gates": {"frames"},
     "frames": set(),
     "train": {"_native", "text"},
-    "text": set(),
 }
 
 

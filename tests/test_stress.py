@@ -255,7 +255,8 @@ def test_a_trainer_dies_in_another_thread_than_it_was_born(tmp_path: Path) -> No
 
 
 def _in_child(trainer: moe_lab.Trainer, model: moe_lab.Model, folder: str, answers: Any) -> None:
-    for use in (lambda: next(trainer), trainer.stop, trainer.save, lambda: trainer.step, lambda: model.generate("What")):
+    step, text = lambda: trainer.step, lambda: model.generate("What")
+    for use in (lambda: next(trainer), trainer.stop, trainer.save, step, text):
         try:
             use()
             answers.put("no exception")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Place = str | Path
 
-MAX_BYTES = 16 << 20  # of run.json and run.toml
+MAX_BYTES = 16 << 20  # of run.json, run.toml and stage.json
 
 _LAYER = re.compile(r"moe/layer_(\d+)/")
 
@@ -133,6 +133,11 @@ def read_run(run: Place) -> dict[str, Any]:
     path = Path(run) / "run.json"
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: is '{run}' the directory of a run?")
+    return json_object(path)
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """A small JSON file of a run or stage directory, which may be a stranger's. Raises ValueError in one sentence."""
     try:
         data = json.loads(_text(path))
     except (ValueError, RecursionError) as error:
@@ -162,7 +167,7 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _text(path: Path) -> str:
-    """A small file of a run directory, which may be a stranger's: never more than its largest size is read."""
+    """The text of a file; never more than the largest size of such a file is read."""
     with path.open("rb") as file:
         data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:

@@ -318,14 +318,7 @@ def _plan(out: Path) -> Plan:
 
 
 def _record(out: Path) -> dict[str, Any]:
-    path = out / "stage.json"
-    try:
-        record = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error})") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return record
+    return frames.json_object(out / "stage.json")
 
 
 def _write(out: Path, record: dict[str, Any]) -> None:

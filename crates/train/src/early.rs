@@ -26,6 +26,11 @@ impl EarlyStop {
         patience > 0 && self.waited >= patience
     }
 
+    /// Evaluations since the best.
+    pub fn waited(&self) -> u64 {
+        self.waited
+    }
+
     pub fn best(&self) -> Option<f64> {
         self.best
     }

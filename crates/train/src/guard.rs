@@ -58,6 +58,11 @@ impl Guard {
         jump("loss", &self.loss, loss).or_else(|| jump("gradient norm", &self.grad_norm, grad_norm))
     }
 
+    /// Whether this, read from a file, is a memory that `judge` and `accept` can go on with.
+    pub fn fits(&self) -> bool {
+        [&self.loss, &self.grad_norm].iter().all(|window| window.logs.len() <= LENGTH)
+    }
+
     /// Remembers a healthy update.
     pub fn accept(&mut self, loss: f64, grad_norm: f64) {
         self.loss.push(loss);

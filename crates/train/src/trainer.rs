@@ -4,8 +4,11 @@
 mod fault;
 mod report;
 mod save;
+mod state;
 #[cfg(test)]
 mod tests;
+
+pub use state::checked_state;
 
 use crate::checkpoint;
 use crate::data::{Batch, Split, sha256};
@@ -22,7 +25,7 @@ use crate::metrics::Row;
 use crate::optimizers::Optimizer;
 use crate::record::Status;
 use crate::run::{OnNonfinite, OnSpike, Run, Train};
-use moe_router::{Control, Policy};
+use moe_router::Control;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use std::collections::{BTreeSet, VecDeque};
@@ -524,7 +527,7 @@ fn restore(
     let bad = |what: String| TrainError::Failed(format!("{}: {what}; choose another checkpoint", path.display()));
     let mut policies = learner.model.policies();
     let state =
-        read_state(loaded.state, run, dataset, &mut policies).map_err(|what| bad(format!("state.json: {what}")))?;
+        state::read(loaded.state, run, dataset, &mut policies).map_err(|what| bad(format!("state.json: {what}")))?;
     learner.params = loaded.params;
     learner.policies = policies;
     let phases = run.phases();
@@ -537,40 +540,6 @@ fn restore(
     )
     .map_err(bad)?;
     Ok((state, loaded.ema))
-}
-
-/// The state of a checkpoint whose control states were put into `policies`, fresh ones of the run.
-fn read_state(json: Value, run: &Run, dataset: &Dataset, policies: &mut [Policy]) -> Result<State, String> {
-    let mut state: State = serde_json::from_value(json).map_err(|error| error.to_string())?;
-    check_state(&state, run, dataset, policies)?;
-    for (layer, (policy, control)) in policies.iter_mut().zip(state.controls.drain(..)).enumerate() {
-        policy.restore(control, layer).map_err(|error| error.to_string())?;
-    }
-    Ok(state)
-}
-
-/// As a resume reads state.json; returns what the epoch had added up.
-pub fn checked_state(json: Value, run: &Run, dataset: &Dataset, policies: &mut [Policy]) -> Result<Epoch, String> {
-    read_state(json, run, dataset, policies).map(|state| state.epoch)
-}
-
-/// A state may come from anybody: what is used as an index or a length must be in range.
-fn check_state(state: &State, run: &Run, dataset: &Dataset, policies: &[Policy]) -> Result<(), String> {
-    let (at, phases) = (&state.position, dataset.phases.len());
-    let inside = |phase: usize| {
-        let (batches, steps) = (epoch_batches(run, dataset, phase), phase_steps(run, dataset, phase));
-        at.batch < batches && at.phase_step < steps && at.epoch <= steps / batches.max(1)
-    };
-    let ended = || (at.epoch, at.batch, at.phase_step) == (0, 0, 0);
-    let total: u64 = (0..phases).map(|phase| phase_steps(run, dataset, phase)).sum();
-    let placed = if at.phase < phases { inside(at.phase) } else { at.phase == phases && ended() };
-    if !placed || at.step > total {
-        return Err("its position is outside the run".into());
-    }
-    match state.controls.len() == policies.len() && state.epoch.fits(policies) {
-        true => Ok(()),
-        false => Err("its routing statistics are of another model".into()),
-    }
 }
 
 /// Batches of an epoch; a text phase is cut into epochs of `eval.every` steps.

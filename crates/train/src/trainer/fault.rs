@@ -13,7 +13,7 @@ use crate::record::Status;
 use crate::run::{OnNonfinite, OnSpike, Train};
 
 /// Updates that may be skipped in a row, and returns to a checkpoint that may pass without a new one.
-const SKIPS: u32 = 3;
+pub(super) const SKIPS: u32 = 3;
 const RETURNS: u32 = 10;
 
 enum Action {
