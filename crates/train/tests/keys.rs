@@ -44,7 +44,7 @@ const HELD_OUT: &[&str] = &["data.val_fraction=0.4", "eval.every=1", "train.epoc
 const HELD_OUT_STILL: &[&str] = &["data.val_fraction=0.4", "eval.every=1", "train.epochs=4", "train.learning_rate=0"];
 const HELD_OUT_PATIENT: &[&str] = &["data.val_fraction=0.4", "eval.every=1", "train.epochs=4", "train.patience=1"];
 /// A text of one letter, soon known by heart, with a few others in the middle.
-const JUMP: &[&str] = &["data.text=@jump.txt", "train.max_steps=60"];
+const JUMP: &[&str] = &["data.text=@jump.txt", "train.max_steps=150"];
 
 /// Key, what both runs say, what the second says more, where it shows. `@` stands for the folder of the data.
 const CASES: &[(&str, &[&str], &[&str], Seen)] = &[
@@ -92,7 +92,7 @@ const CASES: &[(&str, &[&str], &[&str], Seen)] = &[
     ("train.epochs", &[], &["train.epochs=3"], Weights),
     ("train.max_steps", &[TEXT_RUN], &["train.max_steps=3"], Weights),
     ("train.optimizer", &[], &["train.optimizer=sgd"], Weights),
-    ("train.schedule", &[], &["train.schedule=constant"], Weights),
+    ("train.schedule", &["train.epochs=3"], &["train.schedule=constant"], Weights),
     ("train.warmup_epochs", &[], &["train.warmup_epochs=2"], Weights),
     ("train.warmup_steps", &[TEXT_RUN], &["train.warmup_steps=2"], Weights),
     ("train.min_lr_ratio", &["train.epochs=3"], &["train.min_lr_ratio=0.9"], Weights),
