@@ -14,8 +14,11 @@ use train::run::Run;
 use train::trained::{Sampling, Trained};
 use train::{Trainer, untrusted};
 
+/// Reads the bytes of a file; panics where a promise does not hold.
+pub type Target = fn(&[u8]);
+
 /// By name, as in `corpus/<name>`.
-pub const TARGETS: [(&str, fn(&[u8])); 8] = [
+pub const TARGETS: [(&str, Target); 8] = [
     ("weights", weights),
     ("manifest", manifest),
     ("state", state),
@@ -102,7 +105,9 @@ pub fn run_file(bytes: &[u8]) {
         Ok(run) => {
             let again = Run::parse(&run.to_toml()).expect("what was written can be read");
             assert!(Run::diff(&run, &again).is_empty());
-            run.phases().iter().for_each(|phase| drop(run.phase(phase)));
+            for phase in run.phases() {
+                run.phase(phase);
+            }
         }
         Err(error) => message(&error),
     }
