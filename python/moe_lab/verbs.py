@@ -165,3 +165,19 @@ def report(
     else:
         print(path)
     return DONE
+
+
+@app.command()
+def watch(
+    run: RunPath,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks at the stream.")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Draw one picture and end.")] = False,
+) -> int:
+    """Watch a run while it trains.
+
+    Loss with its floor, gradients, routing, samples, alerts; keys 1 to 5 and tab switch, q ends. Lines in a pipe.
+    """
+    from moe_lab.watch import watch as show
+
+    show(run, _console(), interval, once)
+    return DONE
