@@ -12,12 +12,12 @@ use tensor::ops::{
     combine::add,
     embedding::embedding,
     experts::experts,
-    linear::{linear, linear_f32},
+    linear::{linear, linears},
     rms_norm::rms_norm,
     swiglu::swiglu,
 };
 use tensor::random::Purpose;
-use tensor::{Layout, Param, Random, Real, Tape, Value};
+use tensor::{Layout, Param, Precision, Random, Real, Tape, Value};
 
 /// Standard deviation of the mixture-of-heads routers at the start: logits near zero, all heads nearly alike.
 const HEAD_ROUTER_STD: f64 = 0.02;
@@ -376,7 +376,7 @@ impl Transformer {
         let fed = match block.feed_forward {
             FeedForward::Dense { gate, up, down } => swiglu(tape, &normed, gate, up, down),
             FeedForward::Sparse { router, gate_up, down } => {
-                let scores_ne = linear_f32(tape, &normed, router);
+                let scores_ne = linears(tape, &normed, &[(router, Precision::F32)]).remove(0);
                 let input = RouterInput::new(&documents.offsets_b1, &documents.tokens_n, i);
                 let (weights_a, routing) = node::route(tape, &scores_ne, &policies[i], &input, mode);
                 let y = experts(tape, &normed, &weights_a, &routing.assignments, gate_up, down);
@@ -405,13 +405,19 @@ impl Transformer {
             window: self.config.window,
             position: block.position,
         };
-        let q = linear(tape, x, block.query);
-        let k = linear(tape, x, block.key);
-        let v = linear(tape, x, block.value);
+        // All products of the normed stream at once. Scores of heads take f32 in every precision, as those of routers do.
+        let precision = tape.precision();
+        let mut weights = [block.query, block.key, block.value].map(|weight| (weight, precision)).to_vec();
+        if let Some(heads) = &block.heads {
+            let scores = [Some(heads.routed), heads.shared, heads.split];
+            weights.extend(scores.into_iter().flatten().map(|weight| (weight, Precision::F32)));
+        }
+        let mut products = linears(tape, x, &weights).into_iter();
+        let mut next = || products.next().expect("one product per weight");
+        let [q, k, v] = [next(), next(), next()];
         let gates_nh = block.heads.as_ref().map(|heads| {
-            let shared = heads.shared.map(|w| linear_f32(tape, x, w));
-            let routed = linear_f32(tape, x, heads.routed);
-            let split = heads.split.map(|w| linear_f32(tape, x, w));
+            let routed = next();
+            let [shared, split] = [heads.shared, heads.split].map(|weight| weight.map(|_| next()));
             let (gates_nh, selection) = node::head_gates(tape, shared.as_ref(), &routed, split.as_ref(), heads.active);
             trace.heads.push(HeadTrace { layer: i, routed_nh: routed, selection: selection.clone() });
             (gates_nh, selection)

@@ -1,21 +1,19 @@
 //! Auxiliary losses of the router, each a value in f64 and its gradient with respect to the scores. All are means over the n tokens, 0 for n = 0,
 //! and finite for any finite scores.
 
-use crate::{Routing, softmax};
+use crate::Routing;
+use crate::softmax::{self, Exponentials};
 use tensor::Real;
 use tensor::kernels::parallel;
-use tensor::kernels::simd::exp;
 
 /// N Σ_i f_i Q_i: f = share of the tokens that chose id i (constant), Q = mean probability, N ids. At balance it is the mean number of experts per
 /// token, not 1.
 pub fn balance<T: Real>(scores_ne: &[T], routing: &Routing) -> f64 {
     let (e, n) = (routing.num_ids, routing.num_tokens());
-    let factors_e = balance_factors(routing);
+    let (factors_e, all) = (balance_factors(routing), Exponentials::new(scores_ne, e));
     let row = |t: usize| {
-        let scores_e = &scores_ne[t * e..(t + 1) * e];
-        let (top, sum) = softmax::log_sum(scores_e);
-        let mass = scores_e.iter().zip(&factors_e).map(|(s, f)| exp(*s - top).to_f64() * f).sum::<f64>();
-        mass / sum.to_f64()
+        let mass = all.row(t).iter().zip(&factors_e).map(|(m, f)| m.to_f64() * f).sum::<f64>();
+        mass / all.sum_n[t].to_f64()
     };
     parallel::sum(n, row) / n.max(1) as f64
 }
@@ -38,20 +36,16 @@ fn balance_factors(routing: &Routing) -> Vec<f64> {
 /// Mean entropy of the rows in nats (the dynamic loss of Huang et al. 2024).
 pub fn entropy<T: Real>(scores_ne: &[T], num_ids: usize) -> f64 {
     let n = scores_ne.len() / num_ids.max(1);
-    let row = |t: usize| row_entropy(&scores_ne[t * num_ids..(t + 1) * num_ids]).to_f64();
+    let all = Exponentials::new(scores_ne, num_ids);
+    let row = |t: usize| row_entropy(&scores_ne[t * num_ids..(t + 1) * num_ids], &all, t).to_f64();
     parallel::sum(n, row) / n.max(1) as f64
 }
 
-/// H = ln Σ exp(h - top) - Σ P (h - top); probabilities that are 0 add nothing.
-fn row_entropy<T: Real>(scores_e: &[T]) -> T {
-    let (top, sum) = softmax::log_sum(scores_e);
-    let weighted: T = scores_e
-        .iter()
-        .map(|s| {
-            let mass = exp(*s - top);
-            if mass == T::ZERO { T::ZERO } else { mass * (*s - top) }
-        })
-        .sum();
+/// H = ln Σ exp(h - top) - Σ P (h - top) of row t; probabilities that are 0 add nothing.
+fn row_entropy<T: Real>(scores_e: &[T], all: &Exponentials<T>, t: usize) -> T {
+    let (top, sum) = (all.top_n[t], all.sum_n[t]);
+    let term = |(s, m): (&T, &T)| if *m == T::ZERO { T::ZERO } else { *m * (*s - top) };
+    let weighted: T = scores_e.iter().zip(all.row(t)).map(term).sum();
     sum.ln() - weighted / sum
 }
 
@@ -59,13 +53,14 @@ fn row_entropy<T: Real>(scores_e: &[T]) -> T {
 pub fn entropy_backward<T: Real>(scores_ne: &[T], num_ids: usize, upstream: T, dscores_ne: &mut [T]) {
     let n = scores_ne.len() / num_ids.max(1);
     let scale = upstream / T::from_f64(n.max(1) as f64);
+    let all = Exponentials::new(scores_ne, num_ids);
     parallel::rows(dscores_ne, num_ids, |t, dscores| {
         let scores_e = &scores_ne[t * num_ids..(t + 1) * num_ids];
-        let ((top, sum), entropy) = (softmax::log_sum(scores_e), row_entropy(scores_e));
-        for (d, s) in dscores.iter_mut().zip(scores_e) {
-            let p = exp(*s - top) / sum;
-            if p != T::ZERO {
-                *d -= scale * p * (*s - top - sum.ln() + entropy);
+        let (top, sum, entropy) = (all.top_n[t], all.sum_n[t], row_entropy(scores_e, &all, t));
+        let log = sum.ln();
+        for ((d, s), m) in dscores.iter_mut().zip(scores_e).zip(all.row(t)) {
+            if *m != T::ZERO {
+                *d -= scale * (*m / sum) * (*s - top - log + entropy);
             }
         }
     });
@@ -74,22 +69,18 @@ pub fn entropy_backward<T: Real>(scores_ne: &[T], num_ids: usize, upstream: T, d
 /// Mean of lse², lse = ln Σ exp(h) (ST-MoE); without its coefficient.
 pub fn z<T: Real>(scores_ne: &[T], num_ids: usize) -> f64 {
     let n = scores_ne.len() / num_ids.max(1);
-    let row = |t: usize| {
-        let (top, sum) = softmax::log_sum(&scores_ne[t * num_ids..(t + 1) * num_ids]);
-        (top + sum.ln()).to_f64().powi(2)
-    };
-    parallel::sum(n, row) / n.max(1) as f64
+    let all = Exponentials::new(scores_ne, num_ids);
+    parallel::sum(n, |t| all.log_sum(t).to_f64().powi(2)) / n.max(1) as f64
 }
 
 /// dscores += upstream · dL/dscores; dL/dh_j = 2 lse P_j / n.
 pub fn z_backward<T: Real>(scores_ne: &[T], num_ids: usize, upstream: T, dscores_ne: &mut [T]) {
     let n = scores_ne.len() / num_ids.max(1);
     let scale = upstream * T::from_f64(2.0 / n.max(1) as f64);
+    let all = Exponentials::new(scores_ne, num_ids);
     parallel::rows(dscores_ne, num_ids, |t, dscores| {
-        let scores_e = &scores_ne[t * num_ids..(t + 1) * num_ids];
-        let (top, sum) = softmax::log_sum(scores_e);
-        let factor = scale * (top + sum.ln()) / sum;
-        dscores.iter_mut().zip(scores_e).for_each(|(d, s)| *d += factor * exp(*s - top));
+        let factor = scale * all.log_sum(t) / all.sum_n[t];
+        dscores.iter_mut().zip(all.row(t)).for_each(|(d, m)| *d += factor * *m);
     });
 }
 

@@ -405,6 +405,21 @@ impl<T: Real> Gradients<'_, T> {
         if param.trainable { Some(&mut self.flat[param.span()]) } else { None }
     }
 
+    /// The regions of several parameters at once, which must not overlap; `None` where frozen.
+    pub fn params<const N: usize>(&mut self, params: [&Param; N]) -> [Option<&mut [T]>; N] {
+        let mut order: [usize; N] = std::array::from_fn(|i| i);
+        order.sort_unstable_by_key(|&i| params[i].offset);
+        let mut regions = [const { None }; N];
+        let (mut rest, mut at) = (&mut *self.flat, 0);
+        for i in order {
+            let span = params[i].span();
+            let (region, tail) = rest.split_at_mut(span.start - at).1.split_at_mut(span.len());
+            regions[i] = params[i].trainable.then_some(region);
+            (rest, at) = (tail, span.end);
+        }
+        regions
+    }
+
     /// The gradient of a leaf after `backward`; zeros if nothing depended on it.
     pub fn of(&self, value: &Value<T>) -> Vec<T> {
         match self.peek(value.slot()) {

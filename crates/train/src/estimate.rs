@@ -87,11 +87,11 @@ fn activations(run: &Run, vocab: usize, n: f64, score_std: f64) -> f64 {
     };
     let rows = match model.router.experts() {
         None => 0.0,
-        Some(e) => experts_per_token(run, e.num_experts, score_std) * d + 2.0 * e.num_experts as f64,
+        Some(e) => 3.0 * experts_per_token(run, e.num_experts, score_std) * d + 2.0 * e.num_experts as f64,
     };
     let per_token = layers * (attention + kept * passing) + 6.0 * d + passing + rows;
     let v = vocab as f64;
-    n * per_token + (v * d).min(f64::MAX) + LOGITS.max(16.0 * v).min(n * v)
+    n * per_token + (v * d).min(f64::MAX) + LOGITS.max(256.0 * v).min(n * v)
 }
 
 /// Experts of a token whose scores are normal with this standard deviation: the mean over fixed draws.

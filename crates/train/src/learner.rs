@@ -12,10 +12,11 @@ use crate::run::{Run, Train};
 use model::generate::Weights;
 use model::transformer::{Context, Documents, Transformer};
 use moe_router::{Mode, Observation, Policy, RouterInput};
+use rayon::prelude::*;
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
-use tensor::kernels::memory;
+use tensor::kernels::{memory, parallel};
 use tensor::ops::cross_entropy::Targets;
 use tensor::profile::{self, Direction, Work};
 use tensor::{Arena, Engine, Precision, Tape, Value};
@@ -141,7 +142,7 @@ impl Learner {
     ) -> Result<Update, Fault> {
         // The whole step runs inside the pool: every entry from outside wakes a thread.
         let pool = self.pool.clone();
-        pool.install(|| self.step(batch, settings, rate, epoch, guard))
+        pool.install(|| parallel::awake(|| self.step(batch, settings, rate, epoch, guard)))
     }
 
     fn step(
@@ -183,7 +184,7 @@ impl Learner {
 
     /// Gradients of the whole batch into the flat buffer, in `accumulate` micro-batches of whole documents whose parts add up to the batch.
     fn gradient(&mut self, batch: &Batch, accumulate: usize, epoch: &mut Epoch) -> Update {
-        self.grads.fill(0.0);
+        self.grads.par_chunks_mut(1 << 16).for_each(|grads| grads.fill(0.0));
         let mut sum = Update::empty(self.layers.len(), self.policies.len());
         let parts = if accumulate > 1 { batch.split(accumulate) } else { vec![batch.clone()] };
         for part in &parts {

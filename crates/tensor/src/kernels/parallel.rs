@@ -2,12 +2,53 @@
 
 use crate::Real;
 use rayon::prelude::*;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Rows a block of a cross-row reduction has. Fixed: it decides the order of summation.
 const BLOCK: usize = 64;
 
 /// Below this many numbers a loop stays on one thread; waking the pool would cost more.
 const SMALL: usize = 8192;
+
+/// Runs `f`, which enters many short parallel loops, while the other threads of its pool look for work without going to sleep between them: waking
+/// a thread takes longer than many a loop. A thread that finds nothing for a while lets the system run others in its place.
+pub fn awake<R: Send>(f: impl FnOnce() -> R + Send) -> R {
+    const PAUSES: usize = 16;
+    const PATIENCE: usize = 1000;
+    let (own, done) = (rayon::current_thread_index(), AtomicBool::new(false));
+    if own.is_none() || rayon::current_num_threads() == 1 {
+        return f();
+    }
+    let look = |index: usize| {
+        let mut idle = 0;
+        while Some(index) != own && !done.load(Ordering::Relaxed) {
+            match rayon::yield_now() {
+                Some(rayon::Yield::Executed) => idle = 0,
+                _ if idle < PATIENCE => {
+                    idle += 1;
+                    (0..PAUSES).for_each(|_| std::hint::spin_loop());
+                }
+                _ => std::thread::yield_now(),
+            }
+        }
+    };
+    let end = Done(&done);
+    rayon::in_place_scope(|scope| {
+        scope.spawn_broadcast(|_, context| look(context.index()));
+        let end = end; // also when `f` panics
+        let result = f();
+        drop(end);
+        result
+    })
+}
+
+struct Done<'s>(&'s AtomicBool);
+
+impl Drop for Done<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
 
 /// Calls `f(row index, row)` for every `width`-long row of `dst`.
 pub fn rows<T: Send>(dst: &mut [T], width: usize, f: impl Fn(usize, &mut [T]) + Sync) {
@@ -60,5 +101,21 @@ pub fn sum(n: usize, f: impl Fn(usize) -> f64 + Sync) -> f64 {
         (0..blocks).map(block).sum()
     } else {
         (0..blocks).into_par_iter().map(block).collect::<Vec<f64>>().into_iter().sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn awake_threads_share_the_work_and_end_with_it_also_after_a_panic() {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
+        let total = || (0..100u64).map(|_| (0..1000u64).into_par_iter().sum::<u64>()).sum::<u64>();
+        assert_eq!(pool.install(|| awake(total)), 49_950_000);
+        assert_eq!(awake(total), 49_950_000, "outside a pool");
+        let panics = || pool.install(|| awake(|| panic!("as a task may")));
+        assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(panics)).is_err());
+        assert_eq!(pool.install(|| awake(|| awake(total))), 49_950_000, "one inside the other");
     }
 }

@@ -2,7 +2,7 @@
 //! No [n, v] array is kept: while recording, a chunk's logits are turned into gradients of x and W at once and dropped (the loss is
 //! linear in its upstream gradient, which enters later as one factor).
 
-use crate::kernels::gemm::{Matrix, matmul};
+use crate::kernels::gemm::{Matrix, Product, Threads, grouped, matmul_strided};
 use crate::kernels::simd::{self, Kernel, exp};
 use crate::profile::{Cost, Work};
 use crate::{Buffer, Engine, Param, Real, Tape, Value};
@@ -13,8 +13,13 @@ use std::sync::Arc;
 /// Logits that live at one time, in numbers.
 const CHUNK: usize = 1 << 18;
 
-/// Rows a task turns from logits into loss and gradient.
-const ROWS: usize = 8;
+/// Rows of a chunk at least: fewer would read W too often.
+const LEAST: usize = 256;
+
+/// Blocks that a chunk's rows, and those of the gradient of W, are cut into, about; rows of one. Fixed: threads never show in the result.
+const BLOCKS: usize = 8;
+const ROWS: usize = 64;
+const MOST: usize = 256;
 
 /// Running sums of a row.
 const SUMS: usize = 16;
@@ -49,28 +54,38 @@ pub fn cross_entropy<'a, T: Real>(
     let mut losses_n = vec![0.0; n];
     let mut dx_nd: Option<Buffer<T>> = (needs && x.needs_grad()).then(|| tape.arena().take(n * d));
     let mut dw_vd: Option<Buffer<T>> = (needs && weight.trainable && n > 0).then(|| tape.arena().take(v * d));
-    let rows = (CHUNK / v).clamp(16, n.max(16));
-    let mut logits = tape.arena().take(rows.min(n) * v);
-    for start in (0..n).step_by(rows) {
+    let rows = (CHUNK / v).max(LEAST).min(n);
+    let mut logits = tape.arena().take(rows * v);
+    let w = Matrix::new(w_vd, v, d);
+    for start in (0..n).step_by(rows.max(1)) {
         let c = rows.min(n - start);
-        let (x_cd, logits_cv) = (Matrix::new(&x.data()[start * d..(start + c) * d], c, d), &mut logits[..c * v]);
-        matmul(precision, logits_cv, x_cd, Matrix::new(w_vd, v, d).t(), false);
-        let losses_c = losses_n[start..start + c].par_chunks_mut(ROWS).zip(logits_cv.par_chunks_mut(ROWS * v));
-        losses_c.enumerate().for_each(|(b, (losses, rows_v))| {
-            for (i, (loss, row_v)) in losses.iter_mut().zip(rows_v.chunks_mut(v)).enumerate() {
-                let t = start + b * ROWS + i;
-                let (target, share) = (targets.ids_n[t] as usize, T::from_f64(share_n[t]));
-                *loss = simd::dispatch(Row { row_v, target, share: needs.then_some(share) }).to_f64();
-            }
-        });
-        if needs {
-            let dlogits = Matrix::new(&*logits_cv, c, v);
-            if let Some(dx_nd) = &mut dx_nd {
-                matmul(precision, &mut dx_nd[start * d..(start + c) * d], dlogits, Matrix::new(w_vd, v, d), false);
-            }
-            if let Some(dw_vd) = &mut dw_vd {
-                matmul(precision, dw_vd, dlogits.t(), x_cd, start > 0);
-            }
+        let block = (c / BLOCKS).clamp(ROWS, MOST);
+        let (x_cd, logits_cv) = (&x.data()[start * d..(start + c) * d], &mut logits[..c * v]);
+        let dx_cd = dx_nd.as_mut().map_or(&mut [][..], |dx_nd| &mut dx_nd[start * d..(start + c) * d]);
+        let blocks = losses_n[start..start + c].chunks_mut(block).zip(logits_cv.chunks_mut(block * v));
+        let mut dx_blocks = dx_cd.chunks_mut(block * d);
+        let blocks = blocks.zip(x_cd.chunks(block * d)).map(|part| (part, dx_blocks.next()));
+        blocks.enumerate().collect::<Vec<_>>().into_par_iter().with_max_len(1).for_each(
+            |(b, (((losses, logits_bv), x_bd), dx_bd))| {
+                let rows = losses.len();
+                matmul_strided(precision, logits_bv, v, Matrix::new(x_bd, rows, d), w.t(), false, Threads::One);
+                for (i, (loss, row_v)) in losses.iter_mut().zip(logits_bv.chunks_mut(v)).enumerate() {
+                    let t = start + b * block + i;
+                    let (target, share) = (targets.ids_n[t] as usize, T::from_f64(share_n[t]));
+                    *loss = simd::dispatch(Row { row_v, target, share: needs.then_some(share) }).to_f64();
+                }
+                if let Some(dx_bd) = dx_bd {
+                    matmul_strided(precision, dx_bd, d, Matrix::new(logits_bv, rows, v), w, false, Threads::One);
+                }
+            },
+        );
+        if let Some(dw_vd) = &mut dw_vd {
+            let piece = (v / BLOCKS).clamp(ROWS, MOST);
+            let products = dw_vd.chunks_mut(piece * d).enumerate().map(|(i, dst)| {
+                let dlogits = Matrix::strided(&logits[i * piece..c * v], c, dst.len() / d, v);
+                Product { dst, a: dlogits.t(), b: Matrix::new(x_cd, c, d) }
+            });
+            grouped(precision, products.collect(), start > 0);
         }
     }
     let mean: f64 = losses_n.iter().zip(&share_n).map(|(l, s)| if *s == 0.0 { 0.0 } else { l * s }).sum();

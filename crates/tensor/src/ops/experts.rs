@@ -1,12 +1,14 @@
 //! SwiGLU experts on a ragged list of assignments: y_t = Σ_a w_a W_down,e (silu(G_e x_t) * (U_e x_t)) over the assignments a = (t, e) of token t.
-//! Tokens are counting-sorted by expert and every expert is one product per weight; nothing of size tokens x experts x width exists.
+//! Tokens are counting-sorted by expert. A task takes a block of rows of one expert through gather, products and activation while they are in
+//! its cache; nothing of size tokens x experts x width exists.
 
-use crate::kernels::gemm::{Matrix, Product, grouped};
+use crate::kernels::gemm::{Matrix, Product, Threads, grouped, matmul_strided};
 use crate::kernels::parallel;
-use crate::ops::swiglu::{activate, activate_backward};
+use crate::ops::swiglu::{activate_backward_block, activate_block};
 use crate::profile::Cost;
-use crate::{Buffer, Engine, Param, Precision, Real, Tape, Value};
+use crate::{Engine, Param, Precision, Real, Tape, Value};
 use candle_core::{Device, Tensor};
+use rayon::prelude::*;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -141,12 +143,24 @@ impl Sorted {
         self.tokens_s.len()
     }
 
-    /// Rows of tokens brought into sorted order.
-    fn gather<T: Real>(&self, dst_sd: &mut [T], rows_nd: &[T], d: usize) {
-        parallel::rows(dst_sd, d, |place, row| {
-            let t = self.tokens_s[place] as usize;
-            row.copy_from_slice(&rows_nd[t * d..(t + 1) * d]);
-        });
+    /// The segments of the experts cut into blocks of about equal length. Fixed by the routing alone: threads never show in the result.
+    fn blocks(&self) -> Vec<Block> {
+        let most = (self.len() / BLOCKS).clamp(LEAST, MOST);
+        let mut blocks = Vec::new();
+        for (expert, span) in self.offsets_e1.windows(2).enumerate() {
+            let len = span[1] - span[0];
+            let parts = len.div_ceil(most);
+            let cut = |part: usize| span[0] + len * part / parts;
+            blocks.extend((0..parts).map(|part| Block { expert, places: cut(part)..cut(part + 1) }));
+        }
+        blocks
+    }
+
+    /// Rows of the tokens of a block.
+    fn gather<T: Real>(&self, block: &Block, dst: &mut [T], rows_nd: &[T], d: usize) {
+        for (row, &t) in dst.chunks_exact_mut(d).zip(&self.tokens_s[block.places.clone()]) {
+            row.copy_from_slice(&rows_nd[t as usize * d..(t as usize + 1) * d]);
+        }
     }
 
     /// dst_t = Σ weight(a) · rows[place of a] over the assignments of token t in their order, or += when `accumulate`.
@@ -180,50 +194,79 @@ impl Sorted {
         });
     }
 
-    /// For every expert with tokens: dst rows of its segment = its a rows · W_e (or W_eᵀ), e.g. [s, k] x [e, k, m] -> [s, m].
-    fn multiply<T: Real>(
+    /// The products of dW_e += (left rows of its segment)ᵀ · (right rows of its segment), in pieces of W_e's rows, for every expert with tokens.
+    fn weight_gradients<'s, T: Real>(
         &self,
-        precision: Precision,
-        dst: &mut [T],
-        a: &[T],
+        products: &mut Vec<Product<'s, T>>,
+        dw: &'s mut [T],
         weight: &Param,
-        w: &[T],
-        transpose: bool,
+        left: &'s [T],
+        right: &'s [T],
     ) {
         let (rows, cols) = (weight.rows, weight.width);
-        let (k, m) = if transpose { (cols, rows) } else { (rows, cols) };
-        let product = |(expert, dst)| {
-            let span = self.offsets_e1[expert]..self.offsets_e1[expert + 1];
-            let w = Matrix::new(&w[expert * weight.stride..][..weight.len()], rows, cols);
-            let a = Matrix::new(&a[span.start * k..span.end * k], span.len(), k);
-            Product { dst, a, b: if transpose { w.t() } else { w } }
-        };
-        grouped(precision, self.segments(dst, m).into_iter().map(product).collect(), false);
-    }
-
-    /// For every expert with tokens: dW_e += (left rows of its segment)ᵀ · (right rows of its segment).
-    fn accumulate<T: Real>(&self, precision: Precision, dw: &mut [T], weight: &Param, left: &[T], right: &[T]) {
-        let (rows, cols) = (weight.rows, weight.width);
-        let mut products = Vec::new();
+        let piece = (rows / 2).clamp(LEAST, MOST);
         for (span, dw) in self.offsets_e1.windows(2).zip(dw.chunks_mut(weight.stride)).filter(|(w, _)| w[0] < w[1]) {
-            let left = Matrix::new(&left[span[0] * rows..span[1] * rows], span[1] - span[0], rows);
-            let right = Matrix::new(&right[span[0] * cols..span[1] * cols], span[1] - span[0], cols);
-            products.push(Product { dst: &mut dw[..weight.len()], a: left.t(), b: right });
-        }
-        grouped(precision, products, true);
-    }
-
-    /// The segments of the experts with tokens in an array of sorted rows.
-    fn segments<'s, T>(&self, mut data: &'s mut [T], width: usize) -> Vec<(usize, &'s mut [T])> {
-        let mut segments = Vec::new();
-        for (expert, span) in self.offsets_e1.windows(2).enumerate() {
-            let (head, tail) = data.split_at_mut((span[1] - span[0]) * width);
-            data = tail;
-            if !head.is_empty() {
-                segments.push((expert, head));
+            let len = span[1] - span[0];
+            let right = Matrix::new(&right[span[0] * cols..span[1] * cols], len, cols);
+            for (i, dst) in dw[..weight.len()].chunks_mut(piece * cols).enumerate() {
+                let columns = &left[span[0] * rows + i * piece..span[1] * rows];
+                let left = Matrix::strided(columns, len, dst.len() / cols, rows);
+                products.push(Product { dst, a: left.t(), b: right });
             }
         }
-        segments
+    }
+}
+
+/// Blocks that a layer's rows are cut into, about; rows of one, and of a piece of a weight's gradient.
+const BLOCKS: usize = 12;
+const LEAST: usize = 64;
+const MOST: usize = 256;
+
+/// Below this many multiplications one thread is faster than waking the pool.
+const SMALL: usize = 1 << 20;
+
+/// Some rows of one expert, as places in sorted order.
+struct Block {
+    expert: usize,
+    places: Range<usize>,
+}
+
+/// The parts of an array of sorted rows that belong to each block.
+fn split<'s, T>(blocks: &[Block], mut data: &'s mut [T], width: usize) -> Vec<&'s mut [T]> {
+    let mut parts = Vec::with_capacity(blocks.len());
+    for block in blocks {
+        let (part, rest) = data.split_at_mut(block.places.len() * width);
+        parts.push(part);
+        data = rest;
+    }
+    parts
+}
+
+/// Runs `f` on every block with its parts of some arrays, side by side if there is enough to do.
+fn each<P: Send>(blocks: &[Block], work: usize, parts: impl Iterator<Item = P>, f: impl Fn(&Block, P) + Sync) {
+    let work_of: Vec<(&Block, P)> = blocks.iter().zip(parts).collect();
+    if work < SMALL {
+        work_of.into_iter().for_each(|(block, part)| f(block, part));
+    } else {
+        work_of.into_par_iter().with_max_len(1).for_each(|(block, part)| f(block, part));
+    }
+}
+
+/// A stacked weight [e, rows, cols] and how its products multiply.
+#[derive(Clone, Copy)]
+struct Stack<'s, T> {
+    param: Param,
+    data: &'s [T],
+    precision: Precision,
+}
+
+impl<T: Real> Stack<'_, T> {
+    /// dst = a · W_e, or a · W_eᵀ when `transpose`, on this thread.
+    fn multiply(&self, expert: usize, dst: &mut [T], a: &[T], transpose: bool) {
+        let (rows, cols) = (self.param.rows, self.param.width);
+        let w = Matrix::new(&self.data[expert * self.param.stride..][..self.param.len()], rows, cols);
+        let (k, m, w) = if transpose { (cols, rows, w.t()) } else { (rows, cols, w) };
+        matmul_strided(self.precision, dst, m, Matrix::new(a, a.len() / k, k), w, false, Threads::One);
     }
 }
 
@@ -238,14 +281,20 @@ fn cpu<'a, T: Real>(
     let (n, d, g, precision) = (x.rows(), x.width(), down.width, tape.precision());
     let sorted = Sorted::new(routing);
     let s = sorted.len();
-    let (w_gate_up, w_down) = (tape.param(&gate_up), tape.param(&down));
+    let blocks = sorted.blocks();
+    let w_gate_up = Stack { param: gate_up, data: tape.param(&gate_up), precision };
+    let w_down = Stack { param: down, data: tape.param(&down), precision };
     let mut rows_sd = tape.arena().take(s * d);
-    sorted.gather(&mut rows_sd, x.data(), d);
     let mut pre_s2g = tape.arena().take(s * 2 * g);
-    sorted.multiply(precision, &mut pre_s2g, &rows_sd, &gate_up, w_gate_up, true);
     let mut hidden_sg = tape.arena().take(s * g);
-    activate(&pre_s2g, &mut hidden_sg, g);
-    sorted.multiply(precision, &mut rows_sd, &hidden_sg, &down, w_down, true);
+    let parts = split(&blocks, &mut rows_sd, d).into_iter().zip(split(&blocks, &mut pre_s2g, 2 * g));
+    let parts = parts.zip(split(&blocks, &mut hidden_sg, g));
+    each(&blocks, s * d * g, parts, |block, ((rows, pre), hidden)| {
+        sorted.gather(block, rows, x.data(), d);
+        w_gate_up.multiply(block.expert, pre, rows, true);
+        activate_block(pre, hidden, g);
+        w_down.multiply(block.expert, rows, hidden, true);
+    });
     drop(hidden_sg); // recomputed from the pre-activations on the way back
     let mut y_nd = tape.arena().take(n * d);
     let weights = weights_a.data();
@@ -260,27 +309,38 @@ fn cpu<'a, T: Real>(
             let arena = grads.arena().clone();
             let weights = weights_a.data();
             // dw_a = dy·(W_down h) = (W_downᵀ dy)·h: the expert outputs are not needed, the hidden rows are recomputed in passing.
-            let mut rows_sd = arena.take(s * d);
-            sorted.gather(&mut rows_sd, &dy_nd, d);
+            let [mut dy_sd, mut x_sd, mut dx_sd] = [(); 3].map(|()| arena.take(s * d));
             let mut hidden_sg = arena.take(s * g);
-            sorted.multiply(precision, &mut hidden_sg, &rows_sd, &down, w_down, false);
             let mut dweights_s = arena.take(s);
-            let weight = |place: usize| weights[sorted.assignments_s[place] as usize];
-            activate_backward(&mut pre_s2g, &mut hidden_sg, g, weight, &mut dweights_s);
-            let dpre_s2g: &Buffer<T> = &pre_s2g;
+            let parts = split(&blocks, &mut dy_sd, d).into_iter().zip(split(&blocks, &mut x_sd, d));
+            let parts = parts.zip(split(&blocks, &mut dx_sd, d)).zip(split(&blocks, &mut pre_s2g, 2 * g));
+            let parts = parts.zip(split(&blocks, &mut hidden_sg, g)).zip(split(&blocks, &mut dweights_s, 1));
+            each(&blocks, s * d * g, parts, |block, (((((dy, x_rows), dx), pre), hidden), dweights)| {
+                sorted.gather(block, dy, &dy_nd, d);
+                w_down.multiply(block.expert, hidden, dy, false);
+                let weight = |i: usize| weights[sorted.assignments_s[block.places.start + i] as usize];
+                activate_backward_block(pre, hidden, g, weight, dweights);
+                if gate_up.trainable {
+                    sorted.gather(block, x_rows, x.data(), d);
+                }
+                if x.needs_grad() {
+                    w_gate_up.multiply(block.expert, dx, pre, false);
+                }
+            });
             grads.add(weights_a.slot(), |dw_a| {
                 sorted.assignments_s.iter().zip(dweights_s.iter()).for_each(|(&a, dw)| dw_a[a as usize] += *dw);
             });
-            if let Some(ddown) = grads.param(&down) {
-                sorted.accumulate(precision, ddown, &down, &rows_sd, &hidden_sg);
+            let mut products = Vec::new();
+            let [ddown, dgate_up] = grads.params([&down, &gate_up]);
+            if let Some(ddown) = ddown {
+                sorted.weight_gradients(&mut products, ddown, &down, &dy_sd, &hidden_sg);
             }
-            if let Some(dgate_up) = grads.param(&gate_up) {
-                sorted.gather(&mut rows_sd, x.data(), d);
-                sorted.accumulate(precision, dgate_up, &gate_up, dpre_s2g, &rows_sd);
+            if let Some(dgate_up) = dgate_up {
+                sorted.weight_gradients(&mut products, dgate_up, &gate_up, &pre_s2g, &x_sd);
             }
+            grouped(precision, products, true);
             grads.write(x.slot(), |dx_nd, accumulate| {
-                sorted.multiply(precision, &mut rows_sd, dpre_s2g, &gate_up, w_gate_up, false);
-                sorted.combine(dx_nd, &rows_sd, d, &routing, |_| T::ONE, accumulate);
+                sorted.combine(dx_nd, &dx_sd, d, &routing, |_| T::ONE, accumulate);
             });
         });
     }

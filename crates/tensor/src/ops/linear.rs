@@ -1,48 +1,129 @@
-//! y = x Wᵀ, without bias. x [n, d], W [f, d], y [n, f].
+//! y = x Wᵀ, without bias. x [n, d], W [f, d], y [n, f]; also several weights at once that read the same x.
 
-use crate::kernels::gemm::{Matrix, matmul};
-use crate::profile::Cost;
+use crate::kernels::gemm::{Matrix, Product, Threads, grouped, matmul_strided};
+use crate::profile::{Cost, Work};
 use crate::{Engine, Param, Precision, Real, Tape, Value};
+use rayon::prelude::*;
 
 /// Panics if the widths differ: shapes are fixed by the model's configuration, which is validated before.
 pub fn linear<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, weight: Param) -> Value<T> {
     let precision = tape.precision();
-    multiply(tape, x, weight, precision)
+    linears(tape, x, &[(weight, precision)]).remove(0)
 }
 
-/// The same with f32 products in every precision: for routers, whose choices should not hang on rounding (Fedus 2021, section 2.4).
-pub fn linear_f32<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, weight: Param) -> Value<T> {
-    multiply(tape, x, weight, Precision::F32)
-}
-
-fn multiply<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, weight: Param, precision: Precision) -> Value<T> {
-    assert_eq!(x.width(), weight.width, "linear: input width differs from the weight's");
-    let _span = tape.span("linear", Cost::product::<T>(x.rows(), weight.width, weight.rows));
+/// x W_iᵀ for several weights, each with how its products multiply, as one piece of work forward and one backward. Routers take f32 in every
+/// precision: their choices should not hang on rounding (Fedus 2021, section 2.4).
+pub fn linears<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, weights: &[(Param, Precision)]) -> Vec<Value<T>> {
+    assert!(
+        weights.iter().all(|(weight, _)| x.width() == weight.width),
+        "linear: input width differs from the weight's"
+    );
+    let _span = tape.span("linear", cost::<T>(x, weights));
     match tape.engine() {
-        Engine::Reference => tape.reference(&[x], &[weight], |t| Ok(vec![t[0].matmul(&t[1].t()?)?])).remove(0),
-        _ => cpu(tape, x, weight, precision),
+        Engine::Reference => weights
+            .iter()
+            .map(|(weight, _)| tape.reference(&[x], &[*weight], |t| Ok(vec![t[0].matmul(&t[1].t()?)?])).remove(0))
+            .collect(),
+        _ => cpu(tape, x, weights),
     }
 }
 
-fn cpu<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, weight: Param, precision: Precision) -> Value<T> {
-    let (n, d, f) = (x.rows(), weight.width, weight.rows);
-    let w_fd = &tape.param(&weight)[..weight.len()];
-    let mut y_nf = tape.arena().take(n * f);
-    matmul(precision, &mut y_nf, Matrix::new(x.data(), n, d), Matrix::new(w_fd, f, d).t(), false);
-    let y = tape.output(y_nf, n, f, x.needs_grad() || weight.trainable);
-    if y.needs_grad() {
-        let (x, y) = (x.clone(), y.slot());
+fn cost<T: Real>(x: &Value<T>, weights: &[(Param, Precision)]) -> Cost {
+    let mut sum = Cost::default();
+    let add = |sum: &mut Work, part: Work| (sum.flops, sum.bytes) = (sum.flops + part.flops, sum.bytes + part.bytes);
+    for (weight, _) in weights {
+        let part = Cost::product::<T>(x.rows(), weight.width, weight.rows);
+        add(&mut sum.forward, part.forward);
+        add(&mut sum.backward, part.backward);
+    }
+    sum
+}
+
+/// Blocks that the rows are cut into, about; rows of one, and of a piece of a weight's gradient. Fixed, so that threads never show in the result.
+const BLOCKS: usize = 12;
+const LEAST: usize = 64;
+const MOST: usize = 256;
+
+/// Below this many multiplications one thread is faster than waking the pool.
+const SMALL: usize = 1 << 20;
+
+/// Runs `f` on every task, side by side if there is enough to do.
+fn each<W: Send>(work: usize, tasks: Vec<W>, f: impl Fn(W) + Sync + Send) {
+    if work < SMALL {
+        tasks.into_iter().for_each(f);
+    } else {
+        tasks.into_par_iter().with_max_len(1).for_each(f);
+    }
+}
+
+fn cpu<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, weights: &[(Param, Precision)]) -> Vec<Value<T>> {
+    let (n, d) = (x.rows(), x.width());
+    let block = (n / BLOCKS).next_multiple_of(LEAST / 2).clamp(LEAST, MOST);
+    let weights: Vec<Weight<'a, T>> = weights
+        .iter()
+        .map(|&(param, precision)| Weight { param, data: &tape.param(&param)[..param.len()], precision })
+        .collect();
+    let work = n * d * weights.iter().map(|weight| weight.param.rows).sum::<usize>();
+    let mut outputs: Vec<_> = weights.iter().map(|weight| tape.arena().take(n * weight.param.rows)).collect();
+    let mut rows: Vec<_> =
+        outputs.iter_mut().zip(&weights).map(|(y, weight)| y.chunks_mut(block * weight.param.rows)).collect();
+    let tasks = x.data().chunks(block * d).map(|x| (x, rows.iter_mut().filter_map(Iterator::next).collect::<Vec<_>>()));
+    each(work, tasks.collect(), |(x, rows)| {
+        for (weight, y) in weights.iter().zip(rows) {
+            let (x, w) = (Matrix::new(x, x.len() / d, d), weight.matrix());
+            matmul_strided(weight.precision, y, weight.param.rows, x, w.t(), false, Threads::One);
+        }
+    });
+    drop(rows);
+    let outputs = outputs.into_iter().zip(&weights);
+    let outputs: Vec<Value<T>> = outputs
+        .map(|(y, weight)| tape.output(y, n, weight.param.rows, x.needs_grad() || weight.param.trainable))
+        .collect();
+    if outputs.iter().any(Value::needs_grad) {
+        let (x, slots) = (x.clone(), outputs.iter().map(Value::slot).collect::<Vec<_>>());
         tape.record(move |grads| {
-            let Some(dy_nf) = grads.take(y) else { return };
-            let dy = Matrix::new(&dy_nf, n, f);
-            if let Some(dw_fd) = grads.param(&weight) {
-                matmul(precision, &mut dw_fd[..f * d], dy.t(), Matrix::new(x.data(), n, d), true);
+            let upstream = weights.iter().zip(&slots).filter_map(|(weight, slot)| Some((weight, grads.take(*slot)?)));
+            let upstream: Vec<_> = upstream.collect();
+            if upstream.is_empty() {
+                return;
             }
-            grads
-                .write(x.slot(), |dx_nd, accumulate| matmul(precision, dx_nd, dy, Matrix::new(w_fd, f, d), accumulate));
+            for (weight, dy_nf) in &upstream {
+                let Some(dw_fd) = grads.param(&weight.param) else { continue };
+                let f = weight.param.rows;
+                let piece = (f / 4).next_multiple_of(LEAST / 2).clamp(LEAST, MOST);
+                let products = dw_fd[..f * d].chunks_mut(piece * d).enumerate().map(|(i, dst)| {
+                    let dy = Matrix::strided(&dy_nf[(i * piece).min(dy_nf.len())..], n, dst.len() / d, f);
+                    Product { dst, a: dy.t(), b: Matrix::new(x.data(), n, d) }
+                });
+                grouped(weight.precision, products.collect(), true);
+            }
+            grads.write(x.slot(), |dx_nd, accumulate| {
+                let tasks = dx_nd.chunks_mut(block * d).enumerate().collect();
+                each(work, tasks, |(b, dx): (usize, &mut [T])| {
+                    let rows = dx.len() / d;
+                    for (i, (weight, dy_nf)) in upstream.iter().enumerate() {
+                        let f = weight.param.rows;
+                        let dy = Matrix::new(&dy_nf[b * block * f..][..rows * f], rows, f);
+                        matmul_strided(weight.precision, dx, d, dy, weight.matrix(), accumulate || i > 0, Threads::One);
+                    }
+                });
+            });
         });
     }
-    y
+    outputs
+}
+
+/// A weight [f, d] and how its products multiply.
+struct Weight<'a, T> {
+    param: Param,
+    data: &'a [T],
+    precision: Precision,
+}
+
+impl<'a, T: Real> Weight<'a, T> {
+    fn matrix(&self) -> Matrix<'a, T> {
+        Matrix::new(self.data, self.param.rows, self.param.width)
+    }
 }
 
 #[cfg(test)]
@@ -64,6 +145,37 @@ mod tests {
             assert!(check::parity::<f64>(&inputs, &params, |tape, x| vec![linear(tape, &x[0], weight)]) < 1e-13);
             assert!(check::parity::<f32>(&inputs, &params, |tape, x| vec![linear(tape, &x[0], weight)]) < 1e-5);
         }
+    }
+
+    #[test]
+    fn several_weights_at_once_agree_with_differences_and_with_the_reference() {
+        for (n, d, rows) in [(0, 3, [2, 1]), (5, 3, [7, 2]), (300, 33, [160, 6])] {
+            let layout = Layout::new([("a".into(), vec![rows[0], d], true), ("b".into(), vec![rows[1], d], true)]);
+            let weights = ["a", "b"].map(|name| (layout.get(name).unwrap(), Precision::F32));
+            let params = check::normals(1, layout.len(), 1.0);
+            let inputs = [check::Input::random(2, n, d, 1.0)];
+            if n < 10 {
+                let worst = check::worst(Engine::Cpu, &inputs, &params, |tape, x| linears(tape, &x[0], &weights));
+                assert!(worst < 1e-8, "{n} {d} {rows:?}: {worst}");
+            }
+            assert!(check::parity::<f64>(&inputs, &params, |tape, x| linears(tape, &x[0], &weights)) < 1e-12);
+            assert!(check::parity::<f32>(&inputs, &params, |tape, x| linears(tape, &x[0], &weights)) < 1e-4);
+        }
+    }
+
+    #[test]
+    fn bytes_do_not_depend_on_the_number_of_threads() {
+        let layout = Layout::new([("a".into(), vec![96, 64], true), ("b".into(), vec![10, 64], true)]);
+        let weights = ["a", "b"].map(|name| (layout.get(name).unwrap(), Precision::F32));
+        let (params, inputs) = (check::normals(1, layout.len(), 1.0), [check::Input::random(2, 700, 64, 1.0)]);
+        let run = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let op = |tape: &mut Tape<'_, f32>, x: &[Value<f32>]| linears(tape, &x[0], &weights);
+            let (value, gradients) = pool.install(|| check::analytic::<f32>(Engine::Cpu, &inputs, &params, op));
+            (value.to_bits(), gradients.into_iter().flatten().map(f64::to_bits).collect::<Vec<_>>())
+        };
+        let one = run(1);
+        assert!([2, 3, 8].into_iter().all(|threads| run(threads) == one));
     }
 
     #[test]

@@ -80,9 +80,14 @@ fn cpu<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, gate: Param, up: Param
 
 /// hidden = silu(a) * u for rows [a | u] of width 2f.
 pub(crate) fn activate<T: Real>(pre_n2f: &[T], hidden_nf: &mut [T], f: usize) {
-    parallel::rows(hidden_nf, f, |t, hidden| {
-        simd::dispatch(Activate { pre_2f: &pre_n2f[t * 2 * f..(t + 1) * 2 * f], hidden_f: hidden });
-    });
+    parallel::rows(hidden_nf, f, |t, hidden| activate_block(&pre_n2f[t * 2 * f..(t + 1) * 2 * f], hidden, f));
+}
+
+/// The same on this thread.
+pub(crate) fn activate_block<T: Real>(pre_b2f: &[T], hidden_bf: &mut [T], f: usize) {
+    for (pre_2f, hidden_f) in pre_b2f.chunks_exact(2 * f).zip(hidden_bf.chunks_exact_mut(f)) {
+        simd::dispatch(Activate { pre_2f, hidden_f });
+    }
 }
 
 struct Activate<'s, T> {
@@ -114,19 +119,29 @@ pub(crate) fn activate_backward<T: Real>(
 ) {
     const ROWS: usize = 16; // rows a task takes
     const SMALL: usize = 8192; // below this many numbers one thread is faster
-    let block = |b: usize, pre: &mut [T], hidden: &mut [T], dweight: &mut [T]| {
-        let rows = pre.chunks_mut(2 * f).zip(hidden.chunks_mut(f)).zip(dweight).enumerate();
-        rows.for_each(|(i, ((pre, hidden), dw))| {
-            *dw = simd::dispatch(ActivateBackward { pre_2f: pre, hidden_f: hidden, weight: weight(b * ROWS + i) })
-        });
-    };
     if hidden_nf.len() < SMALL {
-        block(0, pre_n2f, hidden_nf, dweight_n);
+        activate_backward_block(pre_n2f, hidden_nf, f, weight, dweight_n);
     } else {
         let blocks = pre_n2f.par_chunks_mut(2 * f * ROWS).zip(hidden_nf.par_chunks_mut(f * ROWS));
         let blocks = blocks.zip(dweight_n.par_chunks_mut(ROWS)).enumerate();
-        blocks.for_each(|(b, ((pre, hidden), dweight))| block(b, pre, hidden, dweight));
+        blocks.for_each(|(b, ((pre, hidden), dweight))| {
+            activate_backward_block(pre, hidden, f, |i| weight(b * ROWS + i), dweight);
+        });
     }
+}
+
+/// The same on this thread.
+pub(crate) fn activate_backward_block<T: Real>(
+    pre_b2f: &mut [T],
+    hidden_bf: &mut [T],
+    f: usize,
+    weight: impl Fn(usize) -> T,
+    dweight_b: &mut [T],
+) {
+    let rows = pre_b2f.chunks_exact_mut(2 * f).zip(hidden_bf.chunks_exact_mut(f)).zip(dweight_b).enumerate();
+    rows.for_each(|(i, ((pre_2f, hidden_f), dweight))| {
+        *dweight = simd::dispatch(ActivateBackward { pre_2f, hidden_f, weight: weight(i) });
+    });
 }
 
 struct ActivateBackward<'s, T> {

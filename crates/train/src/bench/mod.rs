@@ -97,9 +97,9 @@ pub fn bench(options: &Options, profile: bool) -> Result<(Map<String, Value>, Op
     let recorded = if profile {
         tensor::profile::start();
         let began = Instant::now();
-        for _ in 0..PROFILED {
-            step(&mut learner)?;
-        }
+        // Inside the pool, so that one thread of it does all steps: the profile is of the spans of one thread.
+        let pool = learner.pool.clone();
+        pool.install(|| (0..PROFILED).try_for_each(|_| step(&mut learner).map(drop)))?;
         let wall = began.elapsed();
         Some(Profile::new(tensor::profile::stop(), PROFILED, wall))
     } else {
