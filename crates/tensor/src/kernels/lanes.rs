@@ -358,6 +358,38 @@ kernels! {
         }
     }
 
+    /// z = for each row of the table (bias, step to the next row; 0 at the last), as far as z reaches.
+    pub fn steps(z: &mut [Lanes<[T; 2]>], rows: &[Lanes<T>]) {
+        assert!(z.len() <= rows.len(), "steps out of bounds");
+        for n in 0..z.len() {
+            let (low, high, mut pairs) = (rows[n], rows[(n + 1).min(rows.len() - 1)], z[n]);
+            for l in 0..LANES {
+                pairs.0[l] = [low.0[l], high.0[l] - low.0[l]];
+            }
+            z[n] = pairs;
+        }
+    }
+
+    /// Backward of `steps`: adds to the gradients of the rows.
+    pub fn spread(d_rows: &mut [Lanes<T>], dz: &[Lanes<[T; 2]>]) {
+        assert!(dz.len() <= d_rows.len(), "spread out of bounds");
+        let last = d_rows.len() - 1;
+        for n in 0..dz.len() {
+            let (pairs, mut low) = (dz[n], d_rows[n]);
+            for l in 0..LANES {
+                low.0[l] += pairs.0[l][0] - pairs.0[l][1];
+            }
+            d_rows[n] = low;
+            if n < last {
+                let mut high = d_rows[n + 1];
+                for l in 0..LANES {
+                    high.0[l] += pairs.0[l][1];
+                }
+                d_rows[n + 1] = high;
+            }
+        }
+    }
+
     /// Backward of `bias` and `advance`, from the farthest key inward, because a gate moves the positions of all keys at or beyond its own:
     /// d holds the gradients of the scores and becomes that of the products. `beyond` is the sum of position gradients so far; `dz` takes
     /// for each row of the table (Σ d, Σ fraction · d).

@@ -16,8 +16,9 @@ const CHUNK: usize = 1 << 18;
 /// Rows of a chunk at least: fewer would read W too often.
 const LEAST: usize = 256;
 
-/// Blocks that a chunk's rows, and those of the gradient of W, are cut into, about; rows of one. Fixed: threads never show in the result.
+/// Blocks that a chunk's rows are cut into, about, and pieces of the gradient of W; rows of one. Fixed: threads never show in the result.
 const BLOCKS: usize = 8;
+const PIECES: usize = 4;
 const ROWS: usize = 64;
 const MOST: usize = 256;
 
@@ -80,7 +81,7 @@ pub fn cross_entropy<'a, T: Real>(
             },
         );
         if let Some(dw_vd) = &mut dw_vd {
-            let piece = (v / BLOCKS).clamp(ROWS, MOST);
+            let piece = v.div_ceil(PIECES).max(ROWS);
             let products = dw_vd.chunks_mut(piece * d).enumerate().map(|(i, dst)| {
                 let dlogits = Matrix::strided(&logits[i * piece..c * v], c, dst.len() / d, v);
                 Product { dst, a: dlogits.t(), b: Matrix::new(x_cd, c, d) }

@@ -90,7 +90,7 @@ fn cpu<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, weights: &[(Param, Pre
             for (weight, dy_nf) in &upstream {
                 let Some(dw_fd) = grads.param(&weight.param) else { continue };
                 let f = weight.param.rows;
-                let piece = (f / 4).next_multiple_of(LEAST / 2).clamp(LEAST, MOST);
+                let piece = f.div_ceil(2).clamp(LEAST, MOST);
                 let products = dw_fd[..f * d].chunks_mut(piece * d).enumerate().map(|(i, dst)| {
                     let dy = Matrix::strided(&dy_nf[(i * piece).min(dy_nf.len())..], n, dst.len() / d, f);
                     Product { dst, a: dy.t(), b: Matrix::new(x.data(), n, d) }

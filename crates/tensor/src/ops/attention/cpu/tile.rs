@@ -166,10 +166,10 @@ impl<T: Real> Bias<T> {
             let left = Left { data: &cope.table[known * dh..], row: dh, col: 1 };
             lanes::product(&mut self.rows[known..], left, q, false);
         }
-        for n in self.z.len()..=n {
-            let low = self.rows[n];
-            let high = self.rows.get(n + 1).unwrap_or(&low);
-            self.z.push(Lanes(std::array::from_fn(|l| [low.0[l], high.0[l] - low.0[l]])));
+        let ready = self.z.len();
+        if ready <= n {
+            self.z.resize(n + 1, Lanes::all([T::ZERO; 2]));
+            lanes::steps(&mut self.z[ready..], &self.rows[ready..]);
         }
     }
 
@@ -193,13 +193,8 @@ impl<T: Real> Bias<T> {
     pub(super) fn finish(&mut self) -> &[Lanes<T>] {
         self.d_rows.clear();
         self.d_rows.resize(self.rows.len(), Lanes::all(T::ZERO));
-        for (n, dz) in self.dz.iter().enumerate() {
-            for (l, [sum, above]) in dz.0.iter().enumerate() {
-                self.d_rows[n].0[l] += *sum - *above;
-                if let Some(next) = self.d_rows.get_mut(n + 1) {
-                    next.0[l] += *above;
-                }
-            }
+        if !self.dz.is_empty() {
+            lanes::spread(&mut self.d_rows, &self.dz);
         }
         &self.d_rows
     }
