@@ -2,7 +2,7 @@
 //! No [n, v] array is kept: while recording, a chunk's logits are turned into gradients of x and W at once and dropped (the loss is
 //! linear in its upstream gradient, which enters later as one factor).
 
-use crate::kernels::gemm::{Matrix, Product, Threads, grouped, matmul_strided};
+use crate::kernels::gemm::{Matrix, Threads, matmul, matmul_strided};
 use crate::kernels::simd::{self, Kernel, exp};
 use crate::profile::{Cost, Work};
 use crate::{Buffer, Engine, Param, Real, Tape, Value};
@@ -16,9 +16,8 @@ const CHUNK: usize = 1 << 18;
 /// Rows of a chunk at least: fewer would read W too often.
 const LEAST: usize = 256;
 
-/// Blocks that a chunk's rows are cut into, about, and pieces of the gradient of W; rows of one. Fixed: threads never show in the result.
+/// Blocks that a chunk's rows are cut into, about, and rows of one. Fixed: threads never show in the result.
 const BLOCKS: usize = 8;
-const PIECES: usize = 4;
 const ROWS: usize = 64;
 const MOST: usize = 256;
 
@@ -81,12 +80,8 @@ pub fn cross_entropy<'a, T: Real>(
             },
         );
         if let Some(dw_vd) = &mut dw_vd {
-            let piece = v.div_ceil(PIECES).max(ROWS);
-            let products = dw_vd.chunks_mut(piece * d).enumerate().map(|(i, dst)| {
-                let dlogits = Matrix::strided(&logits[i * piece..c * v], c, dst.len() / d, v);
-                Product { dst, a: dlogits.t(), b: Matrix::new(x_cd, c, d) }
-            });
-            grouped(precision, products.collect(), start > 0);
+            let (dlogits, x_cd) = (Matrix::new(&logits[..c * v], c, v), Matrix::new(x_cd, c, d));
+            matmul(precision, dw_vd, dlogits.t(), x_cd, start > 0);
         }
     }
     let mean: f64 = losses_n.iter().zip(&share_n).map(|(l, s)| if *s == 0.0 { 0.0 } else { l * s }).sum();

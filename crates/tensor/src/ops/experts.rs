@@ -194,7 +194,7 @@ impl Sorted {
         });
     }
 
-    /// The products of dW_e += (left rows of its segment)ᵀ · (right rows of its segment), in pieces of W_e's rows, for every expert with tokens.
+    /// The products of dW_e += (left rows of its segment)ᵀ · (right rows of its segment) for every expert with tokens.
     fn weight_gradients<'s, T: Real>(
         &self,
         products: &mut Vec<Product<'s, T>>,
@@ -204,20 +204,15 @@ impl Sorted {
         right: &'s [T],
     ) {
         let (rows, cols) = (weight.rows, weight.width);
-        let piece = (rows / 2).clamp(LEAST, MOST);
         for (span, dw) in self.offsets_e1.windows(2).zip(dw.chunks_mut(weight.stride)).filter(|(w, _)| w[0] < w[1]) {
-            let len = span[1] - span[0];
-            let right = Matrix::new(&right[span[0] * cols..span[1] * cols], len, cols);
-            for (i, dst) in dw[..weight.len()].chunks_mut(piece * cols).enumerate() {
-                let columns = &left[span[0] * rows + i * piece..span[1] * rows];
-                let left = Matrix::strided(columns, len, dst.len() / cols, rows);
-                products.push(Product { dst, a: left.t(), b: right });
-            }
+            let left = Matrix::new(&left[span[0] * rows..span[1] * rows], span[1] - span[0], rows);
+            let right = Matrix::new(&right[span[0] * cols..span[1] * cols], span[1] - span[0], cols);
+            products.push(Product { dst: &mut dw[..weight.len()], a: left.t(), b: right });
         }
     }
 }
 
-/// Blocks that a layer's rows are cut into, about; rows of one, and of a piece of a weight's gradient.
+/// Blocks that a layer's rows are cut into, about; rows of one.
 const BLOCKS: usize = 12;
 const LEAST: usize = 64;
 const MOST: usize = 256;

@@ -1,6 +1,6 @@
 //! y = x Wᵀ, without bias. x [n, d], W [f, d], y [n, f]; also several weights at once that read the same x.
 
-use crate::kernels::gemm::{Matrix, Product, Threads, grouped, matmul_strided};
+use crate::kernels::gemm::{Matrix, Threads, matmul, matmul_strided};
 use crate::profile::{Cost, Work};
 use crate::{Engine, Param, Precision, Real, Tape, Value};
 use rayon::prelude::*;
@@ -39,7 +39,7 @@ fn cost<T: Real>(x: &Value<T>, weights: &[(Param, Precision)]) -> Cost {
     sum
 }
 
-/// Blocks that the rows are cut into, about; rows of one, and of a piece of a weight's gradient. Fixed, so that threads never show in the result.
+/// Blocks that the rows are cut into, about, and rows of one. Fixed, so that threads never show in the result.
 const BLOCKS: usize = 12;
 const LEAST: usize = 64;
 const MOST: usize = 256;
@@ -89,13 +89,8 @@ fn cpu<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, weights: &[(Param, Pre
             }
             for (weight, dy_nf) in &upstream {
                 let Some(dw_fd) = grads.param(&weight.param) else { continue };
-                let f = weight.param.rows;
-                let piece = f.div_ceil(2).clamp(LEAST, MOST);
-                let products = dw_fd[..f * d].chunks_mut(piece * d).enumerate().map(|(i, dst)| {
-                    let dy = Matrix::strided(&dy_nf[(i * piece).min(dy_nf.len())..], n, dst.len() / d, f);
-                    Product { dst, a: dy.t(), b: Matrix::new(x.data(), n, d) }
-                });
-                grouped(weight.precision, products.collect(), true);
+                let dy = Matrix::new(dy_nf, n, weight.param.rows);
+                matmul(weight.precision, &mut dw_fd[..weight.param.len()], dy.t(), Matrix::new(x.data(), n, d), true);
             }
             grads.write(x.slot(), |dx_nd, accumulate| {
                 let tasks = dx_nd.chunks_mut(block * d).enumerate().collect();
