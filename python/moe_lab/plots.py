@@ -194,6 +194,27 @@ def sweep(summaries: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
+def heat(table: pl.DataFrame, down: str, across: str, measure: str, title: str) -> Figure:
+    """A measure as colours, one panel a layer: `down` and `across` are columns of the table."""
+    layers = table["layer"].unique().sort().to_list()
+    rows, columns = table[down].unique().sort().to_list(), table[across].unique().sort().to_list()
+    figure = Chart(figsize=(9, 0.8 + len(layers) * (0.6 + 0.2 * len(rows))), dpi=120, layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=INK)
+    panels = figure.subplots(len(layers), 1, squeeze=False)[:, 0]
+    high = float(table[measure].max() or 1.0)  # type: ignore[arg-type]
+    for layer, axes in zip(layers, panels, strict=True):
+        cells = np.full((len(rows), len(columns)), np.nan)
+        for y, x, value in table.filter(pl.col("layer") == layer).select(down, across, measure).iter_rows():
+            cells[rows.index(y), columns.index(x)] = np.nan if value is None else value
+        image = axes.imshow(cells, aspect="auto", cmap="viridis", vmin=0.0, vmax=high, interpolation="none")
+        axes.set_yticks(range(len(rows)), [str(row) for row in rows], fontsize=8)
+        axes.set_xticks(range(len(columns)), [str(column) for column in columns], fontsize=8)
+        axes.set_ylabel(f"block {layer}", color=INK)
+    panels[-1].set_xlabel(across, color=INK)
+    figure.colorbar(image, ax=panels, shrink=0.8)
+    return figure
+
+
 FIGURES = {
     "loss": loss,
     "learning_rate": learning_rate,

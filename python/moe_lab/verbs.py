@@ -10,6 +10,7 @@ import typer
 from moe_lab.cli import (
     DONE,
     FAILED,
+    Checkpoint,
     Json,
     RunPath,
     Training,
@@ -180,4 +181,37 @@ def watch(
     from moe_lab.watch import watch as show
 
     show(run, _console(), interval, once)
+    return DONE
+
+
+@app.command()
+def specialize(
+    run: RunPath,
+    texts: Annotated[
+        list[str] | None, typer.Option(metavar="FILE", help="A JSON list of texts, or a text a line. Repeatable.")
+    ] = None,
+    checkpoint: Checkpoint = None,
+    as_json: Json = False,
+) -> int:
+    """Which experts take which tokens.
+
+    Shares by class of token, co-activation, experts per token, information with a permutation test: parquet, CSV, maps.
+    """
+    from moe_lab import specialize as study
+    from moe_lab.train import Model
+
+    listed = study.texts_of(run, texts or [])
+    routed = study.collect(Model.load(run, checkpoint), listed)
+    paths = study.save(routed, Path(run) / "specialization")
+    told = study.information(routed).to_dicts()
+    if as_json:
+        _print_json({"tokens": len(routed.tokens), "information": told, "files": [str(path) for path in paths]})
+        return DONE
+    print(f"{len(routed.tokens):,} tokens of {len(listed)} texts")
+    for row in told:
+        print(
+            f"block {row['layer']}: {row['information']:.4f} nats about the class of a token, "
+            f"{row['shuffled']:.4f} by chance, p = {row['p']:.3f}"
+        )
+    print("\n".join(str(path) for path in paths))
     return DONE
