@@ -215,3 +215,16 @@ def specialize(
         )
     print("\n".join(str(path) for path in paths))
     return DONE
+
+
+@app.command()
+def tensorboard(run: RunPath, as_json: Json = False) -> int:
+    """Write a run's metrics as TensorBoard event files, into its tb/."""
+    from moe_lab.tensorboard import export
+
+    folder, count = export(run)
+    if as_json:
+        _print_json({"tensorboard": str(folder), "values": count})
+    else:
+        print(f"{folder}: {count:,} values")
+    return DONE
