@@ -248,6 +248,7 @@ def rows(out: Path) -> list[dict[str, Any]]:
     return found
 
 
+WIDTH = 180
 COLUMNS = (
     ("loss", "loss", 3),
     ("floor", "floor", 3),
@@ -263,6 +264,8 @@ COLUMNS = (
 def render(out: Path, console: Console) -> None:
     """The tracking table: targets beside what was measured, mean ± standard deviation over the seeds."""
     listed = rows(out)
+    if not console.is_terminal:
+        console.width = max(console.width, WIDTH)  # a file has room for a row on one line
     table = Table(title="roadmap", box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
     for column in ("milestone", "runs", "targets", "n", *(label for _, label, _ in COLUMNS), "gate"):
         table.add_column(column, justify="left" if column in ("milestone", "runs", "targets", "gate") else "right")
@@ -291,10 +294,11 @@ def _targets(row: dict[str, Any]) -> str:
     bounds = row["targets"]
     if row["milestone"] == 0:
         return f"loss ≤ {bounds['loss']:.2f}"
-    return f"loss ≤ {bounds['loss']:.2f}, L0 ≤ {bounds['l0']:g}, experts {bounds['band'][0]}-{bounds['band'][1]}"
+    return f"loss ≤ {bounds['loss']:.2f}, L0 ≤ {bounds['l0']:g}, {bounds['band'][0]}-{bounds['band'][1]}"
 
 
 def _cell(values: list[float], digits: int) -> str:
     if not values:
         return "-"
-    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+    spread = f"{stdev(values):.{digits}f}" if len(values) > 1 else "0"
+    return f"{mean(values):.{digits}f}" + (f" ± {spread}" if float(spread) else "")
