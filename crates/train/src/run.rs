@@ -108,12 +108,22 @@ pub struct Train {
     pub optimizer: Optimizer,
     /// Course of the rate after the warm-up.
     pub schedule: Schedule,
-    /// Epochs over which the rate rises in equal stairs to its peak (facts and chat).
+    /// How the rate rises to its peak (not with one_cycle).
+    pub warmup: Warmup,
+    /// Epochs over which the rate rises in stairs to its peak (facts and chat; not with one_cycle).
     pub warmup_epochs: u64,
-    /// Updates over which the rate rises evenly to its peak (text).
+    /// Updates over which the rate rises to its peak (text; not with one_cycle).
     pub warmup_steps: u64,
-    /// Where the cosine ends, as a share of the peak rate (cosine).
+    /// Where the rate ends, as a share of its peak (cosine, linear, polynomial, wsd, sgdr).
     pub min_lr_ratio: f64,
+    /// Exponent of the fall, above 0 (polynomial).
+    pub power: f64,
+    /// Share of the phase, after the warm-up, in which the rate falls; above 0, at most 1 (wsd).
+    pub decay_share: f64,
+    /// Epochs, in a text run updates, of the first cycle (sgdr).
+    pub restart_every: u64,
+    /// How many times as long as the one before each cycle is, 1 or more (sgdr).
+    pub restart_growth: u64,
     /// Largest L2 norm of the whole gradient, above 0; a longer gradient is shortened to it.
     pub clip: f64,
     /// Decay λ of matrices: w ← w - rate·λ·w (adamw), or λ·w added to the gradient (adam, sgd, lars).
@@ -199,13 +209,34 @@ pub enum Optimizer {
 
 /// Courses of the learning rate.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "snake_case")]
 pub enum Schedule {
     /// Half a cosine from the peak down to `min_lr_ratio` of it.
     #[default]
     Cosine,
     /// The peak to the end.
     Constant,
+    /// A straight line down to `min_lr_ratio`.
+    Linear,
+    /// (1 - x)^`power` down to `min_lr_ratio`.
+    Polynomial,
+    /// The peak, then 1 - sqrt(x) down to `min_lr_ratio` over the last `decay_share` (warm-up, stable, decay; Hägele 2024).
+    Wsd,
+    /// Half cosines down to `min_lr_ratio`, each from the peak again (Loshchilov 2017).
+    Sgdr,
+    /// Up from a 25th over 30 % of the phase, down to a 250,000th; no warm-up of its own (Smith 2018).
+    OneCycle,
+}
+
+/// Courses of the warm-up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Warmup {
+    /// Equal steps up to the peak.
+    #[default]
+    Linear,
+    /// Equal factors from a hundredth of the peak.
+    Exponential,
 }
 
 /// Coefficients of the auxiliary losses, 0 or more; 0 = measured only.
@@ -363,8 +394,17 @@ impl Run {
         let shape = match train.schedule {
             Schedule::Cosine => schedule::Shape::Cosine,
             Schedule::Constant => schedule::Shape::Constant,
+            Schedule::Linear => schedule::Shape::Polynomial { power: 1.0 },
+            Schedule::Polynomial => schedule::Shape::Polynomial { power: train.power },
+            Schedule::Wsd => schedule::Shape::Stable { decay: train.decay_share },
+            Schedule::Sgdr => schedule::Shape::Restarts { first: train.restart_every, growth: train.restart_growth },
+            Schedule::OneCycle => schedule::Shape::OneCycle,
         };
-        schedule::Schedule { shape, warmup, total, min_ratio: train.min_lr_ratio }
+        let rise = match train.warmup {
+            Warmup::Linear => schedule::Rise::Linear,
+            Warmup::Exponential => schedule::Rise::Exponential,
+        };
+        schedule::Schedule { shape, rise, warmup, total, min_ratio: train.min_lr_ratio }
     }
 
     /// Makes this a quick run: 10 epochs a phase, or a tenth of the updates of a text run.

@@ -1,6 +1,8 @@
 //! The default of every value: the baseline's, where it has one.
 
-use super::{Checkpoint, Data, Eval, Losses, LrScale, OnNonfinite, OnSpike, Optimizer, Phases, Run, Schedule, Train};
+use super::{
+    Checkpoint, Data, Eval, Losses, LrScale, OnNonfinite, OnSpike, Optimizer, Phases, Run, Schedule, Train, Warmup,
+};
 use tensor::{Engine, Precision};
 
 impl Default for Run {
@@ -51,9 +53,14 @@ impl Default for Train {
             max_steps: 2000,
             optimizer: Optimizer::default(),
             schedule: Schedule::default(),
+            warmup: Warmup::default(),
             warmup_epochs: 15,
             warmup_steps: 100,
             min_lr_ratio: 0.1,
+            power: 2.0,
+            decay_share: 0.2,
+            restart_every: 10,
+            restart_growth: 2,
             clip: 100.0,
             weight_decay: 0.0,
             beta1: 0.9,

@@ -21,9 +21,19 @@ const fn choice(
     Choice { table, selector, key, used_by }
 }
 
-pub(super) const CHOICES: [Choice; 7] = [
+/// Schedules that follow a warm-up.
+const WARMED: &[&str] = &["cosine", "constant", "linear", "polynomial", "wsd", "sgdr"];
+
+pub(super) const CHOICES: [Choice; 14] = [
     choice("model.position", "kind", "max", &["cope", "learned"]),
-    choice("train", "schedule", "min_lr_ratio", &["cosine"]),
+    choice("train", "schedule", "min_lr_ratio", &["cosine", "linear", "polynomial", "wsd", "sgdr"]),
+    choice("train", "schedule", "power", &["polynomial"]),
+    choice("train", "schedule", "decay_share", &["wsd"]),
+    choice("train", "schedule", "restart_every", &["sgdr"]),
+    choice("train", "schedule", "restart_growth", &["sgdr"]),
+    choice("train", "schedule", "warmup", WARMED),
+    choice("train", "schedule", "warmup_epochs", WARMED),
+    choice("train", "schedule", "warmup_steps", WARMED),
     choice("train", "optimizer", "beta1", &["adam", "adamw"]),
     choice("train", "optimizer", "beta2", &["adam", "adamw"]),
     choice("train", "optimizer", "eps", &["adam", "adamw", "lars"]),

@@ -48,11 +48,7 @@ fn the_defaults_and_the_standard_runs_are_good_and_survive_writing() {
 fn the_standard_runs_hold_what_their_stages_say() {
     let baseline = Run::load("baseline", &[]).unwrap();
     assert_eq!((baseline.phase("facts").batch_size, baseline.phase("chat").batch_size), (8, 4));
-    assert_eq!(
-        baseline.schedule("facts").factor(36),
-        crate::schedule::Schedule { shape: crate::schedule::Shape::Cosine, warmup: 15, total: 100, min_ratio: 0.1 }
-            .factor(36)
-    );
+    assert!((baseline.schedule("facts").factor(36) - 0.871125).abs() < 1e-6);
     let [stage1, top2] = ["stage1", "stage1_top2"].map(|name| Run::load(name, &[]).unwrap());
     assert_eq!(router(&stage1)["p"], 0.4);
     assert_eq!((&router(&top2)["kind"], &router(&top2)["k"]), (&json!("top_k"), &json!(2)));

@@ -129,6 +129,8 @@ fn train(train: &Train, name: &dyn Fn(&str) -> String, found: &mut Found) {
         ("max_steps", t.max_steps, 1),
         ("warmup_epochs", t.warmup_epochs, 0),
         ("warmup_steps", t.warmup_steps, 0),
+        ("restart_every", t.restart_every, 1),
+        ("restart_growth", t.restart_growth, 1),
         ("patience", t.patience, 0),
     ] {
         found.count(&name(key), count, least);
@@ -137,12 +139,16 @@ fn train(train: &Train, name: &dyn Fn(&str) -> String, found: &mut Found) {
     found.require(parts, name("accumulate"), format!("must be at most train.batch_size = {}", t.batch_size));
     let ratio = (0.0..=1.0).contains(&t.min_lr_ratio);
     found.require(ratio, name("min_lr_ratio"), "must be in [0, 1]; set it to 0.1, say");
+    let share = t.decay_share > 0.0 && t.decay_share <= 1.0;
+    found.require(share, name("decay_share"), "must be above 0 and at most 1; set it to 0.2, say");
     found.require(zero_or_more(t.weight_decay), name("weight_decay"), "must be a finite number, 0 or more");
     found.require(zero_or_more(t.min_delta), name("min_delta"), "must be a finite number, 0 or more");
     for (key, share) in [("beta1", t.beta1), ("beta2", t.beta2), ("momentum", t.momentum), ("ema", t.ema)] {
         found.require((0.0..1.0).contains(&share), name(key), "must be in [0, 1); set it to 0.9, say");
     }
-    for (key, number, say) in [("eps", t.eps, "1e-8"), ("trust", t.trust, "0.001"), ("clip", t.clip, "100")] {
+    for (key, number, say) in
+        [("eps", t.eps, "1e-8"), ("trust", t.trust, "0.001"), ("clip", t.clip, "100"), ("power", t.power, "2")]
+    {
         let good = number.is_finite() && number > 0.0;
         found.require(good, name(key), format!("must be a finite number above 0; set it to {say}, say"));
     }
