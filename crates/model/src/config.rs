@@ -267,6 +267,8 @@ mod tests {
         assert_eq!(keys(|m| (m.num_layers, m.window) = (0, Some(0))), ["num_layers", "window"]);
         let one_per_layer = moe_router::Config::TopP {
             p: moe_router::Threshold::PerLayer(vec![0.4, 0.4]),
+            bias_rate: 0.0,
+            target: None,
             renormalize: false,
             num_experts: 8,
             expert_hidden_size: 64,

@@ -14,6 +14,8 @@ const VOCABULARY: usize = 13;
 fn top_p() -> Config {
     Config::TopP {
         p: Threshold::Same(0.4),
+        bias_rate: 0.0,
+        target: None,
         renormalize: false,
         num_experts: 4,
         expert_hidden_size: 6,

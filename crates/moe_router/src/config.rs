@@ -64,6 +64,13 @@ pub enum Config {
         /// Probability mass to exceed, above 0 and at most 1 (1 takes all experts); a list sets it per layer, bottom first.
         #[serde(default = "threshold")]
         p: Threshold,
+        /// Loss-free balancing: how far an optimizer step moves the bias of an expert with less or more than the mean load; 0 = no bias, 0.001 is
+        /// usual (Wang et al. 2024, arXiv 2408.15664).
+        #[serde(default)]
+        bias_rate: f64,
+        /// Mean experts per token that a controller on the threshold holds, from 1 to `num_experts`; absent = the threshold stays `p`.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        target: Option<f64>,
         /// Divide the weights of the chosen experts by their sum. Off: the weights are the probabilities themselves, as published; on: a token
         /// with one expert sends no language-model gradient to the router.
         #[serde(default)]
@@ -86,6 +93,10 @@ pub enum Config {
         /// Experts per token.
         #[serde(default = "two")]
         k: usize,
+        /// Loss-free balancing: how far an optimizer step moves the bias of an expert with less or more than the mean load; 0 = no bias, 0.001 is
+        /// usual (Wang et al. 2024, arXiv 2408.15664).
+        #[serde(default)]
+        bias_rate: f64,
         /// Divide the weights of the chosen experts by their sum.
         #[serde(default = "yes")]
         renormalize: bool,
@@ -164,6 +175,16 @@ impl Config {
         if !(experts.init_std.is_finite() && experts.init_std >= 0.0) {
             return wrong("init_std", format!("must be a finite number of at least 0, found {}", experts.init_std));
         }
+        if let Config::TopP { bias_rate, .. } | Config::TopK { bias_rate, .. } = self
+            && !(0.0..=1.0).contains(bias_rate)
+        {
+            return wrong("bias_rate", format!("must be in [0, 1], found {bias_rate}; set it to 0.001, say"));
+        }
+        if let Config::TopP { target: Some(target), num_experts, .. } = self
+            && !(1.0..=*num_experts as f64).contains(target)
+        {
+            return wrong("target", format!("must be from 1 to num_experts = {num_experts}, found {target}"));
+        }
         match self {
             Config::Dense {} => Ok(()),
             Config::TopP { p, .. } => {
@@ -223,7 +244,8 @@ mod tests {
         for text in [
             r#"{"kind":"dense"}"#,
             r#"{"kind":"top_p","p":[0.3,0.4],"num_experts":4,"frozen":true}"#,
-            r#"{"kind":"top_k","k":1,"init_std":0.5}"#,
+            r#"{"kind":"top_k","k":1,"init_std":0.5,"bias_rate":0.01}"#,
+            r#"{"kind":"top_p","target":1.5}"#,
             r#"{"kind":"expert_choice","k":2.5}"#,
         ] {
             let config = parse(text).unwrap();
@@ -242,6 +264,9 @@ mod tests {
             (r#"{"kind":"top_p","num_experts":0}"#, "num_experts"),
             (r#"{"kind":"top_p","expert_hidden_size":0}"#, "expert_hidden_size"),
             (r#"{"kind":"top_p","init_std":-1.0}"#, "init_std"),
+            (r#"{"kind":"top_p","target":0.5}"#, "target"),
+            (r#"{"kind":"top_p","target":8.1}"#, "target"),
+            (r#"{"kind":"top_k","bias_rate":-0.1}"#, "bias_rate"),
             (r#"{"kind":"top_k","k":0}"#, "k"),
             (r#"{"kind":"top_k","k":9}"#, "k"),
             (r#"{"kind":"expert_choice","k":0.0}"#, "k"),
@@ -261,6 +286,8 @@ mod tests {
         }
         let nan = Config::TopP {
             p: Threshold::Same(f64::NAN),
+            bias_rate: 0.0,
+            target: None,
             renormalize: false,
             num_experts: 8,
             expert_hidden_size: 1,

@@ -53,7 +53,7 @@ impl ExpertChoice {
         match mode {
             Mode::Train => self.choose_tokens(input),
             Mode::Evaluate if self.thresholds.averages_e.is_empty() => {
-                TopK { num_experts: self.num_experts, k: self.k.ceil() as usize, renormalize: false }.route(input)
+                TopK::new(self.num_experts, self.k.ceil() as usize, false).route(input)
             }
             Mode::Evaluate => assign(input, self.num_experts, false, |_, p_e, row| {
                 row.extend((0..p_e.len()).filter(|&e| p_e[e].to_f64() > self.thresholds.at(e)).map(|e| e as u32));

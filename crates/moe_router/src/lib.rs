@@ -4,6 +4,8 @@
 
 #![forbid(unsafe_code)]
 
+pub mod balance;
+pub mod budget;
 pub mod config;
 pub mod expert_choice;
 pub mod heads;

@@ -1,5 +1,7 @@
 //! The policies behind one enum, and their control state: what is not a parameter and yet moves, once per optimizer step.
 
+use crate::balance::{self, Balance};
+use crate::budget::Budget;
 use crate::config::Config;
 use crate::expert_choice::{ExpertChoice, Thresholds};
 use crate::top_k::TopK;
@@ -47,6 +49,11 @@ pub enum Control {
     /// The policy has none.
     None,
     ExpertChoice(Thresholds),
+    /// Of token choice: the biases of the experts and the moving threshold.
+    Choice {
+        balance: Balance,
+        budget: Option<Budget>,
+    },
 }
 
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -62,11 +69,13 @@ impl Policy {
     pub fn new(config: &Config, layer: usize) -> Option<Policy> {
         match *config {
             Config::Dense {} => None,
-            Config::TopP { ref p, renormalize, num_experts, .. } => {
-                Some(Policy::TopP(TopP { num_experts, p: p.at(layer), renormalize }))
-            }
-            Config::TopK { k, renormalize, num_experts, .. } => {
-                Some(Policy::TopK(TopK { num_experts, k, renormalize }))
+            Config::TopP { ref p, renormalize, num_experts, bias_rate, target, .. } => Some(Policy::TopP(TopP {
+                balance: Balance::new(bias_rate),
+                budget: target.map(|target| Budget::new(target, p.at(layer))),
+                ..TopP::new(num_experts, p.at(layer), renormalize)
+            })),
+            Config::TopK { k, renormalize, num_experts, bias_rate, .. } => {
+                Some(Policy::TopK(TopK { balance: Balance::new(bias_rate), ..TopK::new(num_experts, k, renormalize) }))
             }
             Config::ExpertChoice { k, num_experts, .. } => {
                 Some(Policy::ExpertChoice(ExpertChoice { num_experts, k, thresholds: Thresholds::default() }))
@@ -100,10 +109,19 @@ impl Policy {
         }
     }
 
-    /// Notes a training micro-batch. Never called in evaluation or in a recomputation.
-    pub fn observe<T: Real>(&self, observation: &mut Observation, input: &RouterInput<'_, T>, _routing: &Routing) {
+    /// The threshold of top-p routing that holds now.
+    pub fn threshold(&self) -> Option<f64> {
         match self {
-            Policy::TopP(_) | Policy::TopK(_) => {}
+            Policy::TopP(policy) => Some(policy.threshold()),
+            Policy::TopK(_) | Policy::ExpertChoice(_) => None,
+        }
+    }
+
+    /// Notes a training micro-batch. Never called in evaluation or in a recomputation.
+    pub fn observe<T: Real>(&self, observation: &mut Observation, input: &RouterInput<'_, T>, routing: &Routing) {
+        match self {
+            Policy::TopP(_) | Policy::TopK(_) if self.control() == Control::None => {}
+            Policy::TopP(_) | Policy::TopK(_) => balance::count(observation, routing),
             Policy::ExpertChoice(policy) => policy.observe(observation, input),
         }
     }
@@ -111,28 +129,45 @@ impl Policy {
     /// Moves the control state, once per optimizer step (and not at all where that step was skipped).
     pub fn step(&mut self, observation: &Observation) {
         match self {
-            Policy::TopP(_) | Policy::TopK(_) => {}
+            Policy::TopP(policy) => {
+                policy.balance.step(observation);
+                policy.budget.iter_mut().for_each(|budget| budget.step(observation));
+            }
+            Policy::TopK(policy) => policy.balance.step(observation),
             Policy::ExpertChoice(policy) => policy.step(observation),
         }
     }
 
     pub fn control(&self) -> Control {
-        match self {
-            Policy::TopP(_) | Policy::TopK(_) => Control::None,
-            Policy::ExpertChoice(policy) => Control::ExpertChoice(policy.thresholds.clone()),
+        let (balance, budget) = match self {
+            Policy::TopP(policy) => (&policy.balance, &policy.budget),
+            Policy::TopK(policy) => (&policy.balance, &None),
+            Policy::ExpertChoice(policy) => return Control::ExpertChoice(policy.thresholds.clone()),
+        };
+        match balance.rate == 0.0 && budget.is_none() {
+            true => Control::None,
+            false => Control::Choice { balance: balance.clone(), budget: budget.clone() },
         }
     }
 
     /// Takes saved control state back. An error names `layer` if it was written by another policy or number of experts.
     pub fn restore(&mut self, control: Control, layer: usize) -> Result<(), ControlError> {
-        match (self, control) {
-            (Policy::TopP(_) | Policy::TopK(_), Control::None) => Ok(()),
-            (Policy::ExpertChoice(policy), Control::ExpertChoice(saved)) if saved.fits(policy.num_experts) => {
-                policy.thresholds = saved;
-                Ok(())
+        let (experts, stateless) = (self.num_experts(), self.control() == Control::None);
+        let restored = match (self, control) {
+            (Policy::TopP(_) | Policy::TopK(_), Control::None) => stateless,
+            (Policy::TopP(policy), Control::Choice { balance, budget }) if !stateless => {
+                policy.balance.restore(balance, experts) && Budget::restore(&mut policy.budget, budget)
             }
-            _ => Err(ControlError { layer }),
-        }
+            (Policy::TopK(policy), Control::Choice { balance, budget: None }) if !stateless => {
+                policy.balance.restore(balance, experts)
+            }
+            (Policy::ExpertChoice(policy), Control::ExpertChoice(saved)) if saved.fits(experts) => {
+                policy.thresholds = saved;
+                true
+            }
+            _ => false,
+        };
+        if restored { Ok(()) } else { Err(ControlError { layer }) }
     }
 }
 
@@ -156,11 +191,11 @@ impl<'de> Deserialize<'de> for Bits {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use tensor::check::normals;
 
-    fn policy(text: &str) -> Policy {
+    pub(crate) fn policy(text: &str) -> Policy {
         Policy::new(&serde_json::from_str(text).unwrap(), 1).unwrap()
     }
 
@@ -180,34 +215,38 @@ mod tests {
     fn the_configuration_reaches_the_policy_of_its_layer() {
         assert_eq!(Policy::new(&Config::default(), 0), None);
         let Policy::TopP(top_p) = policy(r#"{"kind": "top_p", "p": [0.3, 0.7], "num_experts": 5}"#) else { panic!() };
-        assert_eq!(top_p, TopP { num_experts: 5, p: 0.7, renormalize: false });
+        assert_eq!(top_p, TopP::new(5, 0.7, false));
         let Policy::TopK(top_k) = policy(r#"{"kind": "top_k", "k": 3, "renormalize": false}"#) else { panic!() };
-        assert_eq!(top_k, TopK { num_experts: 8, k: 3, renormalize: false });
+        assert_eq!(top_k, TopK::new(8, 3, false));
     }
 
     #[test]
     fn control_moves_and_routes_and_is_saved_bit_for_bit() {
-        let mut trained = policy(EXPERT_CHOICE);
-        let mut last = trained.control();
-        for seed in 0..5 {
-            step(&mut trained, seed);
-            assert_ne!(trained.control(), last);
-            last = trained.control();
+        let balanced = r#"{"kind": "top_k", "k": 1, "num_experts": 3, "bias_rate": 0.05}"#;
+        let held = r#"{"kind": "top_p", "p": 0.6, "num_experts": 3, "bias_rate": 0.05, "target": 1.1}"#;
+        for text in [EXPERT_CHOICE, balanced, held] {
+            let mut trained = policy(text);
+            let mut last = trained.control();
+            for seed in 0..5 {
+                step(&mut trained, seed);
+                assert_ne!(trained.control(), last);
+                last = trained.control();
+            }
+            let saved = serde_json::to_string(&last).unwrap();
+            let mut loaded = policy(text);
+            loaded.restore(serde_json::from_str(&saved).unwrap(), 1).unwrap();
+            assert_eq!(serde_json::to_string(&loaded.control()).unwrap(), saved);
+            let scores = normals(9, 120, 1.0);
+            let input = RouterInput::new(&[0, 40], &[], 1).with_scores(&scores, 3);
+            assert_eq!(loaded.route(&input, Mode::Evaluate), trained.route(&input, Mode::Evaluate));
+            assert_ne!(loaded.route(&input, Mode::Evaluate), policy(text).route(&input, Mode::Evaluate));
+            step(&mut trained, 6);
+            step(&mut loaded, 6);
+            assert_eq!(loaded, trained);
+            let before = trained.clone();
+            trained.step(&Observation::default());
+            assert_eq!(trained, before, "nothing seen, nothing moved");
         }
-        let text = serde_json::to_string(&last).unwrap();
-        let mut loaded = policy(EXPERT_CHOICE);
-        loaded.restore(serde_json::from_str(&text).unwrap(), 1).unwrap();
-        assert_eq!(serde_json::to_string(&loaded.control()).unwrap(), text);
-        let scores = normals(9, 30, 1.0);
-        let input = RouterInput::new(&[0, 10], &[], 1).with_scores(&scores, 3);
-        assert_eq!(loaded.route(&input, Mode::Evaluate), trained.route(&input, Mode::Evaluate));
-        assert_ne!(loaded.route(&input, Mode::Evaluate), policy(EXPERT_CHOICE).route(&input, Mode::Evaluate));
-        step(&mut trained, 6);
-        step(&mut loaded, 6);
-        assert_eq!(loaded, trained);
-        let before = trained.clone();
-        trained.step(&Observation::default());
-        assert_eq!(trained, before, "nothing seen, nothing moved");
     }
 
     #[test]
@@ -221,6 +260,15 @@ mod tests {
         let none = policy(r#"{"kind": "top_p"}"#).control();
         let text = serde_json::to_string(&none).unwrap();
         assert_eq!(policy(r#"{"kind": "top_k"}"#).restore(serde_json::from_str(&text).unwrap(), 0), Ok(()));
+        let mut balanced = policy(r#"{"kind": "top_k", "num_experts": 3, "bias_rate": 0.1}"#);
+        step(&mut balanced, 1);
+        for other in [r#"{"kind": "top_k", "num_experts": 3}"#, r#"{"kind": "top_k", "bias_rate": 0.1}"#] {
+            assert_eq!(policy(other).restore(balanced.control(), 2), error);
+        }
+        assert_eq!(balanced.restore(Control::None, 2), error);
+        let mut held = policy(r#"{"kind": "top_p", "num_experts": 3, "target": 1.5}"#);
+        assert_eq!(policy(r#"{"kind": "top_p", "num_experts": 3}"#).restore(held.control(), 2), error);
+        assert_eq!(held.restore(balanced.control(), 2), error);
         assert!(serde_json::from_str::<Control>(r#"{"kind":"expert_choice","averages_e":["x"],"mass":"0"}"#).is_err());
     }
 }

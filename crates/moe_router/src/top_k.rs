@@ -1,6 +1,7 @@
 //! Top-k routing: the k likeliest experts of a token. Mixtral's weights are renormalised over the k; Switch's (k = 1) and OLMoE's are not.
 
-use crate::{RouterInput, Routing, assign, assign_backward, softmax};
+use crate::balance::Balance;
+use crate::{RouterInput, Routing, assign, assign_backward};
 use tensor::Real;
 
 #[derive(Clone, Debug, PartialEq)]
@@ -8,14 +9,21 @@ pub struct TopK {
     pub num_experts: usize,
     pub k: usize,
     pub renormalize: bool,
+    /// Who is better: probability plus bias.
+    pub balance: Balance,
 }
 
 impl TopK {
+    /// Without bias.
+    pub fn new(num_experts: usize, k: usize, renormalize: bool) -> Self {
+        TopK { num_experts, k, renormalize, balance: Balance::default() }
+    }
+
     /// Rows sorted by falling probability, and weights_a.
     pub fn route<T: Real>(&self, input: &RouterInput<'_, T>) -> (Routing, Vec<T>) {
         let mut order = Vec::with_capacity(self.num_experts);
         assign(input, self.num_experts, self.renormalize, |_, p_e, row| {
-            softmax::rank(p_e, &mut order);
+            self.balance.rank(p_e, &mut order);
             row.extend_from_slice(&order[..self.k.min(order.len())]);
         })
     }
@@ -29,6 +37,7 @@ impl TopK {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::softmax;
     use tensor::check::normals;
 
     fn route(policy: &TopK, scores: &[f64]) -> (Routing, Vec<f64>) {
@@ -37,7 +46,7 @@ mod tests {
 
     #[test]
     fn takes_the_k_best_and_the_lower_index_on_ties() {
-        let policy = TopK { num_experts: 4, k: 2, renormalize: true };
+        let policy = TopK::new(4, 2, true);
         let (routing, weights) = route(&policy, &[0.0, 2.0, 1.0, 2.0, 0.0, 0.0, 0.0, 0.0]);
         assert_eq!(routing.expert_ids_a, [1, 3, 0, 1]);
         assert_eq!(weights, [0.5; 4]);
@@ -48,7 +57,7 @@ mod tests {
     #[test]
     fn all_experts_renormalised_are_the_dense_softmax_mixture() {
         let scores = normals(1, 6 * 5, 2.0);
-        let (routing, weights) = route(&TopK { num_experts: 5, k: 5, renormalize: true }, &scores);
+        let (routing, weights) = route(&TopK::new(5, 5, true), &scores);
         let p_ne = softmax::probabilities(&scores, 5);
         for t in 0..6 {
             for (id, w) in routing.row(t).iter().zip(&weights[routing.span(t)]) {
@@ -61,7 +70,7 @@ mod tests {
     fn permuting_experts_permutes_ids_and_keeps_weights() {
         let scores = normals(2, 20 * 5, 1.0);
         let moved: Vec<f64> = (0..100).map(|x| scores[x / 5 * 5 + (x % 5 + 2) % 5]).collect();
-        let policy = TopK { num_experts: 5, k: 3, renormalize: false };
+        let policy = TopK::new(5, 3, false);
         let ((plain, w), (permuted, v)) = (route(&policy, &scores), route(&policy, &moved));
         let back: Vec<u32> = permuted.expert_ids_a.iter().map(|id| (id + 2) % 5).collect();
         assert_eq!(back, plain.expert_ids_a);
@@ -71,7 +80,7 @@ mod tests {
     #[test]
     fn one_renormalised_expert_sends_exactly_no_gradient() {
         let scores = normals(3, 12, 1.0);
-        let policy = TopK { num_experts: 4, k: 1, renormalize: true };
+        let policy = TopK::new(4, 1, true);
         let (routing, _) = route(&policy, &scores);
         let mut dscores = [0.0; 12];
         policy.backward(&scores, &routing, &[1.7, -0.3, 12.1], &mut dscores);

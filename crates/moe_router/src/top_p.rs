@@ -1,23 +1,41 @@
 //! Top-p routing (Huang et al. 2024, arXiv 2403.07652): the shortest prefix of the experts sorted by probability whose sum strictly exceeds p.
 //! p = 1 takes all experts by definition. Weights are the probabilities, or those divided by their sum.
 
-use crate::{RouterInput, Routing, assign, assign_backward, softmax};
+use crate::balance::Balance;
+use crate::budget::Budget;
+use crate::{RouterInput, Routing, assign, assign_backward};
 use tensor::Real;
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct TopP {
     pub num_experts: usize,
+    /// The threshold, where no budget moves it.
     pub p: f64,
     pub renormalize: bool,
+    /// Who is better: probability plus bias. The sum that must exceed p is of probabilities alone, in that order.
+    pub balance: Balance,
+    /// Moves the threshold, where there is one.
+    pub budget: Option<Budget>,
 }
 
 impl TopP {
+    /// Without bias and budget.
+    pub fn new(num_experts: usize, p: f64, renormalize: bool) -> Self {
+        TopP { num_experts, p, renormalize, balance: Balance::default(), budget: None }
+    }
+
+    /// The threshold that holds now.
+    pub fn threshold(&self) -> f64 {
+        self.budget.as_ref().map_or(self.p, Budget::p)
+    }
+
     /// Rows sorted by falling probability, and weights_a. At least one expert per token.
     pub fn route<T: Real>(&self, input: &RouterInput<'_, T>) -> (Routing, Vec<T>) {
+        let p = self.threshold();
         let mut order = Vec::with_capacity(self.num_experts);
         assign(input, self.num_experts, self.renormalize, |_, p_e, row| {
-            softmax::rank(p_e, &mut order);
-            row.extend_from_slice(&order[..prefix(p_e, &order, self.p)]);
+            self.balance.rank(p_e, &mut order);
+            row.extend_from_slice(&order[..prefix(p_e, &order, p)]);
         })
     }
 
@@ -45,6 +63,7 @@ fn prefix<T: Real>(p_e: &[T], order: &[u32], p: f64) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::softmax;
     use proptest::prelude::*;
 
     /// The set taken for probabilities `p_e`, as route sees it: scores are logarithms.
@@ -55,7 +74,7 @@ mod tests {
     }
 
     fn route(scores: &[f64], num_experts: usize, p: f64) -> Vec<u32> {
-        let policy = TopP { num_experts, p, renormalize: false };
+        let policy = TopP::new(num_experts, p, false);
         policy.route(&RouterInput::new(&[0, 1], &[0], 0).with_scores(scores, num_experts)).0.expert_ids_a.clone()
     }
 
@@ -76,7 +95,7 @@ mod tests {
         assert_eq!(route(&[1.0, 3.0, 3.0], 3, 0.1), [1], "the lower index wins a tie");
         assert_eq!(route(&[0.0, 50.0, -50.0], 3, 1.0), [1, 0, 2], "p = 1 takes all, also those that round to nothing");
         assert_eq!(route(&[f64::NAN, 0.0], 2, 0.4).len(), 2, "NaN does not panic");
-        let empty = TopP { num_experts: 3, p: 0.4, renormalize: true };
+        let empty = TopP::new(3, 0.4, true);
         let (routing, weights) = empty.route(&RouterInput::new(&[0], &[], 0).with_scores(&[] as &[f32], 3));
         assert_eq!((routing.num_tokens(), weights.len(), &routing.row_offsets_n1[..]), (0, 0, &[0][..]));
     }
@@ -85,19 +104,19 @@ mod tests {
     fn weights_are_the_probabilities_or_sum_to_one() {
         let scores = [0.7f64, 0.1, -0.3, 1.2, 0.0, 0.0, 0.0, 0.0];
         let input = RouterInput::new(&[0, 2], &[0, 0], 0).with_scores(&scores, 4);
-        let (routing, raw) = TopP { num_experts: 4, p: 0.6, renormalize: false }.route(&input);
+        let (routing, raw) = TopP::new(4, 0.6, false).route(&input);
         let p_ne = softmax::probabilities(&scores, 4);
         assert_eq!(routing.row(0), [3, 0]);
         assert_eq!(routing.row(1), [0, 1, 2]);
         assert!(routing.row(0).iter().zip(&raw).all(|(id, w)| *w == p_ne[*id as usize]));
-        let (_, weights) = TopP { num_experts: 4, p: 0.6, renormalize: true }.route(&input);
+        let (_, weights) = TopP::new(4, 0.6, true).route(&input);
         assert!((weights[..2].iter().sum::<f64>() - 1.0).abs() < 1e-15 && weights[2..].iter().all(|w| *w == 1.0 / 3.0));
     }
 
     #[test]
     fn one_chosen_expert_with_renormalised_weight_sends_exactly_no_gradient() {
         let scores = [0.3f32, 4.0, -0.7, 5.0, 0.1, 0.2];
-        let policy = TopP { num_experts: 3, p: 0.4, renormalize: true };
+        let policy = TopP::new(3, 0.4, true);
         let (routing, weights) = policy.route(&RouterInput::new(&[0, 2], &[0, 0], 0).with_scores(&scores, 3));
         assert_eq!((&routing.expert_ids_a[..], &weights[..]), (&[1, 0][..], &[1.0, 1.0][..]));
         let mut dscores = [0.0f32; 6];

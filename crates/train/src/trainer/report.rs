@@ -30,6 +30,11 @@ impl Trainer {
             let mut row = self.row("moe");
             row.integer("epoch", self.at.epoch);
             let (summary, alarms) = finished.routing(&mut row, self.run.seed);
+            for (layer, policy) in self.learner.policies.iter().enumerate() {
+                if let Some(p) = policy.threshold() {
+                    row.number(&format!("moe/layer_{layer:02}/p"), p);
+                }
+            }
             self.epoch.keep_alarms(&finished);
             self.push(row)?;
             for message in alarms {
