@@ -63,6 +63,8 @@ pub struct ExpertTrace<T: Real> {
     pub layer: usize,
     pub scores_ne: Value<T>,
     pub weights_a: Value<T>,
+    /// Mean over tokens of the sum of soft gates, [1, 1], where the threshold is learned.
+    pub gates: Option<Value<T>>,
     pub routing: Arc<Routing>,
 }
 
@@ -94,7 +96,7 @@ struct Heads {
 
 enum FeedForward {
     Dense { gate: Param, up: Param, down: Param },
-    Sparse { router: Param, gate_up: Param, down: Param },
+    Sparse { router: Param, threshold: Option<(Param, Param)>, gate_up: Param, down: Param },
 }
 
 struct Block {
@@ -157,6 +159,10 @@ fn tensors(config: &Model, vocab_size: usize) -> Vec<(String, Vec<usize>, bool)>
             }
             Some(e) => {
                 tensor(layer("mlp.gate.weight"), &[e.num_experts, d], !e.frozen);
+                if matches!(config.router, moe_router::Config::LearnedP { .. }) {
+                    tensor(layer("mlp.threshold.weight"), &[1, d], true);
+                    tensor(layer("mlp.threshold.bias"), &[1], true);
+                }
                 tensor(layer("mlp.experts.gate_up_proj"), &[e.num_experts, 2 * e.expert_hidden_size, d], true);
                 tensor(layer("mlp.experts.down_proj"), &[e.num_experts, d, e.expert_hidden_size], true);
             }
@@ -237,6 +243,9 @@ impl Transformer {
                     },
                     Some(_) => FeedForward::Sparse {
                         router: layer("mlp.gate.weight"),
+                        threshold: layout
+                            .get(&format!("model.layers.{i}.mlp.threshold.weight"))
+                            .map(|weight| (weight, layer("mlp.threshold.bias"))),
                         gate_up: layer("mlp.experts.gate_up_proj"),
                         down: layer("mlp.experts.down_proj"),
                     },
@@ -256,7 +265,7 @@ impl Transformer {
         }
     }
 
-    /// Fresh parameters, a pure function of the seed: N(0, 2/fan_in) for weights, std 1/√d for embeddings, norms 1, CoPE tables 0, routers small.
+    /// Fresh parameters, a pure function of the seed: N(0, 2/fan_in) for weights, std 1/√d for embeddings, norms 1, CoPE tables and thresholds 0, routers small.
     /// Every tensor has a stream of its own (keyed by its name), so that models which share a tensor start with the same bytes in it.
     pub fn initialise(&self, seed: u64) -> Vec<f32> {
         let mut params = vec![0.0f32; self.layout.len()];
@@ -279,7 +288,7 @@ impl Transformer {
         match name {
             _ if name.ends_with("norm.weight") => None,
             _ if name.starts_with("model.embed_") => Some((self.config.hidden_size as f64).powf(-0.5)),
-            _ if name.ends_with("cope.weight") => Some(0.0),
+            _ if name.ends_with("cope.weight") || name.contains("mlp.threshold.") => Some(0.0),
             _ if name.contains("self_attn.heads.") => Some(HEAD_ROUTER_STD),
             _ if name.ends_with("mlp.gate.weight") => self.config.router.experts().map(|e| e.init_std),
             _ => Some((2.0 / param.width as f64).sqrt()),
@@ -375,12 +384,25 @@ impl Transformer {
         watch(tape, 4 * i + 4, &normed);
         let fed = match block.feed_forward {
             FeedForward::Dense { gate, up, down } => swiglu(tape, &normed, gate, up, down),
-            FeedForward::Sparse { router, gate_up, down } => {
-                let scores_ne = linears(tape, &normed, &[(router, Precision::F32)]).remove(0);
+            FeedForward::Sparse { router, threshold, gate_up, down } => {
+                let mut routers = vec![(router, Precision::F32)];
+                routers.extend(threshold.map(|(weight, _)| (weight, Precision::F32)));
+                let mut scored = linears(tape, &normed, &routers);
+                let (scores_ne, logits_n1) = (scored.remove(0), scored.pop());
                 let input = RouterInput::new(&documents.offsets_b1, &documents.tokens_n, i);
-                let (weights_a, routing) = node::route(tape, &scores_ne, &policies[i], &input, mode);
+                let (weights_a, gates, routing) = match (threshold.zip(logits_n1), &policies[i]) {
+                    (Some(((_, bias), logits_n1)), Policy::LearnedP(policy)) => {
+                        let (weights_a, gates, routing) =
+                            node::route_learned(tape, [&scores_ne, &logits_n1], bias, policy, &input);
+                        (weights_a, Some(gates), routing)
+                    }
+                    (_, policy) => {
+                        let (weights_a, routing) = node::route(tape, &scores_ne, policy, &input, mode);
+                        (weights_a, None, routing)
+                    }
+                };
                 let y = experts(tape, &normed, &weights_a, &routing.assignments, gate_up, down);
-                trace.experts.push(ExpertTrace { layer: i, scores_ne, weights_a, routing });
+                trace.experts.push(ExpertTrace { layer: i, scores_ne, weights_a, gates, routing });
                 y
             }
         };

@@ -22,6 +22,10 @@ fn threshold() -> Threshold {
     Threshold::Same(0.4)
 }
 
+fn temperature() -> f64 {
+    0.05
+}
+
 fn two() -> usize {
     2
 }
@@ -85,6 +89,25 @@ pub enum Config {
         #[serde(default)]
         frozen: bool,
         /// Standard deviation of fresh router weights; together with `num_experts` it decides the number of experts per token at the start.
+        #[serde(default = "init_std")]
+        init_std: f64,
+    },
+    /// Top-p with a threshold 0.1 + 0.6·σ(w·x + b) that every token computes, and soft gates, so that a gradient reaches w; the loss `budget` is its
+    /// price.
+    LearnedP {
+        /// Softness of a gate: σ((threshold - probability of better experts) / temperature), above 0; a gate of 1 % or less is not computed.
+        #[serde(default = "temperature")]
+        temperature: f64,
+        /// Experts per layer.
+        #[serde(default = "num_experts")]
+        num_experts: usize,
+        /// Hidden width of each expert.
+        #[serde(default = "expert_hidden_size")]
+        expert_hidden_size: usize,
+        /// Keep the router weights at their initial values; the threshold still learns.
+        #[serde(default)]
+        frozen: bool,
+        /// Standard deviation of fresh router weights.
         #[serde(default = "init_std")]
         init_std: f64,
     },
@@ -155,6 +178,7 @@ impl Config {
         match *self {
             Config::Dense {} => None,
             Config::TopP { num_experts, expert_hidden_size, frozen, init_std, .. }
+            | Config::LearnedP { num_experts, expert_hidden_size, frozen, init_std, .. }
             | Config::TopK { num_experts, expert_hidden_size, frozen, init_std, .. }
             | Config::ExpertChoice { num_experts, expert_hidden_size, frozen, init_std, .. } => {
                 Some(Experts { num_experts, expert_hidden_size, frozen, init_std })
@@ -201,13 +225,16 @@ impl Config {
                     None => Ok(()),
                 }
             }
+            Config::LearnedP { temperature, .. } if !(*temperature > 0.0 && *temperature <= 1.0) => {
+                wrong("temperature", format!("must be above 0 and at most 1, found {temperature}"))
+            }
             Config::TopK { k, num_experts, .. } if *k < 1 || k > num_experts => {
                 wrong("k", format!("must be between 1 and num_experts = {num_experts}, found {k}"))
             }
             Config::ExpertChoice { k, num_experts, .. } if !(*k > 0.0 && *k <= *num_experts as f64) => {
                 wrong("k", format!("must be above 0 and at most num_experts = {num_experts}, found {k}"))
             }
-            Config::TopK { .. } | Config::ExpertChoice { .. } => Ok(()),
+            Config::LearnedP { .. } | Config::TopK { .. } | Config::ExpertChoice { .. } => Ok(()),
         }
     }
 }
@@ -246,6 +273,7 @@ mod tests {
             r#"{"kind":"top_p","p":[0.3,0.4],"num_experts":4,"frozen":true}"#,
             r#"{"kind":"top_k","k":1,"init_std":0.5,"bias_rate":0.01}"#,
             r#"{"kind":"top_p","target":1.5}"#,
+            r#"{"kind":"learned_p","temperature":0.1}"#,
             r#"{"kind":"expert_choice","k":2.5}"#,
         ] {
             let config = parse(text).unwrap();
@@ -267,6 +295,7 @@ mod tests {
             (r#"{"kind":"top_p","target":0.5}"#, "target"),
             (r#"{"kind":"top_p","target":8.1}"#, "target"),
             (r#"{"kind":"top_k","bias_rate":-0.1}"#, "bias_rate"),
+            (r#"{"kind":"learned_p","temperature":0.0}"#, "temperature"),
             (r#"{"kind":"top_k","k":0}"#, "k"),
             (r#"{"kind":"top_k","k":9}"#, "k"),
             (r#"{"kind":"expert_choice","k":0.0}"#, "k"),

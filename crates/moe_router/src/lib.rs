@@ -9,6 +9,7 @@ pub mod budget;
 pub mod config;
 pub mod expert_choice;
 pub mod heads;
+pub mod learned_p;
 pub mod losses;
 pub mod node;
 pub mod policy;
@@ -43,16 +44,31 @@ pub struct RouterInput<'a, T> {
     pub below_ne: Option<&'a [T]>,
     /// Input of the router, [n, d].
     pub hidden_nd: Option<&'a [T]>,
+    /// What a learned threshold is made of: w·x + b, [n].
+    pub threshold_logits_n: Option<&'a [T]>,
 }
 
 impl<'a, T: Real> RouterInput<'a, T> {
     /// The documents of a batch, still without scores.
     pub fn new(offsets_b1: &'a [usize], tokens_n: &'a [u32], layer: usize) -> Self {
-        RouterInput { scores_ne: &[], num_ids: 0, offsets_b1, tokens_n, layer, below_ne: None, hidden_nd: None }
+        RouterInput {
+            scores_ne: &[],
+            num_ids: 0,
+            offsets_b1,
+            tokens_n,
+            layer,
+            below_ne: None,
+            hidden_nd: None,
+            threshold_logits_n: None,
+        }
     }
 
     pub fn with_scores(self, scores_ne: &'a [T], num_ids: usize) -> Self {
         RouterInput { scores_ne, num_ids, ..self }
+    }
+
+    pub fn with_thresholds(self, logits_n: &'a [T]) -> Self {
+        RouterInput { threshold_logits_n: Some(logits_n), ..self }
     }
 
     pub fn num_tokens(&self) -> usize {

@@ -2,10 +2,11 @@
 //! Where scores need no gradient nothing is recorded.
 
 use crate::heads::{self, HeadGradients, HeadScores, Selection};
+use crate::learned_p::LearnedP;
 use crate::{Mode, Policy, RouterInput, Routing, losses};
 use std::sync::Arc;
 use tensor::profile::Cost;
-use tensor::{Real, Tape, Value};
+use tensor::{Param, Real, Tape, Value};
 
 /// Weights [a, 1] and the assignments they belong to, for score rows [n, num_ids]. `input` is what surrounds the scores
 /// (`RouterInput::new`; its own scores are not read).
@@ -28,6 +29,44 @@ pub fn route<'a, T: Real>(
         });
     }
     (weights, routing)
+}
+
+/// The same for a learned threshold: `logits_n1` is w·x, `bias` its b. Also returns the mean over tokens of the sum of gates, [1, 1].
+pub fn route_learned<'a, T: Real>(
+    tape: &mut Tape<'a, T>,
+    [scores_ne, logits_n1]: [&Value<T>; 2],
+    bias: Param,
+    policy: &LearnedP,
+    input: &RouterInput<'_, T>,
+) -> (Value<T>, Value<T>, Arc<Routing>) {
+    let _span = tape.span("route", Cost::new::<T>(0, scores_ne.data().len()));
+    let b = tape.param(&bias)[0];
+    let logits_n: Vec<T> = logits_n1.data().iter().map(|x| *x + b).collect();
+    let input = input.with_scores(scores_ne.data(), scores_ne.width()).with_thresholds(&logits_n);
+    let (routing, weights_a, mean) = policy.route(&input);
+    let routing = Arc::new(routing);
+    let needs_grad = scores_ne.needs_grad() || logits_n1.needs_grad() || bias.trainable;
+    let weights = tape.output(tape.arena().copy(&weights_a), weights_a.len(), 1, needs_grad);
+    let mean = tape.output(tape.arena().copy(&[T::from_f64(mean)]), 1, 1, needs_grad);
+    if needs_grad {
+        let (scores, logits, policy, kept) = (scores_ne.clone(), logits_n1.clone(), policy.clone(), routing.clone());
+        let slots = [weights.slot(), mean.slot()];
+        tape.record(move |grads| {
+            let [dweights_a, dmean] = slots.map(|slot| grads.take(slot));
+            if dweights_a.is_none() && dmean.is_none() {
+                return;
+            }
+            let upstream = (dweights_a.as_ref().map(|d| &d[..]), dmean.map_or(0.0, |d| d[0].to_f64()));
+            let mut dscores_ne = vec![T::ZERO; scores.data().len()];
+            let dlogits_n = policy.backward((scores.data(), &logits_n), &kept, upstream, &mut dscores_ne);
+            if let Some(dbias) = grads.param(&bias) {
+                dbias[0] += T::from_f64(dlogits_n.iter().sum());
+            }
+            grads.add(scores.slot(), |d| d.iter_mut().zip(&dscores_ne).for_each(|(d, x)| *d += *x));
+            grads.add(logits.slot(), |d| d.iter_mut().zip(&dlogits_n).for_each(|(d, x)| *d += T::from_f64(*x)));
+        });
+    }
+    (weights, mean, routing)
 }
 
 /// A [1, 1] value of `scores` with `backward(scores, upstream, dscores)`.
@@ -158,7 +197,7 @@ mod tests {
     use super::*;
     use crate::{Config, softmax};
     use tensor::check::{self, Input};
-    use tensor::{Arena, Engine};
+    use tensor::{Arena, Engine, Layout};
 
     const OFFSETS: [usize; 4] = [0, 3, 4, 7];
     const ROWS: usize = 7;
@@ -212,6 +251,35 @@ mod tests {
         ] {
             let worst = worst_of_route(&policy(text), Mode::Train);
             assert!(worst < 1e-7, "{text}: {worst}");
+        }
+    }
+
+    #[test]
+    fn gradients_of_a_learned_threshold_agree_with_differences() {
+        for temperature in [0.05, 0.3] {
+            let policy = LearnedP { num_experts: WIDTH, temperature };
+            let layout = Layout::new([("bias".to_string(), vec![1], true)]);
+            let bias = layout.get("bias").unwrap();
+            // A step that changes which gates exceed 1 % shows in the differences: not all draws are clear of that.
+            let clear = |seed: u64| {
+                let inputs = [clear_of_boundaries(), Input::random(seed, ROWS, 1, 1.0)];
+                let logits: Vec<f64> = inputs[1].data.iter().map(|x| x + 0.3).collect();
+                let sizes = |shift: f64| {
+                    let moved: Vec<f64> = logits.iter().map(|x| x + shift).collect();
+                    let input = RouterInput::new(&OFFSETS, &[], 0).with_scores(&inputs[0].data, WIDTH);
+                    policy.route(&input.with_thresholds(&moved)).0.row_offsets_n1.clone()
+                };
+                (sizes(-MARGIN) == sizes(MARGIN)).then_some(inputs)
+            };
+            let inputs = (0..1000).find_map(clear).expect("some seed is clear");
+            let mut params = vec![0.0; layout.len()];
+            params[bias.range(0)].fill(0.3);
+            let worst = check::worst(Engine::Cpu, &inputs, &params, |tape, v| {
+                let parts = RouterInput::new(&OFFSETS, &[], 0);
+                let (weights, mean, _) = route_learned(tape, [&v[0], &v[1]], bias, &policy, &parts);
+                vec![weights, mean]
+            });
+            assert!(worst < 1e-6, "temperature {temperature}: {worst}");
         }
     }
 

@@ -4,6 +4,7 @@ use crate::balance::{self, Balance};
 use crate::budget::Budget;
 use crate::config::Config;
 use crate::expert_choice::{ExpertChoice, Thresholds};
+use crate::learned_p::LearnedP;
 use crate::top_k::TopK;
 use crate::top_p::TopP;
 use crate::{RouterInput, Routing};
@@ -21,6 +22,7 @@ pub enum Mode {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Policy {
     TopP(TopP),
+    LearnedP(LearnedP),
     TopK(TopK),
     ExpertChoice(ExpertChoice),
 }
@@ -74,6 +76,9 @@ impl Policy {
                 budget: target.map(|target| Budget::new(target, p.at(layer))),
                 ..TopP::new(num_experts, p.at(layer), renormalize)
             })),
+            Config::LearnedP { temperature, num_experts, .. } => {
+                Some(Policy::LearnedP(LearnedP { num_experts, temperature }))
+            }
             Config::TopK { k, renormalize, num_experts, bias_rate, .. } => {
                 Some(Policy::TopK(TopK { balance: Balance::new(bias_rate), ..TopK::new(num_experts, k, renormalize) }))
             }
@@ -86,6 +91,7 @@ impl Policy {
     pub fn num_experts(&self) -> usize {
         match self {
             Policy::TopP(policy) => policy.num_experts,
+            Policy::LearnedP(policy) => policy.num_experts,
             Policy::TopK(policy) => policy.num_experts,
             Policy::ExpertChoice(policy) => policy.num_experts,
         }
@@ -95,6 +101,10 @@ impl Policy {
     pub fn route<T: Real>(&self, input: &RouterInput<'_, T>, mode: Mode) -> (Routing, Vec<T>) {
         match self {
             Policy::TopP(policy) => policy.route(input),
+            Policy::LearnedP(policy) => {
+                let (routing, weights_a, _) = policy.route(input);
+                (routing, weights_a)
+            }
             Policy::TopK(policy) => policy.route(input),
             Policy::ExpertChoice(policy) => policy.route(input, mode),
         }
@@ -104,6 +114,7 @@ impl Policy {
     pub fn backward<T: Real>(&self, scores_ne: &[T], routing: &Routing, dweights_a: &[T], dscores_ne: &mut [T]) {
         match self {
             Policy::TopP(policy) => policy.backward(scores_ne, routing, dweights_a, dscores_ne),
+            Policy::LearnedP(_) => unreachable!("its gradient has an entry of its own: node::route_learned"),
             Policy::TopK(policy) => policy.backward(scores_ne, routing, dweights_a, dscores_ne),
             Policy::ExpertChoice(policy) => policy.backward(scores_ne, routing, dweights_a, dscores_ne),
         }
@@ -113,13 +124,14 @@ impl Policy {
     pub fn threshold(&self) -> Option<f64> {
         match self {
             Policy::TopP(policy) => Some(policy.threshold()),
-            Policy::TopK(_) | Policy::ExpertChoice(_) => None,
+            Policy::LearnedP(_) | Policy::TopK(_) | Policy::ExpertChoice(_) => None,
         }
     }
 
     /// Notes a training micro-batch. Never called in evaluation or in a recomputation.
     pub fn observe<T: Real>(&self, observation: &mut Observation, input: &RouterInput<'_, T>, routing: &Routing) {
         match self {
+            Policy::LearnedP(_) => {}
             Policy::TopP(_) | Policy::TopK(_) if self.control() == Control::None => {}
             Policy::TopP(_) | Policy::TopK(_) => balance::count(observation, routing),
             Policy::ExpertChoice(policy) => policy.observe(observation, input),
@@ -133,6 +145,7 @@ impl Policy {
                 policy.balance.step(observation);
                 policy.budget.iter_mut().for_each(|budget| budget.step(observation));
             }
+            Policy::LearnedP(_) => {}
             Policy::TopK(policy) => policy.balance.step(observation),
             Policy::ExpertChoice(policy) => policy.step(observation),
         }
@@ -142,6 +155,7 @@ impl Policy {
         let (balance, budget) = match self {
             Policy::TopP(policy) => (&policy.balance, &policy.budget),
             Policy::TopK(policy) => (&policy.balance, &None),
+            Policy::LearnedP(_) => return Control::None,
             Policy::ExpertChoice(policy) => return Control::ExpertChoice(policy.thresholds.clone()),
         };
         match balance.rate == 0.0 && budget.is_none() {
@@ -154,7 +168,7 @@ impl Policy {
     pub fn restore(&mut self, control: Control, layer: usize) -> Result<(), ControlError> {
         let (experts, stateless) = (self.num_experts(), self.control() == Control::None);
         let restored = match (self, control) {
-            (Policy::TopP(_) | Policy::TopK(_), Control::None) => stateless,
+            (Policy::TopP(_) | Policy::LearnedP(_) | Policy::TopK(_), Control::None) => stateless,
             (Policy::TopP(policy), Control::Choice { balance, budget }) if !stateless => {
                 policy.balance.restore(balance, experts) && Budget::restore(&mut policy.budget, budget)
             }

@@ -97,14 +97,18 @@ fn activations(run: &Run, vocab: usize, n: f64, score_std: f64) -> f64 {
 /// Experts of a token whose scores are normal with this standard deviation: the mean over fixed draws.
 fn experts_per_token(run: &Run, num_experts: usize, score_std: f64) -> f64 {
     const DRAWS: u64 = 256;
-    let moe_router::Config::TopP { p, .. } = &run.model.router else {
-        return match &run.model.router {
-            moe_router::Config::TopK { k, .. } => *k as f64,
-            moe_router::Config::ExpertChoice { k, .. } => *k,
-            _ => 1.0,
-        };
+    let p = match &run.model.router {
+        moe_router::Config::TopP { target: Some(target), .. } => return *target,
+        moe_router::Config::TopP { p, .. } => p.at(0),
+        // A gate exceeds 1 % as long as the mass before it is below p + τ ln 99.
+        moe_router::Config::LearnedP { temperature, .. } => {
+            moe_router::learned_p::threshold(0.0) + temperature * 99f64.ln()
+        }
+        moe_router::Config::TopK { k, .. } => return *k as f64,
+        moe_router::Config::ExpertChoice { k, .. } => return *k,
+        moe_router::Config::Dense {} => return 1.0,
     };
-    let (p, random) = (p.at(0), Random::new(0, Purpose::Sampling));
+    let random = Random::new(0, Purpose::Sampling);
     let num_experts = num_experts.min(1024);
     let chosen = |draw: u64| {
         let mut mass: Vec<f64> = (0..num_experts as u64).map(|e| (score_std * random.normal(draw, e)).exp()).collect();

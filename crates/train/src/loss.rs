@@ -62,6 +62,9 @@ pub fn loss<'a, T: Real>(
             layers,
         );
         term("entropy", trace.layer, node::entropy_loss(tape, &trace.scores_ne), coefficients.entropy, layers);
+        if let Some(gates) = &trace.gates {
+            term("budget", trace.layer, gates.clone(), coefficients.budget, layers);
+        }
         term("z", trace.layer, node::z_loss(tape, &trace.scores_ne), coefficients.z, layers);
     }
     for trace in &output.heads {
@@ -72,9 +75,9 @@ pub fn loss<'a, T: Real>(
     Loss { total: weighted_sum(tape, &terms), cross_entropy: entropy.scalar().to_f64(), losses_n, auxiliary }
 }
 
-/// Mean over layers of each auxiliary loss that exists, in the order balance, entropy, z, heads.
+/// Mean over layers of each auxiliary loss that exists, in the order balance, entropy, budget, z, heads.
 pub fn means(auxiliary: &[Auxiliary]) -> Vec<(&'static str, f64)> {
-    ["balance", "entropy", "z", "heads"]
+    ["balance", "entropy", "budget", "z", "heads"]
         .into_iter()
         .filter_map(|name| {
             let values: Vec<f64> = auxiliary.iter().filter(|a| a.name == name).map(|a| a.value).collect();

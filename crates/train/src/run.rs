@@ -247,6 +247,8 @@ pub struct Losses {
     pub balance: f64,
     /// Entropy of the router of experts, nats a token.
     pub entropy: f64,
+    /// Sum of a token's soft gates, the price of its experts (router learned_p).
+    pub budget: f64,
     /// Squared log-sum-exp of the router's logits (ST-MoE).
     pub z: f64,
     /// Even use of the routed heads.

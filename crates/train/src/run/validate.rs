@@ -156,9 +156,13 @@ fn train(train: &Train, name: &dyn Fn(&str) -> String, found: &mut Found) {
 
 fn measures(run: &Run, found: &mut Found) {
     let losses = &run.losses;
-    for (key, number) in
-        [("balance", losses.balance), ("entropy", losses.entropy), ("z", losses.z), ("heads", losses.heads)]
-    {
+    for (key, number) in [
+        ("balance", losses.balance),
+        ("entropy", losses.entropy),
+        ("budget", losses.budget),
+        ("z", losses.z),
+        ("heads", losses.heads),
+    ] {
         let good = number.is_finite() && number >= 0.0;
         found.require(good, format!("losses.{key}"), "must be a finite number, 0 or more; 0 only measures it");
     }
