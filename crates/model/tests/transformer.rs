@@ -24,6 +24,10 @@ fn top_p() -> Config {
     }
 }
 
+fn learned_p() -> Config {
+    Config::LearnedP { temperature: 0.1, num_experts: 4, expert_hidden_size: 6, frozen: false, init_std: 0.5 }
+}
+
 fn config(kind: PositionKind, mixture: bool, router: Config) -> Model {
     let mut config = Model {
         hidden_size: 24,
@@ -49,7 +53,7 @@ fn all() -> Vec<Transformer> {
     let mut models = Vec::new();
     for kind in kinds() {
         for mixture in [false, true] {
-            for router in [Config::Dense {}, top_p()] {
+            for router in [Config::Dense {}, top_p(), learned_p()] {
                 models.push(Transformer::new(&config(kind, mixture, router), VOCABULARY));
             }
         }
