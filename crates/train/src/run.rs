@@ -126,15 +126,15 @@ pub struct Train {
     pub restart_growth: u64,
     /// Largest L2 norm of the whole gradient, above 0; a longer gradient is shortened to it.
     pub clip: f64,
-    /// Decay λ of matrices: w ← w - rate·λ·w (adamw), or λ·w added to the gradient (adam, sgd, lars).
+    /// Decay λ of matrices: w ← w - rate·λ·w (adamw, lion, muon), or λ·w added to the gradient (adam, sgd, lars).
     pub weight_decay: f64,
-    /// Memory of the mean of gradients, in [0, 1) (adam, adamw).
+    /// Memory of the mean of gradients, in [0, 1); for lion its share in a step (adam, adamw, lion, muon).
     pub beta1: f64,
-    /// Memory of the mean of squared gradients, in [0, 1) (adam, adamw).
+    /// Memory of the mean of squared gradients, for lion of gradients, in [0, 1) (adam, adamw, lion, muon).
     pub beta2: f64,
-    /// Added to the divisor of the update (adam, adamw, lars).
+    /// Added to the divisor of the update (adam, adamw, lars, muon).
     pub eps: f64,
-    /// Share of the last update that goes on, in [0, 1) (sgd, lars).
+    /// Share of the last update that goes on, in [0, 1); for muon memory of the mean of gradients (sgd, lars, muon).
     pub momentum: f64,
     /// Trust coefficient η of the layer-wise rate η·‖w‖ / (‖g‖ + λ‖w‖) (lars).
     pub trust: f64,
@@ -205,6 +205,10 @@ pub enum Optimizer {
     Sgd,
     /// Layer-wise adaptive rate scaling (You 2017).
     Lars,
+    /// The sign of a mean of gradients (Chen 2023); rates 3 to 10 times smaller than Adam's.
+    Lion,
+    /// Orthogonal updates of the projections, AdamW for all else (Jordan 2024).
+    Muon,
 }
 
 /// Courses of the learning rate.
@@ -448,6 +452,8 @@ impl Train {
             Optimizer::Adamw => optimizers::Kind::AdamW,
             Optimizer::Sgd => optimizers::Kind::Sgd,
             Optimizer::Lars => optimizers::Kind::Lars,
+            Optimizer::Lion => optimizers::Kind::Lion,
+            Optimizer::Muon => optimizers::Kind::Muon,
         }
     }
 

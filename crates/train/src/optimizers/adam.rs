@@ -7,7 +7,7 @@ use super::{Matrix, Moved, Settings, flush, update};
 const LARGEST: f32 = 1e19;
 
 #[derive(Clone, Copy)]
-struct Constants {
+pub(super) struct Constants {
     beta1: f32,
     rest1: f32,
     beta2: f32,
@@ -24,7 +24,7 @@ struct Constants {
 }
 
 impl Constants {
-    fn new(settings: &Settings, decoupled: bool, matrix: &Matrix) -> Self {
+    pub(super) fn new(settings: &Settings, decoupled: bool, matrix: &Matrix) -> Self {
         let decay = if matrix.decays { settings.weight_decay } else { 0.0 };
         let left = |beta: f64| 1.0 - beta.powf(matrix.steps as f64);
         Self {
@@ -53,7 +53,7 @@ pub(super) fn step(
 }
 
 #[inline(always)]
-fn kernel(c: Constants, params: &mut [f32], grads: &[f32], first: &mut [f32], second: &mut [f32]) {
+pub(super) fn kernel(c: Constants, params: &mut [f32], grads: &[f32], first: &mut [f32], second: &mut [f32]) {
     for (((w, &g), m), v) in params.iter_mut().zip(grads).zip(first).zip(second) {
         let g = (g + c.l2 * *w).clamp(-LARGEST, LARGEST);
         *m = flush(c.beta1 * *m + c.rest1 * g);

@@ -10,6 +10,8 @@
 
 pub mod adam;
 pub mod lars;
+pub mod lion;
+pub mod muon;
 pub mod sgd;
 
 use crate::layers::{Rates, shape, squares};
@@ -35,19 +37,23 @@ pub enum Kind {
     Sgd,
     /// Layer-wise rates, the form of the paper.
     Lars,
+    /// The sign of a mean of gradients, with decoupled weight decay.
+    Lion,
+    /// Orthogonal updates of hidden matrices; AdamW for all else.
+    Muon,
 }
 
 /// What an optimizer needs beside the learning rate.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Settings {
-    /// Decay of Adam's first moment.
+    /// Decay of Adam's first moment; share of Lion's mean in a step.
     pub beta1: f64,
-    /// Decay of Adam's second moment.
+    /// Decay of Adam's second moment and of Lion's mean.
     pub beta2: f64,
     /// Added to Adam's denominator and to that of the LARS ratio.
     pub eps: f64,
     pub weight_decay: f64,
-    /// Momentum of SGD and LARS.
+    /// Momentum of SGD, LARS and Muon.
     pub momentum: f64,
     /// Trust coefficient of LARS.
     pub trust: f64,
@@ -125,6 +131,8 @@ impl Optimizer {
             }
             Kind::Sgd => sgd::step(&self.settings, &matrices, params, grads, moments),
             Kind::Lars => lars::step(&self.settings, &mut matrices, params, grads, moments),
+            Kind::Lion => lion::step(&self.settings, &matrices, params, grads, moments),
+            Kind::Muon => muon::step(&self.settings, layout, &matrices, params, grads, moments),
         }
     }
 }
@@ -136,7 +144,8 @@ pub fn moments(kind: Kind, settings: &Settings) -> usize {
 
 fn moment_names(kind: Kind, settings: &Settings) -> &'static [&'static str] {
     match kind {
-        Kind::Adam | Kind::AdamW => &["exp_avg", "exp_avg_sq"],
+        Kind::Adam | Kind::AdamW | Kind::Muon => &["exp_avg", "exp_avg_sq"],
+        Kind::Lion => &["exp_avg"],
         Kind::Sgd if settings.momentum == 0.0 => &[],
         Kind::Sgd | Kind::Lars => &["momentum"],
     }

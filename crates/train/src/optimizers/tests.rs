@@ -9,7 +9,7 @@ const COPE: &str = "model.layers.0.self_attn.cope.weight";
 const SPLIT: &str = "model.layers.0.self_attn.heads.split.weight";
 const WEIGHT: &str = "model.layers.0.mlp.gate.weight";
 const FROZEN: &str = "model.layers.0.self_attn.q_proj.weight";
-const ALL: [Kind; 4] = [Kind::Adam, Kind::AdamW, Kind::Sgd, Kind::Lars];
+const ALL: [Kind; 6] = [Kind::Adam, Kind::AdamW, Kind::Sgd, Kind::Lars, Kind::Lion, Kind::Muon];
 
 /// Odd sizes, so that every tensor and expert has padding behind it.
 fn layout() -> Layout {
@@ -72,6 +72,13 @@ fn textbook(kind: Kind, s: &Settings, x: &mut Scalar, g: f64, rate: f64, decay: 
             x.m = s.momentum * x.m + g + decay * x.w;
             x.w -= rate * x.m;
         }
+        Kind::Lion => {
+            let u = s.beta1 * x.m + (1.0 - s.beta1) * g;
+            let sign = if u == 0.0 { 0.0 } else { u.signum() };
+            x.w -= rate * (sign + decay * x.w);
+            x.m = s.beta2 * x.m + (1.0 - s.beta2) * g;
+        }
+        Kind::Muon => unreachable!("its hidden matrices are no matter of single numbers"),
         Kind::Lars => {
             x.m = s.momentum * x.m + rate * ratio * (g + decay * x.w);
             x.w -= x.m;
@@ -82,7 +89,7 @@ fn textbook(kind: Kind, s: &Settings, x: &mut Scalar, g: f64, rate: f64, decay: 
 #[test]
 fn trajectories_equal_a_scalar_f64_version_over_200_steps() {
     let layout = layout();
-    for kind in ALL {
+    for kind in ALL.into_iter().filter(|kind| *kind != Kind::Muon) {
         let s = settings();
         // Unlike rates, so that a mix-up of parameters shows.
         let layers = FlatLayers::new(&layout, 1).unwrap();
@@ -112,6 +119,28 @@ fn trajectories_equal_a_scalar_f64_version_over_200_steps() {
         let far = params.iter().zip(&scalars).map(off).fold(0.0, f64::max);
         let moved = params.iter().zip(weights(&layout)).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         assert!(far < 1e-5 && moved > 1e-2, "{kind:?}: off by {far}, moved by {moved}");
+    }
+}
+
+#[test]
+fn muon_is_adamw_but_for_hidden_matrices_whose_first_step_is_orthogonal() {
+    let layout = layout();
+    let rates = Rates::uniform(&layout, 0.01);
+    let run = |kind| {
+        let mut params = weights(&layout);
+        Optimizer::new(kind, settings(), &layout).step(&layout, &mut params, &gradient(&layout, 3), &rates);
+        params
+    };
+    let (muon, adamw, before) = (run(Kind::Muon), run(Kind::AdamW), weights(&layout));
+    for (name, param) in layout.iter().filter(|(_, p)| p.trainable) {
+        let same = (0..param.count).flat_map(|m| param.range(m)).all(|i| muon[i] == adamw[i]);
+        assert_eq!(same, name != EXPERTS, "{name}");
+    }
+    // [5, 7] matrices: an orthogonal one has norm √5, the step is 0.2 √7 times as long.
+    for range in (0..3).map(|m| layout.get(EXPERTS).unwrap().range(m)) {
+        let moved: f64 = range.map(|i| f64::from(muon[i] - before[i] * (1.0 - 0.01 * 0.02)).powi(2)).sum();
+        let length = moved.sqrt() / (0.01 * 0.2 * 35f64.sqrt());
+        assert!((0.3..1.2).contains(&length), "{length}");
     }
 }
 

@@ -34,10 +34,10 @@ pub(super) const CHOICES: [Choice; 14] = [
     choice("train", "schedule", "warmup", WARMED),
     choice("train", "schedule", "warmup_epochs", WARMED),
     choice("train", "schedule", "warmup_steps", WARMED),
-    choice("train", "optimizer", "beta1", &["adam", "adamw"]),
-    choice("train", "optimizer", "beta2", &["adam", "adamw"]),
-    choice("train", "optimizer", "eps", &["adam", "adamw", "lars"]),
-    choice("train", "optimizer", "momentum", &["sgd", "lars"]),
+    choice("train", "optimizer", "beta1", &["adam", "adamw", "lion", "muon"]),
+    choice("train", "optimizer", "beta2", &["adam", "adamw", "lion", "muon"]),
+    choice("train", "optimizer", "eps", &["adam", "adamw", "lars", "muon"]),
+    choice("train", "optimizer", "momentum", &["sgd", "lars", "muon"]),
     choice("train", "optimizer", "trust", &["lars"]),
 ];
 

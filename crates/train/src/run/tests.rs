@@ -126,7 +126,7 @@ fn a_wrong_type_names_the_key_and_what_is_expected() {
         ("train.learning_rate = true", "train.learning_rate = true: expected a number"),
         (
             "train.optimizer = \"adan\"",
-            "train.optimizer = \"adan\": expected one of \"adam\", \"adamw\", \"sgd\", \"lars\"; did you mean adam?",
+            "train.optimizer = \"adan\": expected one of \"adam\", \"adamw\", \"sgd\", \"lars\", \"lion\", \"muon\"; did you mean adam?",
         ),
         ("engine = 3", "engine = 3: expected one of \"cpu\", \"reference\", \"torch\""),
         ("data.shuffle = \"yes\"", "data.shuffle = \"yes\": expected true or false"),
