@@ -83,7 +83,7 @@ fn bf16_products_move_the_run_a_little_and_are_evaluated_as_trained() {
 
 #[test]
 fn a_killed_run_ends_with_the_bytes_of_one_that_never_stopped() {
-    let variants: [&[&str]; 9] = [
+    let variants: [&[&str]; 12] = [
         &[],
         &["train.optimizer=adamw", "train.weight_decay=0.1", "data.shuffle=true"],
         &["train.optimizer=sgd", "train.learning_rate=0.1"],
@@ -100,6 +100,14 @@ fn a_killed_run_ends_with_the_bytes_of_one_that_never_stopped() {
         ],
         &["model.router={kind='top_k', k=2, num_experts=4, expert_hidden_size=6}", "data.val_fraction=0.34"],
         &["model.router={kind='expert_choice', k=1.5, num_experts=4, expert_hidden_size=6}"],
+        &[
+            "model.router={kind='top_p', bias_rate=0.05, target=2.5, num_experts=4, expert_hidden_size=6}",
+            "train.optimizer=muon",
+            "train.schedule=sgdr",
+            "train.restart_every=2",
+        ],
+        &["model.router={kind='learned_p', num_experts=4, expert_hidden_size=6}", "train.optimizer=lion"],
+        &["train.schedule=wsd", "train.warmup=exponential", "phase.chat.train.schedule=one_cycle"],
         &["train.ema=0.9", "train.schedule=constant", "train.on_spike=skip", "train.on_nonfinite=roll_back"],
         &["data.val_fraction=0.34", "eval.every=1", "train.patience=2", "train.learning_rate=0.05", "train.epochs=12"],
     ];

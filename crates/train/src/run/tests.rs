@@ -137,7 +137,7 @@ fn a_wrong_type_names_the_key_and_what_is_expected() {
         ("model.window = \"none\"", "model.window = \"none\": expected a whole number, 0 or more"),
         (
             "model.router = { kind = \"top-p\" }",
-            "model.router.kind = \"top-p\": expected one of \"dense\", \"top_p\", \"top_k\", \"expert_choice\"; did you mean top_p?",
+            "model.router.kind = \"top-p\": expected one of \"dense\", \"top_p\", \"learned_p\", \"top_k\", \"expert_choice\"; did you mean top_p?",
         ),
         (
             "model.router = { kind = \"top_p\", p = \"0.4\" }",
