@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export VIRTUAL_ENV := $(abspath $(VENV))
 export CARGO_TERM_COLOR ?= never
 
-.PHONY: help baseline build test test-rust test-python test-torch test-full test-faults test-faults-long test-faults-times test-asan test-valgrind fuzz bench lint format clean
+.PHONY: help baseline build build-torch test test-rust test-python test-torch test-full test-faults test-faults-long test-faults-times test-asan test-valgrind fuzz bench bench-gpu lint format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -23,6 +23,22 @@ build: $(VENV)/.locked ## virtual environment and the Python module, built from 
 	rm -f python/moe_lab/*.so
 	$(BIN)/maturin develop --release --quiet
 
+# torch-sys asks the `python` of VIRTUAL_ENV for its libraries. A target folder of its own: features change what is compiled.
+build-torch test-torch bench-gpu: export LIBTORCH_USE_PYTORCH = 1
+build-torch test-torch bench-gpu: export PATH := $(abspath $(BIN)):$(PATH)
+build-torch test-torch bench-gpu: export CARGO_TARGET_DIR := $(abspath target/torch)
+
+$(VENV)/.torch: $(VENV)/.locked
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.11.0
+	touch $@
+
+build-torch: $(VENV)/.torch ## binary (.venv/bin/moe-lab) and Python module with the torch engine (installs torch, several GB)
+	rm -f python/moe_lab/*.so
+	cargo build --release --package train --features torch
+	install target/torch/release/moe-lab $(BIN)/moe-lab-torch
+	install crates/train/launch.sh $(BIN)/moe-lab
+	$(BIN)/maturin develop --release --quiet --features torch
+
 test: test-rust test-python ## everything that needs neither torch nor much time
 
 test-rust:
@@ -31,8 +47,8 @@ test-rust:
 test-python: build
 	$(BIN)/python -m pytest -q
 
-test-torch: build ## the PyTorch oracle: logits, losses and every gradient (installs torch, several GB)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.11.0
+test-torch: build-torch ## the PyTorch oracle and the torch engine: logits, losses and every gradient
+	cargo test --release --package train --features torch --test torch
 	$(BIN)/python -m pytest -q -m "torch and not full" tests
 
 test-full: build ## the slow tests: full training runs, stage 1, Shakespeare, the whole oracle grid where torch is in
@@ -80,6 +96,9 @@ FUZZ_DIRECTORIES ?= 100000
 fuzz: ## fuzz every parser (FUZZ_RUNS or FUZZ_SECONDS each) and run directories (FUZZ_DIRECTORIES); needs cargo-fuzz
 	@cargo fuzz --version > /dev/null 2>&1 || { echo "fuzz needs cargo-fuzz: cargo install cargo-fuzz"; exit 1; }
 	fuzz/run $(FUZZ_RUNS) $(FUZZ_SECONDS) $(FUZZ_DIRECTORIES)
+
+bench-gpu: build-torch ## our step under the torch engine beside PyTorch's on a GPU; says how to go to one where there is none; ARGS=--cases medium …
+	$(BIN)/python benches/gpu.py $(ARGS)
 
 lint: $(VENV)/.locked ## formatters, linters, type checker
 	cargo fmt --all --check

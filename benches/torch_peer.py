@@ -154,7 +154,8 @@ class Model(nn.Module):
         self.norm, self.head = nn.RMSNorm(c.d, eps=1e-5), nn.Linear(c.d, c.vocab, bias=False)
 
     def forward(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, aux, active = self.embedding(ids), torch.zeros(()), torch.zeros(())
+        x = self.embedding(ids)
+        aux, active = x.new_zeros(()), x.new_zeros(())
         blocks = zip(self.attention_norms, self.attention, self.ff_norms, self.ff, strict=True)
         for attention_norm, attention, ff_norm, ff in blocks:
             y, loss = attention(attention_norm(x))
@@ -176,22 +177,25 @@ def main() -> None:
     for flag in ("compile", "bf16", "dense", "no-moh"):
         parser.add_argument(f"--{flag}", action="store_true")
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--warm", type=int, default=3, help="steps before the first line")
     c = parser.parse_args()
     torch.set_num_threads(c.threads)
     torch.manual_seed(0)
-    model = Model(c)
+    model = Model(c).to(c.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
     run = torch.compile(model) if c.compile else model
-    batch = torch.randint(c.vocab, (c.batch, c.seq + 1))
+    batch = torch.randint(c.vocab, (c.batch, c.seq + 1)).to(c.device)
     ids, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
 
     def step() -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=c.bf16):
+        with torch.autocast(c.device.partition(":")[0], torch.bfloat16, enabled=c.bf16):
             loss, aux, experts = run(ids, targets)
         (loss + aux).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if c.device != "cpu":
+            torch.cuda.synchronize()
         return experts
 
     def report(**fields: object) -> None:

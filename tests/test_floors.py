@@ -18,6 +18,7 @@ HOMES = {  # the only crates that may name an outside crate
     "candle-nn": set(),
     "gemm": {"tensor"},
     "tch": {"tensor"},
+    "torch-sys": {"train", "bindings"},  # what is linked passes its flags
     "rayon": {"tensor", "train"},  # train owns the pool, tensor's kernels use it
     "tokenizers": {"train"},
     "clap": {"train"},

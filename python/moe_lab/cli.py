@@ -60,7 +60,7 @@ def main() -> int:
         sentence = error.strerror or str(error)
         code = USAGE if isinstance(error, MENDABLE) or error.errno in (errno.EROFS, errno.EINVAL) else FAILED
         return _error(f"{error.filename}: {sentence}" if error.filename else sentence, code)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         return _error(str(error), USAGE)
     except MemoryError:
         return _error("out of memory; lower train.batch_size or the model's sizes", FAILED)
@@ -79,7 +79,7 @@ def _usage(error: typer.TyperException) -> int:
 
 
 def _cause(error: BaseException) -> str:
-    if isinstance(error, RuntimeError | ImportError):
+    if isinstance(error, RuntimeError):
         return str(error)
     return f"this is a fault in moe_lab, please report it: {type(error).__name__}: {error}"
 
@@ -126,7 +126,7 @@ class Training:
     )
     threads: Annotated[int | None, typer.Option(help="Threads of the engine; 0 takes every core.")] = None
     engine: Annotated[str | None, typer.Option(help="cpu, reference or torch.")] = None
-    device: Annotated[str | None, typer.Option(help="Device of the engine.")] = None
+    device: Annotated[str | None, typer.Option(help="cpu, or cuda and cuda:N for the torch engine.")] = None
     dtype: Annotated[str | None, typer.Option(help="Number format of the engine.")] = None
     json: Json = False
     version: Version = False
@@ -234,14 +234,24 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 
 @app.command()
-def resume(run: RunPath, as_json: Json = False) -> int:
+def resume(
+    run: RunPath,
+    engine: Annotated[str | None, typer.Option(help="Go on with cpu, reference or torch (device cpu).")] = None,
+    device: Annotated[str | None, typer.Option(help="Go on on another device of the engine.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Go on with products in f32 or bf16.")] = None,
+    as_json: Json = False,
+) -> int:
     """Go on where a run or a stage stopped.
 
-    No flag of the first command is needed.
+    No flag of the first command is needed; a single run may go on with another engine, device or dtype.
     """
+    place = {"engine": engine, "device": device or (engine and "cpu"), "dtype": dtype}
+    chosen = {key: value for key, value in place.items() if value is not None}
     from moe_lab import frames
     from moe_lab import train as lab
 
+    if chosen and (frames.is_stage(run) or frames.is_roadmap(run)):
+        raise ValueError(f"{run} holds many runs, which go on as they began; resume one of them to change its engine")
     if frames.is_stage(run):
         from moe_lab import stages
 
@@ -250,7 +260,7 @@ def resume(run: RunPath, as_json: Json = False) -> int:
         from moe_lab import roadmap
 
         return _report_roadmap(roadmap.resume(Path(run), lab, _progress), as_json)
-    outcome = lab.resume_training(run)
+    outcome = lab.resume_training(run, chosen)
     if outcome.already_done:
         _progress(f"the run is complete already: {run}")
     return _report_run(outcome, as_json)

@@ -1,5 +1,6 @@
 """The only importer of the compiled engine: runs, trainers, models, and a training with progress for people."""
 
+import mmap
 import signal
 import sys
 import threading
@@ -7,6 +8,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -14,7 +18,30 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from moe_lab._native import (
+TORCH = "2.11.0"  # the only release whose libraries a torch build of the engine may meet
+
+
+def _import_torch() -> None:
+    """A torch build of the engine lives on the libraries of the installed torch, which must be loaded before it."""
+    spec = find_spec("moe_lab._native")
+    if spec is None or spec.origin is None:
+        return
+    with open(spec.origin, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as library:
+        if library.find(b"\0libtorch_cpu.so\0") < 0:
+            return
+    remedy = f"pip install torch=={TORCH}, or build without the torch engine: make build"
+    try:
+        found = version("torch")
+    except PackageNotFoundError:
+        raise ImportError(f"this build of moe_lab needs torch {TORCH}, which is not installed; {remedy}") from None
+    if found.partition("+")[0] != TORCH:
+        raise ImportError(f"this build of moe_lab needs torch {TORCH} but found {found}; {remedy}")
+    import_module("torch")
+
+
+_import_torch()
+
+from moe_lab._native import (  # noqa: E402
     DivergedError,
     Model,
     Run,
@@ -78,10 +105,10 @@ def run_training(run: Run, out: str | None = None, parent: str | None = None) ->
         return _train(Trainer(run, out, parent), caught)
 
 
-def resume_training(out: str) -> Outcome:
-    """Goes on where the run in `out` stopped."""
+def resume_training(out: str, place: dict[str, str] | None = None) -> Outcome:
+    """Goes on where the run in `out` stopped, `place` naming another engine, device or dtype."""
     with _signals() as caught:
-        trainer = Trainer.resume(out)
+        trainer = Trainer.resume(out, place)
         if trainer.done:
             return Outcome(trainer.out, already_done=True)
         return _train(trainer, caught)

@@ -4,6 +4,8 @@ use crate::convert::{Home, enter, to_dict};
 use crate::run::Run;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
+use serde_json::json;
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -37,8 +39,10 @@ impl Trainer {
     }
 
     #[staticmethod]
-    fn resume(py: Python<'_>, out: String) -> PyResult<Self> {
-        let trainer = enter(py, move || train::Trainer::resume(Path::new(&out)))?;
+    #[pyo3(signature = (out, place=None))]
+    fn resume(py: Python<'_>, out: String, place: Option<BTreeMap<String, String>>) -> PyResult<Self> {
+        let place: Vec<_> = place.unwrap_or_default().into_iter().map(|(key, value)| (key, json!(value))).collect();
+        let trainer = enter(py, move || train::Trainer::resume_moved(Path::new(&out), &place))?;
         Ok(Trainer { inner: Mutex::new(trainer), home: Home::here() })
     }
 

@@ -3,6 +3,8 @@
 
 pub mod config;
 pub mod generate;
+#[cfg(feature = "torch")]
+pub mod torch;
 pub mod transformer;
 
 pub use config::Model;

@@ -39,7 +39,7 @@ impl Documents {
     }
 
     /// Position of every token in its document.
-    fn positions(&self) -> Vec<u32> {
+    pub(crate) fn positions(&self) -> Vec<u32> {
         self.offsets_b1.windows(2).flat_map(|w| 0..(w[1] - w[0]) as u32).collect()
     }
 }
@@ -87,28 +87,28 @@ pub struct Output<T: Real> {
 /// attention, feed-forward sublayer, normed input of the feed-forward; final norm; output projection).
 pub type Watch<'w, 'a, T> = &'w mut dyn FnMut(&mut Tape<'a, T>, usize, &Value<T>);
 
-struct Heads {
-    shared: Option<Param>,
-    routed: Param,
-    split: Option<Param>,
-    active: usize,
+pub(crate) struct Heads {
+    pub(crate) shared: Option<Param>,
+    pub(crate) routed: Param,
+    pub(crate) split: Option<Param>,
+    pub(crate) active: usize,
 }
 
-enum FeedForward {
+pub(crate) enum FeedForward {
     Dense { gate: Param, up: Param, down: Param },
     Sparse { router: Param, threshold: Option<(Param, Param)>, gate_up: Param, down: Param },
 }
 
-struct Block {
-    attention_norm: Param,
-    query: Param,
-    key: Param,
-    value: Param,
-    output: Param,
-    position: Position,
-    heads: Option<Heads>,
-    feed_forward_norm: Param,
-    feed_forward: FeedForward,
+pub(crate) struct Block {
+    pub(crate) attention_norm: Param,
+    pub(crate) query: Param,
+    pub(crate) key: Param,
+    pub(crate) value: Param,
+    pub(crate) output: Param,
+    pub(crate) position: Position,
+    pub(crate) heads: Option<Heads>,
+    pub(crate) feed_forward_norm: Param,
+    pub(crate) feed_forward: FeedForward,
 }
 
 /// The architecture over a parameter layout; holds no numbers.
@@ -116,10 +116,10 @@ pub struct Transformer {
     pub config: Model,
     pub vocab_size: usize,
     pub layout: Layout,
-    embedding: Param,
-    positions: Option<Param>,
-    blocks: Vec<Block>,
-    norm: Param,
+    pub(crate) embedding: Param,
+    pub(crate) positions: Option<Param>,
+    pub(crate) blocks: Vec<Block>,
+    pub(crate) norm: Param,
     pub output: Param,
 }
 

@@ -15,6 +15,8 @@ pub mod profile;
 pub mod random;
 pub mod real;
 pub mod tape;
+#[cfg(feature = "torch")]
+pub mod torch;
 
 pub use arena::{Arena, Buffer};
 pub use engine::{Engine, EngineError};

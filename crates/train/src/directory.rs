@@ -18,6 +18,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tensor::Layout;
 
+/// What may change when a run is resumed: where it computes and how products multiply.
+pub const MOVABLE: [&str; 3] = ["engine", "device", "dtype"];
+
 pub struct RunDirectory {
     // First, so that a save in flight ends before the lock goes.
     writer: Writer,
@@ -81,8 +84,8 @@ impl RunDirectory {
         })
     }
 
-    /// The run in `path`: its configuration and record, and the lock on it.
-    pub fn open(path: &Path) -> Result<(Run, Record, RunLock), TrainError> {
+    /// The run in `path`: its configuration with the values of `place`, its record, and the lock on it.
+    pub fn open(path: &Path, place: &[(String, Value)]) -> Result<(Run, Record, RunLock), TrainError> {
         if !path.join("run.toml").is_file() {
             return Err(TrainError::Usage(format!(
                 "{} holds no run (run.toml is missing); give a run directory",
@@ -91,15 +94,22 @@ impl RunDirectory {
         }
         untrusted::check_run_folder(path)?;
         let lock = RunLock::acquire(path)?;
-        Ok((Self::read_run(path)?, Record::read(path)?, lock))
+        if let Some((key, _)) = place.iter().find(|(key, _)| !MOVABLE.contains(&key.as_str())) {
+            return Err(TrainError::Usage(format!("{key} cannot change when a run is resumed; start a new run")));
+        }
+        Ok((Self::read_run_with(path, place)?, Record::read(path)?, lock))
     }
 
-    /// run.toml of the run in `path`.
+    /// run.toml of the run in `path`, for looking at it: whatever engine trained it, the cpu engine reads it.
     pub fn read_run(path: &Path) -> Result<Run, TrainError> {
+        Self::read_run_with(path, &[("engine".into(), json!("cpu")), ("device".into(), json!("cpu"))])
+    }
+
+    fn read_run_with(path: &Path, sets: &[(String, Value)]) -> Result<Run, TrainError> {
         let file = path.join("run.toml");
         let text = untrusted::read_text(&file, untrusted::MAX_RUN_FILE)
             .map_err(|error| TrainError::Failed(error.to_string()))?;
-        Run::parse(&text).map_err(|error| TrainError::Usage(format!("{}: {error}", file.display())))
+        Run::parse_with(&text, sets).map_err(|error| TrainError::Usage(format!("{}: {error}", file.display())))
     }
 
     /// Continues the streams of a run at `step`: rows of later steps are set aside.
@@ -285,11 +295,13 @@ fn refuse_occupied(path: &Path) -> Result<(), TrainError> {
 pub const CHANGEABLE: [&str; 6] =
     ["name", "threads", "eval.samples", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_every"];
 
-/// The configuration of a run must be what it was when the run started, but for [`CHANGEABLE`] keys; their changes are returned.
-pub fn check_config(record: &Record, run: &Run) -> Result<Vec<Change>, TrainError> {
+/// The configuration of a run must be what it was when the run started, but for [`CHANGEABLE`] keys and those of `place`; their changes are
+/// returned.
+pub fn check_config(record: &Record, run: &Run, place: &[(String, Value)]) -> Result<Vec<Change>, TrainError> {
+    let may_change = |key: &str| CHANGEABLE.contains(&key) || place.iter().any(|(moved, _)| moved == key);
     let Ok(before) = serde_json::from_value::<Run>(record.config.clone()) else { return Ok(Vec::new()) }; // an old record
     let (allowed, refused): (Vec<Change>, Vec<Change>) =
-        Run::diff(&before, run).into_iter().partition(|change| CHANGEABLE.contains(&change.key.as_str()));
+        Run::diff(&before, run).into_iter().partition(|change| may_change(&change.key));
     if refused.is_empty() {
         return Ok(allowed);
     }

@@ -2,8 +2,7 @@
 
 use crate::data::Floor;
 use crate::metrics::Row;
-use model::transformer::ExpertTrace;
-use moe_router::{CollapseAlarm, Policy, Statistics};
+use moe_router::{CollapseAlarm, Policy, Routing, Statistics};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -73,8 +72,9 @@ impl Epoch {
         self.l0_max = self.l0_max.max(l0);
     }
 
-    pub fn observe(&mut self, layer: usize, trace: &ExpertTrace<f32>, tokens_n: &[u32]) {
-        self.routing[layer].add(trace.scores_ne.data(), &trace.routing, tokens_n);
+    /// Notes the scores [n, e] and the routing of a sparse layer.
+    pub fn observe(&mut self, layer: usize, scores_ne: &[f32], routing: &Routing, tokens_n: &[u32]) {
+        self.routing[layer].add(scores_ne, routing, tokens_n);
     }
 
     /// Mean over sequences of per-sequence means, as they were when trained on: the roadmap's loss.

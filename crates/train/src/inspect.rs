@@ -73,9 +73,11 @@ pub fn loss_and_gradients(
     dtype: &str,
 ) -> Result<LossAndGradients, TrainError> {
     let run = Run::parse(config_toml).map_err(|error| TrainError::Usage(error.to_string()))?;
+    // An engine other than torch has no device; torch may name one: "torch:cuda".
+    let (engine, device) = engine.split_once(':').unwrap_or((engine, "cpu"));
     let engine: Engine = serde_json::from_value(json!(engine))
-        .map_err(|_| TrainError::Usage(format!("engine = {engine:?}: must be \"cpu\" or \"reference\"")))?;
-    engine.check().map_err(|error| TrainError::Usage(error.to_string()))?;
+        .map_err(|_| TrainError::Usage(format!("engine = {engine:?}: must be \"cpu\", \"reference\" or \"torch\"")))?;
+    engine.check(device).map_err(|error| TrainError::Usage(error.to_string()))?;
     if let Some((i, _)) =
         documents.iter().enumerate().find(|(_, d)| d.len() < 2 || d.iter().any(|id| *id as usize >= vocab_size))
     {
@@ -99,6 +101,13 @@ pub fn loss_and_gradients(
         }
         None => model.initialise(run.seed).into_iter().map(f64::from).collect(),
     };
+    #[cfg(feature = "torch")]
+    if engine == Engine::Torch {
+        let (documents, ids, weights) = batch(documents);
+        let device = tensor::torch::device(device).map_err(|error| TrainError::Usage(error.to_string()))?;
+        return crate::torch::loss_and_gradients(&run, &model, &params, &documents, (&ids, &weights), dtype, device)
+            .map_err(|error| TrainError::Failed(tensor::torch::first_line(&error)));
+    }
     match dtype {
         "f64" => Ok(pass::<f64>(&run, &model, &params, documents, (engine, Precision::F32))),
         "f32" => Ok(pass::<f32>(&run, &model, &params, documents, (engine, Precision::F32))),
@@ -110,14 +119,8 @@ pub fn loss_and_gradients(
     }
 }
 
-fn pass<T: Forward>(
-    run: &Run,
-    model: &Transformer,
-    params: &[f64],
-    documents: &[Vec<u32>],
-    (engine, precision): (Engine, Precision),
-) -> LossAndGradients {
-    let params: Vec<T> = params.iter().map(|x| T::from_f64(*x)).collect();
+/// Documents as one batch: inputs, the ids that follow them, and weights that make every document count 1.
+fn batch(documents: &[Vec<u32>]) -> (Documents, Vec<u32>, Vec<f64>) {
     let mut offsets = vec![0];
     let (mut tokens, mut ids, mut weights) = (Vec::new(), Vec::new(), Vec::new());
     for d in documents {
@@ -126,9 +129,20 @@ fn pass<T: Forward>(
         weights.resize(tokens.len(), 1.0 / (d.len() - 1) as f64);
         offsets.push(tokens.len());
     }
+    (Documents::new(tokens, offsets), ids, weights)
+}
+
+fn pass<T: Forward>(
+    run: &Run,
+    model: &Transformer,
+    params: &[f64],
+    documents: &[Vec<u32>],
+    (engine, precision): (Engine, Precision),
+) -> LossAndGradients {
+    let params: Vec<T> = params.iter().map(|x| T::from_f64(*x)).collect();
+    let (batch, ids, weights) = batch(documents);
     let arena = Arena::default();
     let mut tape = Tape::new(engine, &params, &arena).with_precision(precision);
-    let batch = Documents::new(tokens, offsets);
     let mut watch = |_: &mut Tape<'_, T>, _: usize, _: &tensor::Value<T>| {};
     let policies = model.policies();
     let output = model.forward(&mut tape, &batch, &policies, Mode::Train, Context::Documents, &mut watch);
@@ -160,7 +174,7 @@ fn pass<T: Forward>(
 }
 
 /// The flat buffer as tensors without padding.
-fn named<T: Real>(model: &Transformer, flat: &[T]) -> Vec<Named> {
+pub(crate) fn named<T: Real>(model: &Transformer, flat: &[T]) -> Vec<Named> {
     let tensor = |(name, param): (&str, tensor::Param)| Named {
         name: name.to_string(),
         shape: crate::layers::shape(name, param),
@@ -178,12 +192,23 @@ pub fn check_machine() -> Result<(), TrainError> {
 pub fn doctor() -> Map<String, Value> {
     let mut report = Map::new();
     report.insert("version".into(), json!(env!("CARGO_PKG_VERSION")));
-    report.insert("engines".into(), json!({ "cpu": "in", "reference": "in", "torch": "not in this build" }));
+    report.insert("engines".into(), json!({ "cpu": "in", "reference": "in", "torch": torch() }));
     for (name, value) in crate::record::machine() {
         report.insert(name, value);
     }
     report.insert("gemm_f32_gflops".into(), json!(measured_gflops().round()));
     report
+}
+
+/// Whether the torch engine is in, with which torch, on which devices.
+#[cfg(feature = "torch")]
+fn torch() -> String {
+    tensor::torch::describe()
+}
+
+#[cfg(not(feature = "torch"))]
+fn torch() -> String {
+    "not in this build (make build-torch)".into()
 }
 
 /// The best of a few 768³ products on all cores, GFLOP/s.

@@ -103,15 +103,17 @@ impl FlatLayers {
 
     /// ‖gradient‖ of each flat layer, padding left out. An empty layer has norm 0.
     pub fn param_norms(&self, grads: &[f32]) -> Vec<f64> {
-        let matrices: Vec<_> = self
-            .parameters()
-            .flat_map(|(_, param, layer)| (0..param.count).map(move |i| (layer, param.range(i))))
-            .collect();
-        let sums: Vec<f64> = matrices.par_iter().map(|(_, range)| sum_squares(&grads[range.clone()])).collect();
+        let matrices: Vec<_> =
+            self.parameters().flat_map(|(_, param, _)| (0..param.count).map(move |i| param.range(i))).collect();
+        let sums: Vec<f64> = matrices.par_iter().map(|range| sum_squares(&grads[range.clone()])).collect();
+        self.norms_of(&sums)
+    }
+
+    /// The norm of each flat layer from the sums of squares of all matrices, in flat order.
+    pub fn norms_of(&self, squares: &[f64]) -> Vec<f64> {
+        let matrices = self.parameters().flat_map(|(_, param, layer)| std::iter::repeat_n(layer, param.count));
         let mut layers = vec![0.0; self.count];
-        for ((layer, _), sum) in matrices.iter().zip(sums) {
-            layers[*layer] += sum;
-        }
+        matrices.zip(squares).for_each(|(layer, sum)| layers[layer] += sum);
         layers.into_iter().map(f64::sqrt).collect()
     }
 

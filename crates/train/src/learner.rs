@@ -23,7 +23,7 @@ use tensor::{Arena, Engine, Precision, Tape, Value};
 
 /// Beyond these a run has diverged although every number is finite (the roadmap program's limits).
 const MAX_LOSS: f64 = 1e6;
-const MAX_GRADIENT: f64 = 2000.0;
+pub(crate) const MAX_GRADIENT: f64 = 2000.0;
 
 pub struct Learner {
     pub model: Transformer,
@@ -34,12 +34,39 @@ pub struct Learner {
     pub pool: Arc<rayon::ThreadPool>,
     engine: Engine,
     precision: Precision,
-    coefficients: crate::run::Losses,
-    grads: Vec<f32>,
+    pub(crate) coefficients: crate::run::Losses,
+    pub(crate) grads: Vec<f32>,
     arena: Arena<f32>,
+    /// What computes in place of the tape where `engine` is torch.
+    #[cfg(feature = "torch")]
+    pub(crate) torch: Option<crate::torch::TorchLearner>,
     /// Tests put faults in here, between the gradient of an update and the look at it.
     #[cfg(test)]
     pub(crate) tamper: Option<Tamper>,
+}
+
+/// Why an update was not made.
+#[derive(Debug)]
+pub enum StepError {
+    /// Its numbers are not to be used.
+    Fault(Fault),
+    /// The device failed; the state is that of the last update.
+    Device(String),
+}
+
+impl From<Fault> for StepError {
+    fn from(fault: Fault) -> Self {
+        StepError::Fault(fault)
+    }
+}
+
+impl From<StepError> for TrainError {
+    fn from(error: StepError) -> Self {
+        match error {
+            StepError::Fault(fault) => TrainError::Diverged(fault.reason),
+            StepError::Device(reason) => TrainError::Failed(reason),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -87,8 +114,16 @@ impl Learner {
             engine: run.engine,
             precision: run.dtype,
             coefficients: run.losses.clone(),
-            grads: vec![0.0; params.len()],
+            // The torch engine keeps its own on the device.
+            grads: if run.engine == Engine::Torch { Vec::new() } else { vec![0.0; params.len()] },
             arena: Arena::default(),
+            #[cfg(feature = "torch")]
+            torch: match run.engine {
+                Engine::Torch => {
+                    Some(crate::torch::TorchLearner::new(run).map_err(|error| TrainError::Usage(error.to_string()))?)
+                }
+                _ => None,
+            },
             #[cfg(test)]
             tamper: None,
             layers,
@@ -102,15 +137,29 @@ impl Learner {
         self.arena.held() * size_of::<f32>()
     }
 
-    /// The model as evaluation sees it.
-    pub fn weights(&self) -> Weights<'_> {
-        Weights {
-            transformer: &self.model,
-            params: &self.params,
-            policies: &self.policies,
-            engine: self.engine,
-            precision: self.precision,
+    /// Brings parameters and moments here where a device holds newer ones.
+    pub fn fetch(&mut self) -> Result<(), TrainError> {
+        #[cfg(feature = "torch")]
+        if let Some(torch) = &mut self.torch {
+            return torch.fetch(&mut self.params, self.optimizer.moments_mut()).map_err(TrainError::Failed);
         }
+        Ok(())
+    }
+
+    /// Whether parameters and moments belong to one step: false where a device failed in the middle of an update.
+    pub fn is_whole(&self) -> bool {
+        #[cfg(feature = "torch")]
+        if let Some(torch) = &self.torch {
+            return torch.is_whole();
+        }
+        true
+    }
+
+    /// The model as evaluation sees it (see `fetch`); the torch engine leaves evaluation to the cpu engine.
+    pub fn weights(&self) -> Weights<'_> {
+        let engine = if self.engine == Engine::Torch { Engine::Cpu } else { self.engine };
+        let precision = self.precision;
+        Weights { transformer: &self.model, params: &self.params, policies: &self.policies, engine, precision }
     }
 
     /// Bytes of parameters and moments, which is what a checkpoint takes.
@@ -121,6 +170,11 @@ impl Learner {
 
     /// The next phase goes on with the moments of the last one, unless it names another optimizer.
     pub fn carry_optimizer(&mut self, next: &Train) -> Result<(), TrainError> {
+        self.fetch()?;
+        #[cfg(feature = "torch")]
+        if let Some(torch) = &mut self.torch {
+            torch.forget();
+        }
         let (kind, settings, layout) = (next.optimizer_kind(), next.optimizer_settings(), &self.model.layout);
         self.optimizer = if kind == self.optimizer.kind() {
             Optimizer::restore(kind, settings, layout, self.optimizer.state().clone()).map_err(TrainError::Failed)?
@@ -130,8 +184,7 @@ impl Learner {
         Ok(())
     }
 
-    /// One optimizer step on `batch` at learning rate `rate`. `epoch` notes the routing. The error says why the numbers are no longer usable; loss
-    /// and gradient are checked, where there is a `guard` for jumps too, before parameters, moments or control states are changed.
+    /// One optimizer step on `batch` at learning rate `rate`. `epoch` notes the routing. The error says why it was not made; loss and gradient are checked, where there is a `guard` for jumps too, before parameters, moments or control states are changed.
     pub fn update(
         &mut self,
         batch: &Batch,
@@ -139,10 +192,14 @@ impl Learner {
         rate: f64,
         epoch: &mut Epoch,
         guard: Option<&Guard>,
-    ) -> Result<Update, Fault> {
+    ) -> Result<Update, StepError> {
+        #[cfg(feature = "torch")]
+        if self.torch.is_some() {
+            return crate::torch::update(self, batch, settings, rate, epoch, guard);
+        }
         // The whole step runs inside the pool: every entry from outside wakes a thread.
         let pool = self.pool.clone();
-        pool.install(|| parallel::awake(|| self.step(batch, settings, rate, epoch, guard)))
+        Ok(pool.install(|| parallel::awake(|| self.step(batch, settings, rate, epoch, guard)))?)
     }
 
     fn step(
@@ -207,7 +264,7 @@ impl Learner {
     }
 
     /// Clips the gradient whose layers have these norms, unless it says that the run has diverged.
-    fn clip(&mut self, norms: &[f64], max_norm: f64) -> Result<Clipped, String> {
+    pub(crate) fn clip(&mut self, norms: &[f64], max_norm: f64) -> Result<Clipped, String> {
         // No element is larger than the norm of its layer, so that a look at the elements is rarely needed.
         let suspect = norms.iter().any(|norm| *norm > MAX_GRADIENT);
         if suspect
@@ -233,7 +290,7 @@ impl Learner {
     }
 }
 
-fn check_loss(update: &Update) -> Result<(), String> {
+pub(crate) fn check_loss(update: &Update) -> Result<(), String> {
     if !update.total.is_finite() {
         return Err(format!("the loss is {}", update.total));
     }
@@ -275,7 +332,7 @@ impl Pass<'_> {
             let input = RouterInput::new(&part.offsets_b1, &part.tokens_n, trace.layer)
                 .with_scores(scores.data(), scores.width());
             self.policies[slot].observe(&mut sum.observations[slot], &input, &trace.routing);
-            epoch.observe(slot, trace, &part.tokens_n);
+            epoch.observe(slot, trace.scores_ne.data(), &trace.routing, &part.tokens_n);
             sum.add_experts(trace.layer, share.tokens * trace.routing.active_per_token());
         }
         drop((observe_span, output));
@@ -286,7 +343,7 @@ impl Pass<'_> {
 }
 
 impl Update {
-    fn empty(layers: usize, sparse: usize) -> Self {
+    pub(crate) fn empty(layers: usize, sparse: usize) -> Self {
         Update {
             cross_entropy: 0.0,
             total: 0.0,
@@ -304,7 +361,7 @@ impl Update {
         }
     }
 
-    fn add_experts(&mut self, layer: usize, active: f64) {
+    pub(crate) fn add_experts(&mut self, layer: usize, active: f64) {
         match self.experts_per_token.iter_mut().find(|(l, _)| *l == layer) {
             Some((_, mean)) => *mean += active,
             None => self.experts_per_token.push((layer, active)),
@@ -315,13 +372,22 @@ impl Update {
         self.cross_entropy += share.weights * found.cross_entropy;
         self.total += f64::from(found.total.scalar());
         for a in &found.auxiliary {
-            match self.auxiliary.iter_mut().find(|s| (s.name, s.layer) == (a.name, a.layer)) {
-                Some(s) => s.value += share.tokens * a.value,
-                None => self.auxiliary.push(Auxiliary { value: share.tokens * a.value, ..a.clone() }),
-            }
+            self.add_auxiliary(Auxiliary { value: share.tokens * a.value, ..a.clone() });
         }
-        for rows in part.offsets_b1.windows(2).filter(|rows| rows[0] < rows[1]) {
-            let losses = &found.losses_n[rows[0]..rows[1]];
+        self.add_documents(&part.offsets_b1, &found.losses_n);
+    }
+
+    pub(crate) fn add_auxiliary(&mut self, more: Auxiliary) {
+        match self.auxiliary.iter_mut().find(|s| (s.name, s.layer) == (more.name, more.layer)) {
+            Some(s) => s.value += more.value,
+            None => self.auxiliary.push(more),
+        }
+    }
+
+    /// Adds the losses of rows, document by document.
+    pub(crate) fn add_documents(&mut self, offsets_b1: &[usize], losses_n: &[f64]) {
+        for rows in offsets_b1.windows(2).filter(|rows| rows[0] < rows[1]) {
+            let losses = &losses_n[rows[0]..rows[1]];
             let total: f64 = losses.iter().sum();
             self.loss_sum += total;
             self.document_losses.push(total / losses.len() as f64);

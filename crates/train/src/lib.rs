@@ -28,6 +28,8 @@ pub mod record;
 pub mod reproduce;
 pub mod run;
 pub mod schedule;
+#[cfg(feature = "torch")]
+mod torch;
 pub mod trained;
 pub mod trainer;
 pub mod untrusted;

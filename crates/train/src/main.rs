@@ -33,6 +33,15 @@ enum Verb {
     Resume {
         /// The run directory.
         run: PathBuf,
+        /// Go on with another engine: cpu, reference or torch (the device falls back to cpu unless it is given).
+        #[arg(long)]
+        engine: Option<String>,
+        /// Go on on another device of the engine.
+        #[arg(long)]
+        device: Option<String>,
+        /// Go on with other products: f32 or bf16.
+        #[arg(long)]
+        dtype: Option<String>,
         /// One JSON object on the last line of stdout.
         #[arg(long)]
         json: bool,
@@ -218,9 +227,13 @@ fn main() -> ExitCode {
 fn run(cli: Cli) -> Result<u8, TrainError> {
     train::inspect::check_machine()?;
     match cli.verb {
-        Some(Verb::Resume { run, json }) => {
+        Some(Verb::Resume { run, engine, device, dtype, json }) => {
+            let device = device.or_else(|| engine.as_ref().map(|_| "cpu".to_owned()));
+            let place = [("engine", engine), ("device", device), ("dtype", dtype)];
+            let place = place.into_iter().filter_map(|(key, value)| Some((key.to_owned(), json!(value?))));
+            let place: Vec<_> = place.collect();
             let signals = Signals::register()?;
-            return train(Trainer::resume(&run)?, &signals, json);
+            return train(Trainer::resume_moved(&run, &place)?, &signals, json);
         }
         Some(Verb::Reproduce { run, out, json }) => return reproduce(&run, out.as_deref(), json),
         Some(Verb::Bench(bench)) => return bench.run(),

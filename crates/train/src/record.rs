@@ -210,14 +210,19 @@ pub fn note_version(name: &str, version: &str) {
 
 static NOTED: std::sync::Mutex<Vec<(String, String)>> = std::sync::Mutex::new(Vec::new());
 
+/// What the numbers of a run come from: this program, its libraries, and the libtorch in this process where there is one.
 fn versions() -> Map<String, Value> {
+    #[cfg(feature = "torch")]
+    let torch = tensor::torch::loaded_version().map(|version| ("torch".to_owned(), json!(version)));
+    #[cfg(not(feature = "torch"))]
+    let torch = None;
     let ours =
         [("moe_lab".to_owned(), json!(env!("CARGO_PKG_VERSION"))), ("rustc".to_owned(), json!(env!("MOE_LAB_RUSTC")))];
     let libraries = env!("MOE_LAB_LIBRARIES").split(',').filter_map(|entry| entry.split_once(' '));
     let noted = NOTED.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let around = noted.iter().map(|(name, version)| (name.as_str(), version.as_str()));
     let others = libraries.chain(around).map(|(name, version)| (name.to_owned(), json!(version)));
-    ours.into_iter().chain(others).collect()
+    ours.into_iter().chain(others).chain(torch).collect()
 }
 
 /// What tracked files of the git work tree around the current folder have beyond its commit.

@@ -20,10 +20,10 @@ use crate::epoch::Epoch;
 use crate::error::TrainError;
 use crate::files::{Disk, parent, system};
 use crate::guard::Guard;
-use crate::learner::Learner;
+use crate::learner::{Learner, StepError};
 use crate::metrics::Row;
 use crate::optimizers::Optimizer;
-use crate::record::Status;
+use crate::record::{Status, write_run_file};
 use crate::run::{OnNonfinite, OnSpike, Run, Train};
 use moe_router::Control;
 use serde::{Deserialize, Serialize};
@@ -140,8 +140,17 @@ impl Trainer {
 
     /// As [`Trainer::resume`], on another disk.
     pub fn resume_on(disk: Disk, out: &Path) -> Result<Self, TrainError> {
-        let (run, mut record, lock) = RunDirectory::open(out)?;
-        let changes = directory::check_config(&record, &run)?;
+        Self::resume_with(disk, out, &[])
+    }
+
+    /// As [`Trainer::resume`], from here on with other values of `engine`, `device` or `dtype` ([`directory::MOVABLE`]); run.toml then says them.
+    pub fn resume_moved(out: &Path, place: &[(String, Value)]) -> Result<Self, TrainError> {
+        Self::resume_with(system(), out, place)
+    }
+
+    fn resume_with(disk: Disk, out: &Path, place: &[(String, Value)]) -> Result<Self, TrainError> {
+        let (run, mut record, lock) = RunDirectory::open(out, place)?;
+        let changes = directory::check_config(&record, &run, place)?;
         let (dataset, mut learner) = prepare(&run)?;
         directory::check_data(&record, &dataset.sources)?;
         if record.status == Status::Completed {
@@ -171,6 +180,9 @@ impl Trainer {
         let step = restored.as_ref().map_or(0, |(state, _)| state.position.step);
         record.config = json!(run);
         let directory = RunDirectory::reopen(&disk, out, record, lock, step)?;
+        if !place.is_empty() {
+            write_run_file(&*disk, out, &run.to_toml())?;
+        }
         directory.forget_failure()?;
         let mut trainer = Trainer::assemble(run, dataset, learner, directory);
         let differs =
@@ -182,7 +194,8 @@ impl Trainer {
         }
         trainer.resumed = restored.is_some().then_some(step);
         trainer.adopt(restored);
-        trainer.event("resumed", format!("resumed at step {step}"))?;
+        let on = place.iter().map(|(key, value)| format!(", {key} = {value}")).collect::<String>();
+        trainer.event("resumed", format!("resumed at step {step}{on}"))?;
         for note in &notes {
             trainer.event("resume_note", note.clone())?;
         }
@@ -374,9 +387,11 @@ impl Trainer {
         }
         let update = match self.learner.update(&batch, &settings, rate, &mut self.epoch, guard) {
             Ok(update) => update,
-            Err(fault) => return self.fault(fault, &settings, &batch, before),
+            Err(StepError::Fault(fault)) => return self.fault(fault, &settings, &batch, before),
+            Err(StepError::Device(reason)) => return Err(self.device_failed(&reason)),
         };
         if let Some(mean) = &mut self.ema {
+            self.learner.fetch()?;
             self.learner.pool.install(|| ema::track(mean, &self.learner.params, settings.ema));
         }
         let targets = batch.len();
@@ -502,7 +517,7 @@ fn failed(error: impl std::fmt::Display) -> TrainError {
 
 /// Data, model and optimizer of a run; nothing on disk.
 fn prepare(run: &Run) -> Result<(Dataset, Learner), TrainError> {
-    run.engine.check().map_err(|error| TrainError::Usage(error.to_string()))?;
+    run.engine.check(&run.device).map_err(|error| TrainError::Usage(error.to_string()))?;
     let dataset = Dataset::load(run).map_err(|error| TrainError::Usage(error.to_string()))?;
     let inputs = dataset.longest() - 1;
     if let Some(max) = run.model.max_positions().filter(|max| *max < inputs) {

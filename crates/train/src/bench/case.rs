@@ -56,7 +56,7 @@ impl Case {
         let [(_, vocab, _), (_, seq, _), (_, documents, _)] = sizes;
         let run = Run::from_toml_str(&preset.toml(options), Path::new("."), &options.sets)
             .map_err(|error| TrainError::Usage(error.to_string()))?;
-        run.engine.check().map_err(|error| TrainError::Usage(error.to_string()))?;
+        run.engine.check(&run.device).map_err(|error| TrainError::Usage(error.to_string()))?;
         Ok(Case { run, vocab, seq, documents })
     }
 
@@ -91,7 +91,10 @@ impl Case {
     /// What the steps will take; an error where the machine has not the memory.
     pub fn memory(&self) -> Result<estimate::Memory, TrainError> {
         let memory = estimate::Memory::new(&self.run, self.vocab, self.documents * self.seq, SCORE_STD);
-        memory.check("a smaller --batch, --seq or --preset").map(|()| memory)
+        match self.run.device.as_str() {
+            "cpu" => memory.check("a smaller --batch, --seq or --preset").map(|()| memory),
+            _ => Ok(memory),
+        }
     }
 }
 

@@ -75,9 +75,7 @@ pub fn bench(options: &Options, profile: bool) -> Result<(Map<String, Value>, Op
     let mut experts = Vec::new();
     let mut step = |learner: &mut Learner| -> Result<f64, TrainError> {
         let start = Instant::now();
-        let update = learner
-            .update(&batch, &settings, 0.0, &mut epoch, None)
-            .map_err(|fault| TrainError::Diverged(fault.reason))?;
+        let update = learner.update(&batch, &settings, 0.0, &mut epoch, None)?;
         experts = update.experts_per_token.iter().map(|(_, mean)| *mean).collect();
         Ok(start.elapsed().as_secs_f64())
     };

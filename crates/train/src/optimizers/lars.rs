@@ -37,7 +37,12 @@ fn ratio(settings: &Settings, matrix: &Matrix, params: &[f32], grads: &[f32]) ->
     }
     let weight = sum_squares(&params[matrix.range.clone()]).sqrt();
     let gradient = sum_squares(&grads[matrix.range.clone()]).sqrt();
-    if weight == 0.0 || gradient == 0.0 {
+    trust_ratio(settings, matrix, weight, gradient)
+}
+
+/// λ from the norms of weights and gradient.
+pub(crate) fn trust_ratio(settings: &Settings, matrix: &Matrix, weight: f64, gradient: f64) -> f64 {
+    if !matrix.decays || !matrix.moves || weight == 0.0 || gradient == 0.0 {
         return 1.0;
     }
     settings.trust * weight / (gradient + settings.weight_decay * weight + settings.eps)

@@ -110,6 +110,28 @@ impl Optimizer {
         Ok(Self { kind, settings, state })
     }
 
+    /// Counts a step that a device takes by itself and lists the matrices in flat order; `has_gradient` is asked by their number in that order.
+    #[cfg(feature = "torch")]
+    pub(crate) fn advance(
+        &mut self,
+        layout: &Layout,
+        has_gradient: impl Fn(usize) -> bool,
+        rates: &Rates,
+    ) -> Vec<Matrix> {
+        self.state.advance(layout, |matrix, _| has_gradient(matrix), rates)
+    }
+
+    #[cfg(feature = "torch")]
+    pub(crate) fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// The moments, for a device to bring its own into.
+    #[cfg(feature = "torch")]
+    pub(crate) fn moments_mut(&mut self) -> &mut [(String, Vec<f32>)] {
+        &mut self.state.moments
+    }
+
     pub fn kind(&self) -> Kind {
         self.kind
     }
@@ -123,7 +145,7 @@ impl Optimizer {
     /// `params` and `grads` are flat buffers of `layout`, the layout the optimizer was made for.
     pub fn step(&mut self, layout: &Layout, params: &mut [f32], grads: &[f32], rates: &Rates) -> Vec<Moved> {
         assert!(params.len() == layout.len() && grads.len() == layout.len(), "buffers of another layout");
-        let mut matrices = self.state.advance(layout, grads, rates);
+        let mut matrices = self.state.advance(layout, |_, range| grads[range].iter().any(|&g| g != 0.0), rates);
         let moments = &mut self.state.moments;
         match self.kind {
             Kind::Adam | Kind::AdamW => {
@@ -162,20 +184,25 @@ pub struct Moved {
 
 /// A matrix in this step; also a norm segment.
 pub(crate) struct Matrix {
-    range: Range<usize>,
+    pub(crate) range: Range<usize>,
     /// Its parameter in name order.
-    parameter: usize,
+    pub(crate) parameter: usize,
     /// Whether it takes the step: not if it is frozen or an expert without gradient.
-    moves: bool,
-    rate: f64,
+    pub(crate) moves: bool,
+    pub(crate) rate: f64,
     /// Steps this matrix has taken, this one included.
-    steps: u64,
-    decays: bool,
+    pub(crate) steps: u64,
+    pub(crate) decays: bool,
 }
 
 impl State {
     /// Counts the step and lists the matrices, in flat order.
-    fn advance(&mut self, layout: &Layout, grads: &[f32], rates: &Rates) -> Vec<Matrix> {
+    fn advance(
+        &mut self,
+        layout: &Layout,
+        has_gradient: impl Fn(usize, Range<usize>) -> bool,
+        rates: &Rates,
+    ) -> Vec<Matrix> {
         self.steps += 1;
         let mut matrices = Vec::new();
         for (parameter, (name, param)) in layout.iter().enumerate() {
@@ -185,7 +212,7 @@ impl State {
                 let range = param.range(matrix);
                 let (mut moves, mut steps) = (param.trainable, self.steps);
                 if let Some(counts) = &mut counts {
-                    moves = moves && grads[range.clone()].iter().any(|&g| g != 0.0);
+                    moves = moves && has_gradient(matrices.len(), range.clone());
                     counts[matrix] += u64::from(moves);
                     steps = counts[matrix];
                 }

@@ -68,9 +68,8 @@ fn general(run: &Run, found: &mut Found) {
         "name",
         "must be a plain file name of up to 100 characters",
     );
-    if let Err(error) = run.engine.check() {
-        let message = error.to_string();
-        found.require(false, "engine", message.trim_start_matches("engine = \"torch\" "));
+    if let Err(error) = run.engine.check(&run.device) {
+        found.require(false, error.key, error.message);
     }
     let multiplies = run.dtype == Precision::F32 || run.engine != Engine::Reference;
     found.require(
@@ -78,7 +77,12 @@ fn general(run: &Run, found: &mut Found) {
         "dtype",
         "has no effect with engine = \"reference\", whose products are f32; use engine = \"cpu\"",
     );
-    found.require(run.device == "cpu", "device", "must be \"cpu\"; no other device is in this build");
+    let choice = matches!(run.model.router, moe_router::Config::ExpertChoice { .. });
+    found.require(
+        !(choice && run.engine == Engine::Torch),
+        "model.router.kind",
+        "\"expert_choice\" is not in the torch engine; use engine = \"cpu\"",
+    );
     found.require(run.threads <= MAX_THREADS, "threads", "must be at most 1024; 0 takes every core");
 }
 

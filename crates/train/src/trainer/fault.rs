@@ -51,6 +51,7 @@ impl Trainer {
         batch: &Batch,
         before: Option<Epoch>,
     ) -> Result<bool, TrainError> {
+        self.learner.fetch()?;
         let reason = match origin(&self.learner, batch) {
             Some(place) => format!("{}: {place}", fault.reason),
             None => fault.reason.clone(),
@@ -125,6 +126,17 @@ impl Trainer {
                 Ok(())
             }
         }
+    }
+
+    /// The error of a device that failed, after a checkpoint of the last update where its numbers are whole.
+    pub(super) fn device_failed(&mut self, reason: &str) -> TrainError {
+        let saved = match self.learner.is_whole() {
+            true => self.save().map(|()| format!("the checkpoint of step {} is complete", self.at.step)),
+            false => Ok("the update was half done, the last checkpoint is untouched".to_owned()),
+        };
+        let saved = saved.unwrap_or_else(|error| format!("no checkpoint: {error}"));
+        let (step, out) = (self.at.step + 1, self.out().display());
+        TrainError::Failed(format!("step {step}: {reason}; {saved}; go on with: moe-lab resume {out}"))
     }
 
     /// Records why the run ends here and returns the error for the caller. Checkpoints stay as they were.

@@ -22,6 +22,9 @@ impl Trainer {
         let every = self.run.eval.every;
         let text = matches!(self.dataset.phases[self.at.phase].data, PhaseData::Text(_));
         let due = last || text || (every > 0 && self.at.epoch.is_multiple_of(every));
+        if due {
+            self.learner.fetch()?;
+        }
         let held_out = if due { self.held_out() } else { Vec::new() };
         let (better, last) = self.judge_held_out(&held_out, last)?;
         let next = Epoch::new(&self.learner.policies);

@@ -80,6 +80,7 @@ impl Trainer {
         if self.saved_step == Some(self.at.step) {
             return Ok(());
         }
+        self.learner.fetch()?;
         let snapshot = self.snapshot();
         let retention = Retention {
             keep: self.run.checkpoint.keep,
