@@ -48,7 +48,7 @@ test-python: build
 	$(BIN)/python -m pytest -q
 
 test-torch: build-torch ## the PyTorch oracle and the torch engine: logits, losses and every gradient
-	cargo test --release --package train --features torch --test torch
+	cargo test --release --package train --features torch --test torch -- --include-ignored
 	$(BIN)/python -m pytest -q -m "torch and not full" tests
 
 test-full: build ## the slow tests: full training runs, stage 1, Shakespeare, the whole oracle grid where torch is in

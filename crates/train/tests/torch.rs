@@ -189,7 +189,18 @@ fn torch(device: &'static str) -> [(&'static str, Value); 2] {
 }
 
 #[test]
-fn curves_stay_together_for_every_optimizer() {
+fn curves_of_every_optimizer_stay_together() {
+    curves_stay_together(40);
+}
+
+#[test]
+#[ignore = "full"]
+fn curves_of_200_steps_stay_together() {
+    curves_stay_together(200);
+}
+
+/// For so many steps of Adam, and 40 of the other optimizers.
+fn curves_stay_together(adam_steps: usize) {
     let folder = tempfile::tempdir().unwrap();
     let optimizers = [
         vec![("train.optimizer", json!("adam"))],
@@ -197,13 +208,14 @@ fn curves_stay_together_for_every_optimizer() {
         vec![("train.optimizer", json!("sgd")), ("train.learning_rate", json!(0.05)), ("train.clip", json!(0.5))],
         vec![
             ("train.optimizer", json!("lars")),
-            ("train.learning_rate", json!(2.0)),
+            // Where the loss jumps (a rate of 2), rounding grows tenfold every few steps and two healthy runs part.
+            ("train.learning_rate", json!(0.5)),
             ("train.weight_decay", json!(1e-4)),
         ],
     ];
     for (i, sets) in optimizers.iter().enumerate() {
         let mut sets = sets.clone();
-        let steps = if i == 0 { 200 } else { 40 };
+        let steps = if i == 0 { adam_steps } else { 40 };
         sets.extend([
             ("train.max_steps", json!(steps)),
             ("train.lr_scale", json!(if i % 2 == 0 { "grad_norm" } else { "none" })),
