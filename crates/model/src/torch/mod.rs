@@ -212,7 +212,7 @@ impl<'s> Step<'s> {
                 let hidden = graph.linear(&x, gate)?.f_silu()?.f_mul(&graph.linear(&x, up)?)?;
                 graph.linear(&hidden, down)?
             }
-            FeedForward::Sparse { router, gate_up, down } => {
+            FeedForward::Sparse { router, gate_up, down, .. } => {
                 let routed = Routed::new(&mut graph, &self.policies[i], &normed, router)?;
                 for (name, coefficient, value) in routed.losses(self.coefficients)? {
                     measured.auxiliary.push((name, i, value.f_detach()?));

@@ -1,7 +1,7 @@
 //! What makes the values of a run good: ranges and combinations, all problems at once.
 
 use super::merge::{CHOICES, OF_DOCUMENTS, OF_TEXT, overridden};
-use super::{ConfigError, Problem, Run, Train, schema};
+use super::{ConfigError, Optimizer, Problem, Run, Train, schema};
 use model::config::MAX_NUMBERS;
 use tensor::{Engine, Precision};
 use toml::{Table, Value};
@@ -43,6 +43,7 @@ pub(super) fn validate(run: &Run) -> Result<(), ConfigError> {
     let table = Table::try_from(run).unwrap_or_default();
     let mut found = Found::default();
     general(run, &mut found);
+    torch(run, &mut found);
     data(run, &mut found);
     found.0.extend(run.model.problems().into_iter().map(|p| (format!("model.{}", p.key), p.message)));
     phases(run, &mut found);
@@ -77,13 +78,33 @@ fn general(run: &Run, found: &mut Found) {
         "dtype",
         "has no effect with engine = \"reference\", whose products are f32; use engine = \"cpu\"",
     );
-    let choice = matches!(run.model.router, moe_router::Config::ExpertChoice { .. });
-    found.require(
-        !(choice && run.engine == Engine::Torch),
-        "model.router.kind",
-        "\"expert_choice\" is not in the torch engine; use engine = \"cpu\"",
-    );
     found.require(run.threads <= MAX_THREADS, "threads", "must be at most 1024; 0 takes every core");
+}
+
+/// What the torch engine does not have.
+fn torch(run: &Run, found: &mut Found) {
+    if run.engine != Engine::Torch {
+        return;
+    }
+    let mut refuse = |key: &str, what: &str| {
+        found.require(false, key, format!("{what} is not in the torch engine; use engine = \"cpu\""));
+    };
+    match &run.model.router {
+        moe_router::Config::ExpertChoice { .. } => refuse("model.router.kind", "\"expert_choice\""),
+        moe_router::Config::LearnedP { .. } => refuse("model.router.kind", "\"learned_p\""),
+        moe_router::Config::TopP { target: Some(_), .. } => refuse("model.router.target", "a held target"),
+        moe_router::Config::TopP { bias_rate, .. } | moe_router::Config::TopK { bias_rate, .. } if *bias_rate > 0.0 => {
+            refuse("model.router.bias_rate", "loss-free balancing");
+        }
+        _ => {}
+    }
+    for name in run.phases() {
+        match run.phase(name).optimizer {
+            Optimizer::Lion => refuse("train.optimizer", "\"lion\""),
+            Optimizer::Muon => refuse("train.optimizer", "\"muon\""),
+            Optimizer::Adam | Optimizer::Adamw | Optimizer::Sgd | Optimizer::Lars => {}
+        }
+    }
 }
 
 fn data(run: &Run, found: &mut Found) {

@@ -111,6 +111,7 @@ impl Segments {
             let difference = match optimizer.kind() {
                 Kind::Adam | Kind::AdamW => adam(piece, g, settings.eps)?,
                 Kind::Sgd | Kind::Lars => momentum(piece, g)?,
+                Kind::Lion | Kind::Muon => return Err(refused(optimizer.kind())),
             };
             let _ = piece.w.f_sub_(&difference)?;
             Ok::<Tensor, tensor::torch::Error>(difference)
@@ -179,6 +180,11 @@ fn pieces(range: &Range<usize>) -> impl Iterator<Item = Range<usize>> {
     range.clone().step_by(PIECE).map(move |start| start..end.min(start + PIECE))
 }
 
+/// A configuration is refused before it comes to this.
+fn refused(kind: Kind) -> tensor::torch::Error {
+    tensor::torch::Error::Torch(format!("{kind:?} is not in the torch engine"))
+}
+
 fn narrow(x: &Tensor, range: &Range<usize>) -> Result<Tensor> {
     x.f_narrow(0, range.start as i64, range.len() as i64)
 }
@@ -207,6 +213,7 @@ impl Constants {
             }
             Kind::Sgd => [decay, keep, on, rate, 0.0, 0.0],
             Kind::Lars => [decay, keep, rate, on, 0.0, 0.0],
+            Kind::Lion | Kind::Muon => [0.0; 6], // refused before a step
         };
         self.columns.iter_mut().zip(values).for_each(|(column, value)| column.push(value as f32));
     }
