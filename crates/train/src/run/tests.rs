@@ -145,7 +145,7 @@ fn a_wrong_type_names_the_key_and_what_is_expected() {
         ),
         (
             "model.router = { p = 0.4 }",
-            "model.router.kind: is missing; set it to one of \"dense\", \"top_p\", \"top_k\", \"expert_choice\"",
+            "model.router.kind: is missing; set it to one of \"dense\", \"top_p\", \"learned_p\", \"top_k\", \"expert_choice\"",
         ),
         ("extends = 1", "extends: expected a text, the path of a run file or the name of a standard run"),
         ("losses.z = nan", "losses.z = nan: must be a finite number"),
