@@ -10,6 +10,7 @@ __all__ = [
     "Run",
     "Trainer",
     "__version__",
+    "bench",
     "compare_runs",
     "config_docs",
     "config_schema",

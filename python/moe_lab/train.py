@@ -18,6 +18,8 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from moe_lab.text import shown
+
 TORCH = "2.11.0"  # the only release whose libraries a torch build of the engine may meet
 
 
@@ -56,7 +58,6 @@ from moe_lab._native import (  # noqa: E402
     loss_and_gradients,
     reproduction,
 )
-from moe_lab.text import shown
 
 __all__ = [
     "DivergedError",
