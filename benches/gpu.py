@@ -1,9 +1,9 @@
 """Our training step under the torch engine and PyTorch's own, on one device. `make bench-gpu` runs it.
 
     gpu.py                          small and medium, then contexts of 8k to 32k tokens: eager, compiled, bf16
-    gpu.py --cases medium           some cases
+    gpu.py --cases medium           some cases; --eager, --dtypes bf16: some variants
     gpu.py --pack FOLDER            what has to be carried to a machine with a GPU and without a compiler
-    gpu.py --device cpu --cases seed --seconds 0.2 --rounds 1
+    gpu.py --device cpu --cases seed --eager --seconds 0.2 --rounds 1
                                     the same program without a GPU: shows that it works, its numbers are not for a GPU
 
 Rounds of both sides alternate. A ratio is ours / PyTorch in tokens per second, the best round of each side; its spread
@@ -34,7 +34,7 @@ ELSEWHERE = """no CUDA device here. To measure on a machine that has one (the sa
   make build-torch && .venv/bin/python benches/gpu.py --pack gpu    here: folder gpu with binaries, scripts and wheel
   python3 gpu/benches/gpu.py --out gpu.json                         there, with the Python whose torch is to be used
 The libraries are found through that torch. Whether this program works at all can be seen here:
-  .venv/bin/python benches/gpu.py --device cpu --cases seed --seconds 0.2 --rounds 1"""
+  .venv/bin/python benches/gpu.py --device cpu --cases seed --eager --seconds 0.2 --rounds 1"""
 
 
 class FailedError(Exception):
@@ -122,14 +122,14 @@ class Peer:
 def compare(binary: Path, case: Case, options: argparse.Namespace) -> dict:
     """Both dtypes of ours beside every variant of PyTorch."""
     result: dict = {"case": case.__dict__, "ours": {}, "torch": []}
-    for bf16 in (False, True):
+    for bf16 in [name == "bf16" for name in options.dtypes]:
         name = "bf16" if bf16 else "f32"
         try:
             mine = [ours(binary, case, bf16, options)]
         except FailedError as error:
             result["ours"][name] = {"note": str(error)}
             continue
-        for kind in [kind for kind in variants(case) if kind.bf16 == bf16]:
+        for kind in [kind for kind in variants(case, not options.eager) if kind.bf16 == bf16]:
             row: dict = {"variant": kind.name}
             result["torch"].append(row)
             try:
@@ -223,6 +223,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="*", choices=list(CASES))
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtypes", nargs="*", choices=["f32", "bf16"], default=["f32", "bf16"])
+    parser.add_argument("--eager", action="store_true", help="leave out what PyTorch compiles")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--seconds", type=float, default=3.0, help="of each side in a round")
     parser.add_argument("--rounds", type=int, default=3)
