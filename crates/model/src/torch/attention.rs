@@ -73,7 +73,7 @@ impl Attention {
         let y = grouped.q.f_zeros_like()?;
         for place in self.tiles(flat.device) {
             let [q, k, v] = place.cut(&grouped)?;
-            let _ = place.queries(&y)?.f_copy_(&self.tile(&q, &k, &v, &rows, flat.kind)?)?;
+            place.queries(&y)?.f_copy_(&self.tile(&q, &k, &v, &rows, flat.kind)?)?;
         }
         let attended = self.ungrouped(&y)?;
         Ok((attended, Recomputed { attention: self, table, inputs, grouped }))
@@ -242,7 +242,7 @@ impl Recomputed {
             let (q, k, v) = (q?, k?, v?);
             let y = attention.tile(&q, &k, &v, &table, flat.kind)?;
             let found = graph.backward(&[(&y, &place.queries(&dy)?)], &[], &[&q, &k, &v])?;
-            let _ = place.queries(&dq)?.f_copy_(&found[0])?;
+            place.queries(&dq)?.f_copy_(&found[0])?;
             let _ = place.keys(&dk)?.f_add_(&found[1])?;
             let _ = place.keys(&dv)?.f_add_(&found[2])?;
         }
