@@ -177,15 +177,23 @@ unsafe fn wave(method: Method, jobs: &[Job<'_>], accumulate: bool, pool: bool) {
     });
 }
 
-/// Blocks of rows, and of columns where there are too few rows, so that every thread finds work.
+/// Blocks of rows, and of columns where there are too few rows, so that every thread finds work. Each block packs its rows of the left side, best many
+/// of them together and once.
 fn tasks(plans: &[Plan<'_, '_>], tile: Tile, threads: usize) -> Vec<Task> {
-    let tiles: usize = plans.iter().map(|p| p.job.m.div_ceil(tile.rows) * p.panels).sum();
-    let share = if threads == 1 { usize::MAX } else { tiles.div_ceil(4 * threads) };
+    const FEW: usize = 3; // tiles a block of rows should have
+    let tiles = |plan: &Plan<'_, '_>| plan.job.m.div_ceil(tile.rows) * plan.panels;
+    let total: usize = plans.iter().map(tiles).sum();
     let mut tasks = Vec::new();
     for (index, plan) in plans.iter().enumerate() {
         let rows = plan.job.m.div_ceil(tile.rows);
-        let tall = (share / plan.panels).clamp(2, BLOCK).min(rows);
-        let wide = (share / tall).clamp(1, plan.panels);
+        let (tall, wide) = if threads == 1 {
+            (BLOCK, plan.panels)
+        } else {
+            let tall = (total / (4 * threads) / plan.panels).clamp(FEW, BLOCK).min(rows);
+            let needed = (tiles(plan) * 2 * threads).div_ceil(total); // its part of two tasks a thread
+            let across = needed.div_ceil(rows.div_ceil(tall)).min(plan.panels);
+            (rows.div_ceil(rows.div_ceil(tall)), plan.panels.div_ceil(across))
+        };
         for r in (0..rows).step_by(tall) {
             for p in (0..plan.panels).step_by(wide) {
                 let rows = (r * tile.rows, ((r + tall) * tile.rows).min(plan.job.m));
@@ -196,26 +204,30 @@ fn tasks(plans: &[Plan<'_, '_>], tile: Tile, threads: usize) -> Vec<Task> {
     tasks
 }
 
-/// Packs the panels of all right sides.
+/// Packs the panels of all right sides, run of k after run of k.
 fn pack_right(method: Method, plans: &[Plan<'_, '_>], mut right: &mut [u32], threads: usize) {
-    const PANELS: usize = 8; // that one thread packs together
+    const PANELS: usize = 8; // that one thread packs together: long pieces of a row are read faster than many short ones
     let Method { tile: Tile { cols, .. }, element } = method;
     let mut groups = Vec::new();
     let large = right.len() >= 1 << 14;
     for plan in plans {
-        for panel in (plan.packed..plan.panels).step_by(PANELS) {
-            let end = plan.panels.min(panel + PANELS);
-            let (head, tail) = std::mem::take(&mut right).split_at_mut((end - panel) * plan.depth * cols);
-            right = tail;
-            groups.push((plan, (panel * cols, plan.job.n.min(end * cols)), head));
+        for start in (0..plan.depth).step_by(DEPTH) {
+            let depth = DEPTH.min(plan.depth - start);
+            for panel in (plan.packed..plan.panels).step_by(PANELS) {
+                let end = plan.panels.min(panel + PANELS);
+                let (head, tail) = std::mem::take(&mut right).split_at_mut((end - panel) * depth * cols);
+                right = tail;
+                groups.push((plan, (start, depth), (panel * cols, plan.job.n.min(end * cols)), head));
+            }
         }
     }
-    let one = |(plan, j, to): (&Plan<'_, '_>, (usize, usize), &mut [u32])| {
-        let layout = Layout::Panels { width: cols, stride: plan.depth * cols, depth: plan.depth };
-        simd::dispatch(Pack { from: plan.job.b, element, l: (0, plan.job.k), j, to, layout });
+    let one = |(plan, (start, depth), j, to): (&Plan<'_, '_>, (usize, usize), (usize, usize), &mut [u32])| {
+        let layout = Layout::Panels { width: cols, stride: depth * cols, depth };
+        let l = (start * element.numbers(), ((start + depth) * element.numbers()).min(plan.job.k));
+        simd::dispatch(Pack { from: plan.job.b, element, l, j, to, layout });
     };
     if threads > 1 && large {
-        groups.into_par_iter().for_each(one);
+        groups.into_par_iter().with_max_len(1).for_each(one);
     } else {
         groups.into_iter().for_each(one);
     }
@@ -299,7 +311,8 @@ unsafe fn compute(method: Method, plan: &Plan<'_, '_>, task: &Task, right: &[u32
                 let (b, b_k) = if panel < plan.packed {
                     (job.b.data.as_ptr().wrapping_add(start * job.b.k_stride + panel * tile.cols), job.b.k_stride)
                 } else {
-                    let at = plan.offset + ((panel - plan.packed) * plan.depth + start) * tile.cols;
+                    let before = start * (plan.panels - plan.packed) + (panel - plan.packed) * depth;
+                    let at = plan.offset + before * tile.cols;
                     (right.as_ptr().add(at).cast::<f32>(), tile.cols)
                 };
                 let wide = tile.cols.min(job.n - panel * tile.cols);
