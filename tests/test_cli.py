@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -220,16 +219,21 @@ def test_check_trains_nothing(tiny: Path) -> None:
     assert json.loads(done.stdout)
     assert not (tiny.parent / "run").exists()
     assert 0 < json.loads(done.stdout)["seconds_estimate"] < 60
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert cli("train", "baseline", "--check", cwd=tiny.parent).returncode == 0
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert (
-        after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
-    )  # of one core, Python's start included
     several = cli("stage1", "--check", "--json", "--p", "0.3,0.4", cwd=tiny.parent)
     models = ("parent", "top_p-0.3", "top_p-0.4", "top_k-2")
     assert set(json.loads(several.stdout)) == {f"{model}-seed{SEED}" for model in models}
     assert not (tiny.parent / "runs").exists()
+
+
+@pytest.mark.full
+def test_check_answers_within_two_seconds(tmp_path: Path) -> None:
+    """The best of three, Python's start included; a timing, so nothing else should run."""
+    seconds = []
+    for _ in range(3):
+        start = time.monotonic()
+        assert cli("train", "baseline", "--check", cwd=tmp_path).returncode == 0
+        seconds.append(time.monotonic() - start)
+    assert min(seconds) < 2, seconds
 
 
 def test_quick_is_recorded_and_not_judged(tiny: Path) -> None:
