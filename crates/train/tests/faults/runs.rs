@@ -26,7 +26,8 @@ fn every_operation(stride: usize) -> usize {
             injected += usize::from(layer.fired());
             match ended {
                 Ok(()) => {
-                    assert!(!matches!(how, How::Die), "{what}: a dead process completed");
+                    // Saving runs beside the training, so that a run may end before its n-th operation.
+                    assert!(!layer.fired() || !matches!(how, How::Die), "{what}: a dead process completed");
                     assert!(outcome(&out) == *reference(), "{what}: completed with other bytes");
                 }
                 Err(error) => assert!(!error.to_string().is_empty() && error.exit_status() != 0, "{what}: {error}"),
