@@ -10,6 +10,8 @@ pub enum Purpose {
     Sampling = 3,
     Bench = 4,
     Shuffle = 5,
+    Augment = 6,
+    Length = 7,
     Test = 99,
 }
 

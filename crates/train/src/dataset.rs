@@ -1,8 +1,10 @@
 //! Everything a run reads, ready to train on: tokenizer, one training set per phase with its floor, held-out sets, questions to recite.
 
+use crate::data::augment::{self, Augmentation, Variant};
 use crate::data::{DataError, Document, DocumentOrder, DocumentSet, Floor, ItemFile, Role, Source, TextFile};
 use crate::data::{TextSource, Tokenizer, Unknowns, split_chat, split_documents};
 use crate::run::Run;
+use std::collections::BTreeSet;
 use std::path::Path;
 
 /// Tokens of an answer where no document is longer.
@@ -24,15 +26,19 @@ pub struct Phase {
     /// "facts", "chat" or "text".
     pub name: &'static str,
     pub data: PhaseData,
-    /// The lowest loss on the training set; not defined for random windows of a text.
+    /// The lowest loss on the training documents; not defined for random windows of a text.
     pub floor: Option<Floor>,
+    /// Training documents before the first variant of one.
+    pub originals: usize,
+    /// The lowest loss on documents and variants together, where there are any.
+    pub augmented_floor: Option<Floor>,
 }
 
 impl Phase {
-    /// Training documents; none for text.
+    /// Training documents without their variants; none for text.
     pub fn documents(&self) -> Vec<&Document> {
         match &self.data {
-            PhaseData::Documents { train, .. } => train.documents.iter().collect(),
+            PhaseData::Documents { train, .. } => train.documents.iter().take(self.originals).collect(),
             PhaseData::Text(_) => Vec::new(),
         }
     }
@@ -46,8 +52,10 @@ pub struct Dataset {
     /// Held-out wordings of training questions; never trained on.
     pub paraphrases: Vec<Question>,
     pub paraphrase_set: Option<DocumentSet>,
-    /// What was read, by role.
+    /// What was read, by role, and the variants that were made of it.
     pub sources: Vec<(&'static str, Source)>,
+    /// Variants of training documents.
+    pub variants: Vec<Variant>,
     /// Words of held-out text (validation, paraphrases) that the vocabulary lacks.
     pub unknowns: Unknowns,
 }
@@ -98,8 +106,15 @@ impl Dataset {
             run.data.block_size,
             batch_size,
             run.seed,
-        )?;
-        let phases = vec![Phase { name: "text", data: PhaseData::Text(source), floor: None }];
+        )?
+        .with_lengths(&file.source.name, &run.data.lengths)?;
+        let phases = vec![Phase {
+            name: "text",
+            data: PhaseData::Text(source),
+            floor: None,
+            originals: usize::MAX,
+            augmented_floor: None,
+        }];
         let sources = vec![("text", file.source)];
         Ok(Dataset {
             tokenizer,
@@ -108,6 +123,7 @@ impl Dataset {
             paraphrases: vec![],
             paraphrase_set: None,
             sources,
+            variants: vec![],
             unknowns,
         })
     }
@@ -122,17 +138,31 @@ impl Dataset {
         let texts = facts.training_texts().chain(chat.training_texts());
         let tokenizer = Tokenizer::from_setting(&run.data.tokenizer, texts)?;
         let length = run.data.max_length;
+        let augmentation = Augmentation::read(&run.data.augment, run.seed)?;
+        let mut taken = match &augmentation {
+            Some(_) => identities([&facts.file, &chat.file].into_iter().chain(&held_out), &tokenizer)?,
+            None => BTreeSet::new(),
+        };
+        let mut variants = Vec::new();
         let mut unknowns = Unknowns::default();
         let mut phases = Vec::new();
         for (number, name, items) in [(0, "facts", &facts), (1, "chat", &chat)] {
             let part =
                 |indices: &[usize]| DocumentSet::encode_items(&items.file, indices.iter().copied(), &tokenizer, length);
-            let (train, validation) = (part(&items.train)?, part(&items.validation)?);
+            let (mut train, validation) = (part(&items.train)?, part(&items.validation)?);
             unknowns.merge(&validation.unknowns);
+            let (floor, originals) = (train.floor(), train.documents.len());
+            if let Some(augmentation) = &augmentation {
+                let place = (number, name, items.file.role);
+                let made = augmentation.variants(place, &items.file.items, &items.train, &tokenizer, &mut taken)?;
+                train.extend(made.iter().map(|variant| &*variant.text), &tokenizer, length)?;
+                variants.extend(made);
+            }
+            let augmented_floor = (train.documents.len() > originals).then(|| train.floor()).flatten();
             let batch_size = run.phase(name).batch_size;
             let order = DocumentOrder::new(run.seed, number, train.documents.len(), batch_size, run.data.shuffle)?;
-            let floor = train.floor();
-            phases.push(Phase { name, data: PhaseData::Documents { train, validation, order }, floor });
+            let data = PhaseData::Documents { train, validation, order };
+            phases.push(Phase { name, data, floor, originals, augmented_floor });
         }
         let questions = questions(chat.training_texts(), &tokenizer, length)?;
         let (mut paraphrases, mut paraphrase_set) = (Vec::new(), None);
@@ -144,7 +174,14 @@ impl Dataset {
             paraphrase_set = Some(set);
             sources.push(("paraphrases", file.source));
         }
-        Ok(Dataset { tokenizer, phases, questions, paraphrases, paraphrase_set, sources, unknowns })
+        if let Some(augmentation) = augmentation {
+            if variants.is_empty() {
+                return Err(DataError::NoVariants { file: augmentation.source.name });
+            }
+            sources.push(("augment", augmentation.source));
+            sources.push(("augmented", augment::record(&variants).1));
+        }
+        Ok(Dataset { tokenizer, phases, questions, paraphrases, paraphrase_set, sources, variants, unknowns })
     }
 
     /// The token that ends an answer, where the tokenizer has it as one.
@@ -167,10 +204,18 @@ impl Dataset {
             PhaseData::Documents { train, validation, .. } => {
                 train.documents.iter().chain(&validation.documents).map(|d| d.tokens.len()).max().unwrap_or(0)
             }
-            PhaseData::Text(text) => text.block_size() + 1,
+            PhaseData::Text(text) => text.longest() + 1,
         };
         self.phases.iter().map(length).max().unwrap_or(0)
     }
+}
+
+/// What no variant may be: every item of the files, trained on or held out.
+fn identities<'f>(
+    files: impl Iterator<Item = &'f ItemFile>,
+    tokenizer: &Tokenizer,
+) -> Result<BTreeSet<Vec<u32>>, DataError> {
+    files.flat_map(|file| file.items.iter().map(|item| augment::identity(item, file.role, tokenizer))).collect()
 }
 
 /// Dialogues as prompt and answer, cut like the training documents.

@@ -1,7 +1,7 @@
 //! The run directory: made after everything was validated, owned by one process, appended to row by row, holding whole checkpoints.
 
 use crate::checkpoint::{self, Job, Outcome, Retention, Snapshot, Writer};
-use crate::data::Source;
+use crate::data::{Source, augment};
 use crate::dataset::{self, Dataset};
 use crate::error::TrainError;
 use crate::files::{Disk, explain, make_folders, replace, sweep};
@@ -63,6 +63,9 @@ impl RunDirectory {
         record.config = json!(run);
         if record.changes.is_some() {
             record::write_changes(&**disk, &path)?;
+        }
+        if !dataset.variants.is_empty() {
+            replace(&**disk, &path.join(augment::FILE), augment::record(&dataset.variants).0.as_bytes())?;
         }
         record::write_run_file(&**disk, &path, &run.to_toml())?;
         record.write(&**disk, &path)?;

@@ -1,6 +1,6 @@
 //! What an epoch adds up: running losses, activation gradient at the embedding, routing by layer. Part of every checkpoint.
 
-use crate::data::Floor;
+use crate::data::{Batch, Floor};
 use crate::metrics::Row;
 use moe_router::{CollapseAlarm, Policy, Routing, Statistics};
 use serde::{Deserialize, Serialize};
@@ -16,6 +16,9 @@ pub struct Epoch {
     macro_sum: f64,
     targets: u64,
     micro_sum: f64,
+    /// Variants of documents, and the sum of their losses.
+    #[serde(default, skip_serializing_if = "none")]
+    variants: (u64, f64),
     batches: u64,
     l0_min: f64,
     l0_sum: f64,
@@ -30,6 +33,10 @@ pub struct Summary {
     pub std: f64,
 }
 
+fn none(variants: &(u64, f64)) -> bool {
+    variants.0 == 0
+}
+
 impl Epoch {
     pub fn new(policies: &[Policy]) -> Self {
         Epoch {
@@ -37,6 +44,7 @@ impl Epoch {
             macro_sum: 0.0,
             targets: 0,
             micro_sum: 0.0,
+            variants: (0, 0.0),
             batches: 0,
             l0_min: f64::MAX,
             l0_sum: 0.0,
@@ -51,13 +59,31 @@ impl Epoch {
         let routing = self.routing.iter().zip(policies);
         self.routing.len() == policies.len()
             && self.alarms.len() == policies.len()
-            && [self.sequences, self.targets, self.batches].iter().all(|count| *count < 1 << 48)
+            && [self.sequences, self.targets, self.batches, self.variants.0].iter().all(|count| *count < 1 << 48)
             && routing.into_iter().all(|(layer, policy)| layer.fits(policy.num_experts()))
     }
 
     /// Takes over the alarm counts of the epoch before, after its `routing`.
     pub fn keep_alarms(&mut self, before: &Epoch) {
         self.alarms.clone_from(&before.alarms);
+    }
+
+    /// Adds a batch of a phase, of which the documents from `originals` on are variants: they count for themselves.
+    pub fn add_batch(&mut self, batch: &Batch, document_losses: &[f64], micro_sum: f64, originals: usize, l0: f64) {
+        if batch.documents.iter().all(|document| *document < originals) {
+            return self.add(document_losses, micro_sum, batch.len(), l0);
+        }
+        let (mut losses, mut sum, mut targets) = (Vec::new(), 0.0, 0);
+        for ((document, loss), rows) in batch.documents.iter().zip(document_losses).zip(batch.offsets_b1.windows(2)) {
+            if *document < originals {
+                losses.push(*loss);
+                sum += loss * (rows[1] - rows[0]) as f64;
+                targets += rows[1] - rows[0];
+            } else {
+                self.variants = (self.variants.0 + 1, self.variants.1 + loss);
+            }
+        }
+        self.add(&losses, sum, targets, l0);
     }
 
     /// Adds a batch: the mean loss of each document, the summed loss and number of its targets, the activation gradient at the embedding.
@@ -89,6 +115,11 @@ impl Epoch {
 
     pub fn l0_mean(&self) -> f64 {
         self.l0_sum / self.batches.max(1) as f64
+    }
+
+    /// Mean over documents and their variants.
+    pub fn augmented_loss(&self) -> f64 {
+        (self.macro_sum + self.variants.1) / (self.sequences + self.variants.0).max(1) as f64
     }
 
     pub fn losses(&self, row: &mut Row, floor: Option<Floor>) {

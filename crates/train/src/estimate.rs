@@ -159,7 +159,7 @@ fn offsets(run: &Run, phase: &Phase) -> Vec<usize> {
     let batch_size = run.phase(phase.name).batch_size;
     let lengths = match &phase.data {
         PhaseData::Documents { train, .. } => longest(train, batch_size),
-        PhaseData::Text(_) => vec![run.data.block_size; batch_size],
+        PhaseData::Text(text) => vec![text.longest(); batch_size * run.data.block_size / text.longest()],
     };
     lengths.iter().fold(vec![0], |mut offsets, length| {
         offsets.push(offsets[offsets.len() - 1] + length);

@@ -1,6 +1,6 @@
 //! Evaluation: losses without gradients, and greedy answers compared token for token.
 
-use crate::data::{Batch, Document};
+use crate::data::{Batch, Document, Split, TextSource};
 use crate::dataset::{Dataset, Question};
 use model::generate::{Sampling, Weights};
 use model::transformer::{Context, Documents};
@@ -53,6 +53,12 @@ pub fn window_loss(weights: &Weights<'_>, batches: impl Iterator<Item = Batch>) 
         count += losses_n.len();
     }
     (count > 0).then(|| sum / count as f64)
+}
+
+/// Held-out loss of each length that a text run draws from, nats per token.
+pub fn losses_by_length(weights: &Weights<'_>, text: &TextSource, batches: usize) -> Vec<(usize, f64)> {
+    let loss = |length: usize| window_loss(weights, text.eval_batches_of(Split::Validation, length, batches));
+    text.lengths().iter().filter_map(|length| Some((*length, loss(*length)?))).collect()
 }
 
 /// Cross-entropy of every target of every document.

@@ -85,3 +85,56 @@ pub fn means(auxiliary: &[Auxiliary]) -> Vec<(&'static str, f64)> {
         })
         .collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use model::transformer::{Context, Documents};
+    use moe_router::Mode;
+    use tensor::{Arena, Engine};
+
+    /// Mean cross-entropy per token of `texts` as one batch, and its gradient.
+    fn gradient(model: &Transformer, params: &[f64], texts: &[&[u32]]) -> (f64, Vec<f64>) {
+        let (mut inputs, mut ids, mut offsets) = (Vec::new(), Vec::new(), vec![0]);
+        for text in texts {
+            inputs.extend_from_slice(&text[..text.len() - 1]);
+            ids.extend_from_slice(&text[1..]);
+            offsets.push(inputs.len());
+        }
+        let (arena, policies) = (Arena::default(), model.policies());
+        let mut tape = Tape::new(Engine::Cpu, params, &arena);
+        let documents = Documents::new(inputs, offsets);
+        let context = Context::Documents;
+        let output = model.forward(&mut tape, &documents, &policies, Mode::Train, context, &mut |_, _, _| {});
+        let targets = Targets { weights_n: vec![1.0; ids.len()].into(), ids_n: ids.into() };
+        let none = Losses { balance: 0.0, entropy: 0.0, budget: 0.0, z: 0.0, heads: 0.0 };
+        let found = loss(&mut tape, model, &output, &targets, &none, Share::WHOLE);
+        drop(output);
+        let mut flat = vec![0.0; params.len()];
+        tape.backward(&found.total, &mut flat);
+        (found.cross_entropy, flat)
+    }
+
+    /// Windows of several lengths in one batch: nothing leaks over an offset, and a token counts the same wherever it stands.
+    #[test]
+    fn the_gradient_of_mixed_lengths_is_the_token_weighted_sum_of_those_of_each() {
+        let config = r#"{"hidden_size": 16, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2,
+            "position": {"kind": "cope", "max": 5}, "heads": {"shared": 1, "routed": 3, "active": 2},
+            "router": {"kind": "top_p", "p": 0.4, "num_experts": 4, "expert_hidden_size": 6}}"#;
+        let model = Transformer::new(&serde_json::from_str(config).unwrap(), 11);
+        let params: Vec<f64> = model.initialise(3).into_iter().map(f64::from).collect();
+        let text: Vec<u32> = (0..60u32).map(|i| i * i % 11).collect();
+        let (short, middle, long) = ([&text[..4], &text[5..9]], [&text[9..18]], [&text[20..37], &text[40..57]]);
+        let whole = gradient(&model, &params, &[&short[..], &middle, &long].concat());
+        let (mut mean, mut sum, tokens) = (0.0, vec![0.0; params.len()], [6.0, 8.0, 32.0]);
+        for (texts, tokens) in [&short[..], &middle, &long].into_iter().zip(tokens) {
+            let (loss, part) = gradient(&model, &params, texts);
+            mean += loss * tokens / 46.0;
+            sum.iter_mut().zip(&part).for_each(|(sum, g)| *sum += g * tokens / 46.0);
+        }
+        assert!((whole.0 - mean).abs() < 1e-12, "{} {mean}", whole.0);
+        let norm = whole.1.iter().map(|g| g * g).sum::<f64>().sqrt();
+        let apart = whole.1.iter().zip(&sum).map(|(a, b)| (a - b).powi(2)).sum::<f64>().sqrt();
+        assert!(norm > 0.01 && apart < 1e-12 * norm, "{apart} of {norm}");
+    }
+}

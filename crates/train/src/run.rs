@@ -82,10 +82,33 @@ pub struct Data {
     pub max_length: usize,
     /// Tokens of each random piece of the text (text).
     pub block_size: usize,
+    /// Tokens of the pieces of a batch, one of these drawn for each update, in place of `block_size`; `batch_size` times `block_size` tokens stay in
+    /// a batch. Each has a held-out loss of its own. Empty = `block_size` alone (text).
+    pub lengths: Vec<usize>,
     /// Share of the data held out for evaluation, from 0 to below 1.
     pub val_fraction: f64,
     /// Draw a new order of the documents every epoch; false = file order (facts and chat).
     pub shuffle: bool,
+    /// Variants of the training documents (facts and chat).
+    pub augment: Augment,
+}
+
+/// Variants that are trained on beside the documents they are made of. They have no word that the documents lack, and none is a held-out item;
+/// `augmented.jsonl` of the run says what each was made of, and how. `loss` and `floor` stay those of the documents themselves.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Augment {
+    /// Variants of each document, at most 100; fewer where the rules give no more. They come after the documents in an epoch.
+    pub copies: usize,
+    /// Chance that a sentence takes another form of a template that fits it.
+    pub templates: f64,
+    /// Chance that a word with synonyms becomes one of them.
+    pub synonyms: f64,
+    /// Chance that a word of a question is left out (chat).
+    pub drop: f64,
+    /// JSON file of synonyms and templates; absent = the shipped one, made for the shipped documents.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub table: Option<PathBuf>,
 }
 
 /// How the parameters are updated.
@@ -96,6 +119,11 @@ pub struct Train {
     pub learning_rate: f64,
     /// Factor on the rate of each layer; `grad_norm` = clamp(sqrt(3 / norm of its gradient), 0.3, 3).
     pub lr_scale: LrScale,
+    /// How the rate follows the batch: `linear` = `batch_size` / `base_batch_size` times the rate (Goyal 2017), `sqrt` = its square root times
+    /// (Krizhevsky 2014).
+    pub batch_scaling: BatchScaling,
+    /// The batch size that `learning_rate` was chosen for (linear, sqrt).
+    pub base_batch_size: usize,
     /// Documents, or pieces of text, in a batch.
     pub batch_size: usize,
     /// Parts that a batch is computed in, one after the other, to save memory; from 1 to `batch_size`. Their gradients add up to the batch's.
@@ -190,6 +218,19 @@ pub enum LrScale {
     GradNorm,
     /// Nothing.
     None,
+}
+
+/// Rules that carry a learning rate from one batch size to another.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum BatchScaling {
+    /// The rate is `learning_rate` whatever the batch.
+    #[default]
+    None,
+    /// In proportion to the batch, for plain descent.
+    Linear,
+    /// With the square root of the batch, for Adam and its kind.
+    Sqrt,
 }
 
 /// Update rules.
@@ -460,6 +501,16 @@ impl Train {
     pub fn optimizer_settings(&self) -> optimizers::Settings {
         let Train { beta1, beta2, eps, weight_decay, momentum, trust, .. } = *self;
         optimizers::Settings { beta1, beta2, eps, weight_decay, momentum, trust }
+    }
+
+    /// The rate at the peak of the schedule: `learning_rate`, carried over to the batch.
+    pub fn peak_rate(&self) -> f64 {
+        let share = self.batch_size as f64 / self.base_batch_size as f64;
+        match self.batch_scaling {
+            BatchScaling::None => self.learning_rate,
+            BatchScaling::Linear => self.learning_rate * share,
+            BatchScaling::Sqrt => self.learning_rate * share.sqrt(),
+        }
     }
 
     /// Whether the rate of a layer depends on the norm of its gradient.

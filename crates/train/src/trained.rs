@@ -207,6 +207,9 @@ impl Trained {
                 if let crate::dataset::PhaseData::Text(text) = &phase.data {
                     let batches = text.eval_batches(crate::data::Split::Validation, run.eval.batches);
                     found.insert("eval_loss".into(), json!(evaluate::window_loss(&weights, batches)));
+                    for (length, loss) in evaluate::losses_by_length(&weights, text, run.eval.batches) {
+                        found.insert(format!("eval_loss_{length}"), json!(loss));
+                    }
                 }
             }
             for (name, value) in evaluate::questions(&weights, &dataset, dataset.longest_answer(run)) {

@@ -24,7 +24,7 @@ use crate::learner::{Learner, StepError};
 use crate::metrics::Row;
 use crate::optimizers::Optimizer;
 use crate::record::{Status, write_run_file};
-use crate::run::{OnNonfinite, OnSpike, Run, Train};
+use crate::run::{BatchScaling, OnNonfinite, OnSpike, Run, Train};
 use moe_router::Control;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -129,7 +129,7 @@ impl Trainer {
         let directory = RunDirectory::create(&disk, &run, out, parent, &dataset)?;
         let mut trainer = Trainer::assemble(run, dataset, learner, directory);
         trainer.event("run_started", format!("run {} started", trainer.id()))?;
-        trainer.event("phase_started", format!("phase {} started", trainer.phase_name()))?;
+        trainer.phase_started()?;
         Ok(trainer)
     }
 
@@ -359,7 +359,7 @@ impl Trainer {
             }
             let settings = self.settings();
             self.learner.carry_optimizer(&settings)?;
-            self.event("phase_started", format!("phase {} started", self.phase_name()))?;
+            self.phase_started()?;
         }
         if better {
             self.save_best()?;
@@ -400,9 +400,14 @@ impl Trainer {
         if settings.on_spike != OnSpike::Off {
             self.watch(&update, &settings)?;
         }
-        self.epoch.add(&update.document_losses, update.loss_sum, targets, update.activation_norms[0]);
+        let originals = self.dataset.phases[self.at.phase].originals;
+        let l0 = update.activation_norms[0];
+        self.epoch.add_batch(&batch, &update.document_losses, update.loss_sum, originals, l0);
         let mut row = self.row("train");
         row.integer("epoch", self.at.epoch + 1);
+        if !self.run.data.lengths.is_empty() {
+            row.integer("train/length", batch.offsets_b1[1] as u64);
+        }
         report::describe(&mut row, &update, rate);
         let seconds = started.elapsed().as_secs_f64();
         row.number("train/dt", seconds);
@@ -425,7 +430,7 @@ impl Trainer {
             PhaseData::Documents { .. } => self.at.epoch,
             PhaseData::Text(_) => self.at.phase_step,
         };
-        self.run.schedule(self.phase_name()).rate(settings.learning_rate, position)
+        self.run.schedule(self.phase_name()).rate(settings.peak_rate(), position)
     }
 
     /// Indices of the documents in the batch that comes next; none in a text phase, whose windows the step decides.
@@ -452,6 +457,22 @@ impl Trainer {
         self.directory.finish(Status::Completed, &self.results)?;
         self.done = true;
         Ok(())
+    }
+
+    /// Says that a phase begins, and its rate where that is not the one written down.
+    fn phase_started(&mut self) -> Result<(), TrainError> {
+        let settings = self.settings();
+        let scaled = match settings.batch_scaling {
+            BatchScaling::None => String::new(),
+            BatchScaling::Linear | BatchScaling::Sqrt => format!(
+                ", peak rate {} = {} for batches of {}, carried over to {}",
+                settings.peak_rate(),
+                settings.learning_rate,
+                settings.base_batch_size,
+                settings.batch_size
+            ),
+        };
+        self.event("phase_started", format!("phase {} started{scaled}", self.phase_name()))
     }
 
     fn row(&self, kind: &str) -> Row {
@@ -481,6 +502,7 @@ impl Texts {
         let mut config = run.clone();
         (config.name, config.threads, config.checkpoint) = (String::new(), 0, Default::default());
         (config.data.facts, config.data.chat, config.data.paraphrases, config.data.text) = (None, None, None, None);
+        config.data.augment.table = None;
         let tokenizer: Arc<[u8]> = dataset.tokenizer.to_bytes().into();
         let sources = dataset.sources.iter().map(|(role, source)| (role.to_string(), json!(source.sha256)));
         let fingerprints = Map::from_iter([
@@ -521,7 +543,11 @@ fn prepare(run: &Run) -> Result<(Dataset, Learner), TrainError> {
     let dataset = Dataset::load(run).map_err(|error| TrainError::Usage(error.to_string()))?;
     let inputs = dataset.longest() - 1;
     if let Some(max) = run.model.max_positions().filter(|max| *max < inputs) {
-        let remedy = "raise it or lower data.max_length";
+        let remedy = match (&run.data.text, run.data.lengths.is_empty()) {
+            (None, _) => "raise it or lower data.max_length",
+            (Some(_), true) => "raise it or lower data.block_size",
+            (Some(_), false) => "raise it or take the longest out of data.lengths",
+        };
         return Err(TrainError::Usage(format!(
             "model.position.max = {max}: the longest document has {inputs} inputs; {remedy}"
         )));
@@ -593,6 +619,10 @@ pub fn plan(run: &Run) -> Result<Map<String, Value>, TrainError> {
                 plan.insert(format!("{name}_documents_cut"), json!(train.cut));
                 plan.insert(format!("{name}_tokens_per_epoch"), json!(train.tokens() - train.documents.len()));
                 plan.insert(format!("{name}_floor"), json!(phase.floor.map(|floor| floor.macro_average)));
+                if let Some(floor) = phase.augmented_floor {
+                    plan.insert(format!("{name}_variants"), json!(train.documents.len() - phase.originals));
+                    plan.insert(format!("{name}_augmented_floor"), json!(floor.macro_average));
+                }
             }
             PhaseData::Text(text) => {
                 plan.insert(format!("{name}_tokens"), json!(text.part(Split::Train).len()));
@@ -600,6 +630,10 @@ pub fn plan(run: &Run) -> Result<Map<String, Value>, TrainError> {
             }
         }
         plan.insert(format!("{name}_steps"), json!(phase_steps(run, &dataset, number)));
+        let settings = run.phase(name);
+        if settings.batch_scaling != BatchScaling::None {
+            plan.insert(format!("{name}_peak_rate"), json!(settings.peak_rate()));
+        }
     }
     plan.insert("unknown_words".into(), json!(dataset.unknowns.count));
     // Parameters, gradients, and the moments of the optimizer.

@@ -12,6 +12,7 @@ use train::{TrainError, Trainer};
 const FACTS: &str = r#"["The Sun is a star . </s>", "The Moon is a rock . </s>", "Ice is cold water . </s>", "A star is hot . </s>", "Water is wet . </s>"]"#;
 const CHAT: &str = r#"["User: What is the Sun? Assistant: The Sun is a star. </s>", "User: What is ice? Assistant: Ice is cold water. </s>", "User: Is water wet? Assistant: Water is wet. </s>"]"#;
 const PARAPHRASES: &str = r#"["User: The Sun is what? Assistant: The Sun is a star. </s>"]"#;
+const RULES: &str = r#"{"synonyms": {"cold": ["hot"], "star": ["rock"], "wet": ["hot"]}, "templates": [{"from": "What is {a}?", "to": ["Is {a} the Sun?"]}]}"#;
 const TEXT: &str = "The Sun is a star. Ice is cold water. A star is hot; water is wet. The Moon is a rock. ";
 
 /// What must differ between the two runs.
@@ -44,6 +45,8 @@ const TEXT_RUN: &str = "data.text=@text.txt";
 const HELD_OUT: &[&str] = &["data.val_fraction=0.4", "eval.every=1", "train.epochs=4"];
 const HELD_OUT_STILL: &[&str] = &["data.val_fraction=0.4", "eval.every=1", "train.epochs=4", "train.learning_rate=0"];
 const HELD_OUT_PATIENT: &[&str] = &["data.val_fraction=0.4", "eval.every=1", "train.epochs=4", "train.patience=1"];
+/// A variant of each document by rules of its own.
+const AUGMENTED: &[&str] = &["data.augment.copies=1", "data.augment.table=@rules.json"];
 /// A text of one letter, soon known by heart, with a few others in the middle.
 const JUMP: &[&str] = &["data.text=@jump.txt", "train.max_steps=150"];
 
@@ -63,8 +66,14 @@ const CASES: &[(&str, &[&str], &[&str], Seen)] = &[
     ("data.tokenizer", &[TEXT_RUN], &["data.tokenizer=byte"], Weights),
     ("data.max_length", &[], &["data.max_length=5"], Weights),
     ("data.block_size", &[TEXT_RUN], &["data.block_size=7"], Weights),
+    ("data.lengths", &[TEXT_RUN], &["data.lengths=[3, 4]"], Weights),
     ("data.val_fraction", &[], &["data.val_fraction=0.4"], Weights),
     ("data.shuffle", &[], &["data.shuffle=true"], Weights),
+    ("data.augment.copies", &[], AUGMENTED, Weights),
+    ("data.augment.templates", AUGMENTED, &["data.augment.templates=0"], Weights),
+    ("data.augment.synonyms", AUGMENTED, &["data.augment.synonyms=0"], Weights),
+    ("data.augment.drop", AUGMENTED, &["data.augment.drop=0.5"], Weights),
+    ("data.augment.table", AUGMENTED, &["data.augment.table=@rules2.json"], Weights),
     ("model.hidden_size", &[], &["model.hidden_size=24"], Weights),
     ("model.num_layers", &[], &["model.num_layers=1"], Weights),
     ("model.num_heads", &["model.heads.routed=0"], &["model.num_heads=2"], Weights),
@@ -91,6 +100,8 @@ const CASES: &[(&str, &[&str], &[&str], Seen)] = &[
     ("model.router.k", &[TOP_K], &["model.router.k=1"], Weights),
     ("train.learning_rate", &[], &["train.learning_rate=0.001"], Weights),
     ("train.lr_scale", &[], &["train.lr_scale=none"], Weights),
+    ("train.batch_scaling", &[], &["train.batch_scaling=linear"], Weights),
+    ("train.base_batch_size", &["train.batch_scaling=sqrt"], &["train.base_batch_size=4"], Weights),
     ("train.batch_size", &[], &["train.batch_size=3"], Weights),
     ("train.accumulate", &[SPARSE], &["train.accumulate=2"], Weights),
     ("train.epochs", &[], &["train.epochs=3"], Weights),
@@ -164,6 +175,8 @@ fn write_data(folder: &Path) {
         ("paraphrases.json", PARAPHRASES.to_string()),
         ("text.txt", TEXT.repeat(2)),
         ("text2.txt", TEXT.repeat(3)),
+        ("rules.json", RULES.to_string()),
+        ("rules2.json", RULES.replace("hot", "wet")),
         ("jump.txt", format!("{0}bcdefgh{0}", "a".repeat(150))),
     ] {
         fs::write(folder.join(name), text).unwrap();
@@ -326,6 +339,8 @@ const MENUS: &[(&str, &[&str])] = &[
     ),
     ("train.learning_rate", &["0", "1e-3", "1e30", "-1", "nan"]),
     ("train.lr_scale", &["none", "grad_norm"]),
+    ("train.batch_scaling", &["none", "linear", "sqrt", "cubic"]),
+    ("train.base_batch_size", &["0", "1", "1000000000"]),
     ("train.batch_size", &["0", "1", "2", "7", "1000000000"]),
     ("train.accumulate", &["1", "2", "8"]),
     ("train.epochs", &["1", "2", "1000000000", "0"]),
@@ -364,8 +379,12 @@ const MENUS: &[(&str, &[&str])] = &[
     ("data.max_length", &["0", "1", "2", "3", "1000000000", "9223372036854775807"]),
     ("data.val_fraction", &["0", "0.5", "0.999999", "1"]),
     ("data.shuffle", &["true"]),
+    ("data.augment.copies", &["0", "1", "101"]),
+    ("data.augment.table", &["@rules.json", "@text.txt", "@none.json"]),
+    ("data.augment.drop", &["0", "1", "2"]),
     ("data.text", &["@text.txt", "@none.txt"]),
     ("data.block_size", &["1", "5", "1000000", "1000000000"]),
+    ("data.lengths", &["[]", "[1]", "[1, 3]", "[0]", "[1000000000]", "[2, 2]"]),
     ("data.tokenizer", &["byte", "char", "word", "@text.txt"]),
     ("engine", &["cpu", "reference", "torch"]),
     ("dtype", &["f32", "bf16", "f64"]),

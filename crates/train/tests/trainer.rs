@@ -150,6 +150,7 @@ fn a_run_killed_after_any_row_ends_with_the_bytes_of_one_that_never_stopped() {
     let text: Vec<String> = [
         &*text,
         "data.block_size=12",
+        "data.lengths=[4, 8, 24]",
         "data.val_fraction=0.2",
         "model.hidden_size=16",
         "model.num_layers=1",

@@ -138,6 +138,22 @@ impl DocumentSet {
         Ok(set)
     }
 
+    /// Adds texts of known words, such as variants of items.
+    pub fn extend<'t>(
+        &mut self,
+        texts: impl Iterator<Item = &'t str>,
+        tokenizer: &Tokenizer,
+        max_length: usize,
+    ) -> Result<(), DataError> {
+        for text in texts {
+            let mut tokens = tokenizer.encode(text)?;
+            self.cut += usize::from(tokens.len() > max_length);
+            tokens.truncate(max_length);
+            self.documents.push(Document { tokens });
+        }
+        Ok(())
+    }
+
     /// The documents `indices` as one batch, in that order. Weights: 1/targets of the document, so that Σ w CE / Σ w is the mean over documents
     /// of per-document means.
     pub fn batch(&self, indices: &[usize]) -> Batch {
@@ -256,6 +272,8 @@ pub struct TextSource {
     /// The first `train_tokens` are for training, the rest for validation.
     train_tokens: usize,
     block_size: usize,
+    /// Window lengths to draw from at each step; empty = `block_size` alone.
+    lengths: Vec<usize>,
     batch_size: usize,
     seed: u64,
 }
@@ -278,15 +296,27 @@ impl TextSource {
             }
         }
         let train_tokens = (tokens.len() as f64 * (1.0 - val_fraction)) as usize;
-        let source = TextSource { tokens, train_tokens, block_size, batch_size, seed };
+        let source = TextSource { tokens, train_tokens, block_size, lengths: Vec::new(), batch_size, seed };
+        source.check_length(file, "block_size", block_size)?;
+        Ok(source)
+    }
+
+    /// Windows of one of `lengths`, drawn for each step, in place of `block_size`. Each must divide the tokens of a batch.
+    pub fn with_lengths(self, file: &str, lengths: &[usize]) -> Result<Self, DataError> {
+        lengths.iter().try_for_each(|length| self.check_length(file, "lengths", *length))?;
+        Ok(TextSource { lengths: lengths.to_vec(), ..self })
+    }
+
+    /// Each part that exists must hold a window of `length` targets.
+    fn check_length(&self, file: &str, key: &'static str, length: usize) -> Result<(), DataError> {
         for (split, part) in [(Split::Train, "training"), (Split::Validation, "validation")] {
-            let tokens = source.part(split).len();
-            if tokens <= block_size && (split == Split::Train || val_fraction > 0.0) {
-                let (file, needed) = (file.to_string(), block_size.saturating_add(1));
-                return Err(DataError::TextTooShort { file, part, tokens, block_size, needed });
+            let tokens = self.part(split).len();
+            if tokens <= length && (split == Split::Train || self.has_validation()) {
+                let (file, needed) = (file.to_string(), length.saturating_add(1));
+                return Err(DataError::TextTooShort { file, part, tokens, key, length, needed });
             }
         }
-        Ok(source)
+        Ok(())
     }
 
     /// The tokens of a part.
@@ -298,9 +328,22 @@ impl TextSource {
         }
     }
 
-    /// Targets in a window.
-    pub fn block_size(&self) -> usize {
-        self.block_size
+    /// Lengths that are drawn from; none where every window has `block_size` targets.
+    pub fn lengths(&self) -> &[usize] {
+        &self.lengths
+    }
+
+    /// Targets in the longest window that is trained or evaluated on.
+    pub fn longest(&self) -> usize {
+        self.lengths.iter().copied().fold(self.block_size, usize::max)
+    }
+
+    /// Targets in each window of the training batch of `step`.
+    pub fn length(&self, step: u64) -> usize {
+        match self.lengths.len() {
+            0 => self.block_size,
+            count => self.lengths[Random::new(self.seed, Purpose::Length).below(step, 0, count)],
+        }
     }
 
     /// Whether a part is held out.
@@ -308,25 +351,30 @@ impl TextSource {
         self.train_tokens < self.tokens.len()
     }
 
-    /// The training batch of `step`: `batch_size` windows, every weight 1.
+    /// The training batch of `step`: windows with `batch_size` · `block_size` targets in all, every weight 1.
     pub fn batch(&self, step: u64) -> Batch {
-        self.windows(Split::Train, self.seed, step, 0)
+        self.windows(Split::Train, self.length(step), self.seed, step, 0)
     }
 
     /// Fixed batches for evaluation: the same at every call and for every seed, so that runs compare on equal windows; from streams that training
     /// does not use. Of the training part if nothing is held out.
     pub fn eval_batches(&self, split: Split, count: usize) -> impl Iterator<Item = Batch> + '_ {
-        let split = if self.has_validation() { split } else { Split::Train };
-        (0..count as u64).map(move |index| self.windows(split, EVALUATION_SEED, index, EVALUATION))
+        self.eval_batches_of(split, self.block_size, count)
     }
 
-    fn windows(&self, split: Split, seed: u64, step: u64, stream: u64) -> Batch {
+    /// The same in windows of `length` targets, which must divide the tokens of a batch.
+    pub fn eval_batches_of(&self, split: Split, length: usize, count: usize) -> impl Iterator<Item = Batch> + '_ {
+        let split = if self.has_validation() { split } else { Split::Train };
+        (0..count as u64).map(move |index| self.windows(split, length, EVALUATION_SEED, index, EVALUATION))
+    }
+
+    fn windows(&self, split: Split, length: usize, seed: u64, step: u64, stream: u64) -> Batch {
         let random = Random::new(seed, Purpose::DataOrder);
         let tokens = self.part(split);
         let mut batch = Batch::empty();
-        for window in 0..self.batch_size as u64 {
-            let start = random.below(step, stream | window, tokens.len() - self.block_size);
-            batch.push(start, &tokens[start..=start + self.block_size], 1.0);
+        for window in 0..(self.batch_size * self.block_size / length) as u64 {
+            let start = random.below(step, stream | window, tokens.len() - length);
+            batch.push(start, &tokens[start..=start + length], 1.0);
         }
         batch
     }
@@ -437,7 +485,7 @@ mod tests {
     fn text_windows_are_nanogpts() {
         let text = TextSource::new("t.txt", (0..1_115_394).collect(), 0.1, 64, 12, 5).unwrap();
         assert_eq!(
-            (text.block_size(), text.part(Split::Train).len(), text.part(Split::Validation).len()),
+            (text.longest(), text.part(Split::Train).len(), text.part(Split::Validation).len()),
             (64, 1_003_854, 111_540)
         );
         let batch = text.batch(17);
@@ -464,12 +512,49 @@ mod tests {
     #[test]
     fn every_window_of_a_short_text_is_drawn() {
         let text = TextSource::new("t.txt", vec![5, 6, 7, 8, 9], 0.0, 2, 50, 1).unwrap();
+        assert_eq!((text.longest(), text.length(3), text.lengths().len()), (2, 2, 0));
         let mut starts = text.batch(0).documents;
         starts.sort_unstable();
         starts.dedup();
         assert_eq!(starts, [0, 1, 2]);
         assert!(!text.has_validation());
         assert!(text.eval_batches(Split::Validation, 1).all(|b| b.targets_n.iter().all(|&t| t > 5)));
+    }
+
+    #[test]
+    fn lengths_are_drawn_by_step_and_keep_the_tokens_of_a_batch() {
+        let text = |seed| TextSource::new("t.txt", (0..9000).collect(), 0.1, 64, 6, seed).unwrap();
+        let mixed = text(5).with_lengths("t.txt", &[32, 64, 128]).unwrap();
+        assert_eq!((mixed.longest(), mixed.lengths()), (128, &[32, 64, 128][..]));
+        let lengths: Vec<usize> = (0..300).map(|step| mixed.length(step)).collect();
+        for length in [32, 64, 128] {
+            let count = lengths.iter().filter(|l| **l == length).count();
+            assert!((70..130).contains(&count), "{length}: {count} of 300");
+        }
+        assert_ne!(
+            lengths,
+            (0..300)
+                .map(|step| text(6).with_lengths("t.txt", &[32, 64, 128]).unwrap().length(step))
+                .collect::<Vec<_>>()
+        );
+        for (step, length) in lengths.iter().enumerate().take(20) {
+            let batch = mixed.batch(step as u64);
+            assert_eq!((batch.len(), batch.total_weight()), (6 * 64, 384.0));
+            assert!(batch.offsets_b1.windows(2).all(|rows| rows[1] - rows[0] == *length));
+            assert_eq!(mixed.batch(step as u64), batch);
+        }
+        // The same windows as without lengths where the length is the block's, in training and in evaluation.
+        let step = lengths.iter().position(|length| *length == 64).unwrap() as u64;
+        assert_eq!(mixed.batch(step), text(5).batch(step));
+        let first = |source: &TextSource| source.eval_batches(Split::Validation, 1).next().unwrap();
+        assert_eq!(first(&mixed), first(&text(5)));
+        let long = mixed.eval_batches_of(Split::Validation, 128, 2).last().unwrap();
+        assert_eq!((long.len(), long.documents.len()), (384, 3));
+        let message = text(5).with_lengths("t.txt", &[64, 900]).unwrap_err().to_string();
+        assert!(
+            message.contains("data.lengths = 900 needs at least 901; use a longer text or a smaller lengths"),
+            "{message}"
+        );
     }
 
     #[test]

@@ -264,7 +264,7 @@ fn kind_of(value: &Value) -> &'static str {
     }
 }
 
-fn source(name: &str, bytes: &[u8]) -> Source {
+pub(crate) fn source(name: &str, bytes: &[u8]) -> Source {
     Source { name: name.to_string(), bytes: bytes.len() as u64, sha256: sha256(bytes) }
 }
 

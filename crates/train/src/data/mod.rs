@@ -1,6 +1,7 @@
 //! From files to batches: `corpus` reads, `tokenizer` cuts into ids, `batch` makes ragged batches, `floor` says how low a loss can be on them,
 //! `statistics` reports what is in the files.
 
+pub mod augment;
 pub mod batch;
 pub mod corpus;
 pub mod floor;
@@ -58,15 +59,21 @@ pub enum DataError {
     #[error("data.val_fraction = {value} is not in the range from 0 up to, but without, 1; choose a value such as 0.1")]
     BadFraction { value: String },
     #[error(
-        "{file}: the {part} part has {tokens} tokens but data.block_size = {block_size} needs at least {needed}; use a longer text or a smaller block_size"
+        "{file}: the {part} part has {tokens} tokens but data.{key} = {length} needs at least {needed}; use a longer text or a smaller {key}"
     )]
-    TextTooShort { file: String, part: &'static str, tokens: usize, block_size: usize, needed: usize },
+    TextTooShort { file: String, part: &'static str, tokens: usize, key: &'static str, length: usize, needed: usize },
     #[error(
         "{file}: not a usable tokenizer file ({reason}); use \"word\", \"char\", \"byte\" or a valid tokenizer.json"
     )]
     BadTokenizer { file: String, reason: String },
     #[error("{file}: the tokenizer failed on a text of {bytes} bytes ({reason}); use another tokenizer.json")]
     TokenizerFailed { file: String, bytes: usize, reason: String },
+    #[error("{file}: not a table for data.augment ({reason}); see data/augment.json for its form")]
+    BadTable { file: String, reason: String },
+    #[error(
+        "{file}: none of its rules makes a new document of known words; raise data.augment.synonyms or use a table for these data"
+    )]
+    NoVariants { file: String },
     #[error("{file}: cannot be written ({reason}); check the folder, the permissions and the free space")]
     Unwritable { file: String, reason: String },
 }

@@ -1,7 +1,8 @@
 //! The default of every value: the baseline's, where it has one.
 
 use super::{
-    Checkpoint, Data, Eval, Losses, LrScale, OnNonfinite, OnSpike, Optimizer, Phases, Run, Schedule, Train, Warmup,
+    Augment, BatchScaling, Checkpoint, Data, Eval, Losses, LrScale, OnNonfinite, OnSpike, Optimizer, Phases, Run,
+    Schedule, Train, Warmup,
 };
 use tensor::{Engine, Precision};
 
@@ -36,9 +37,17 @@ impl Default for Data {
             tokenizer: "word".into(),
             max_length: 80,
             block_size: 64,
+            lengths: Vec::new(),
             val_fraction: 0.0,
             shuffle: false,
+            augment: Augment::default(),
         }
+    }
+}
+
+impl Default for Augment {
+    fn default() -> Self {
+        Self { copies: 0, templates: 0.5, synonyms: 0.3, drop: 0.0, table: None }
     }
 }
 
@@ -47,6 +56,8 @@ impl Default for Train {
         Self {
             learning_rate: 1e-4,
             lr_scale: LrScale::default(),
+            batch_scaling: BatchScaling::default(),
+            base_batch_size: 8,
             batch_size: 8,
             accumulate: 1,
             epochs: 100,

@@ -24,8 +24,9 @@ const fn choice(
 /// Schedules that follow a warm-up.
 const WARMED: &[&str] = &["cosine", "constant", "linear", "polynomial", "wsd", "sgdr"];
 
-pub(super) const CHOICES: [Choice; 14] = [
+pub(super) const CHOICES: [Choice; 15] = [
     choice("model.position", "kind", "max", &["cope", "learned"]),
+    choice("train", "batch_scaling", "base_batch_size", &["linear", "sqrt"]),
     choice("train", "schedule", "min_lr_ratio", &["cosine", "linear", "polynomial", "wsd", "sgdr"]),
     choice("train", "schedule", "power", &["polynomial"]),
     choice("train", "schedule", "decay_share", &["wsd"]),
@@ -42,20 +43,22 @@ pub(super) const CHOICES: [Choice; 14] = [
 ];
 
 /// Keys without a meaning in a text run, and in a run on documents.
-pub(super) const OF_DOCUMENTS: [&str; 8] = [
+pub(super) const OF_DOCUMENTS: [&str; 9] = [
     "data.facts",
     "data.chat",
     "data.paraphrases",
     "data.shuffle",
+    "data.augment",
     "train.epochs",
     "train.warmup_epochs",
     "phase.facts",
     "phase.chat",
 ];
-pub(super) const OF_TEXT: [&str; 7] = [
+pub(super) const OF_TEXT: [&str; 8] = [
     "data.text",
     "data.tokenizer",
     "data.block_size",
+    "data.lengths",
     "train.max_steps",
     "train.warmup_steps",
     "eval.batches",

@@ -192,8 +192,12 @@ fn checked(label: String, mut table: Table, base: &Path) -> Result<Layer, Config
 
 fn absolute_paths(data: &mut Table, base: &Path) -> Vec<Problem> {
     let mut problems = Vec::new();
-    for key in ["facts", "chat", "paraphrases", "text", "tokenizer"] {
-        let Some(Value::String(path)) = data.get_mut(key) else { continue };
+    for key in ["facts", "chat", "paraphrases", "text", "tokenizer", "augment.table"] {
+        let place = match key.split_once('.') {
+            Some((table, key)) => data.get_mut(table).and_then(|table| table.get_mut(key)),
+            None => data.get_mut(key),
+        };
+        let Some(Value::String(path)) = place else { continue };
         if key == "tokenizer" && ["word", "char", "byte"].contains(&path.as_str()) {
             continue;
         }

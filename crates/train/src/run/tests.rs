@@ -189,6 +189,8 @@ fn every_range_is_checked() {
         ("train.batch_size=1_000_000_000", "train.batch_size"),
         ("train.accumulate=0", "train.accumulate"),
         ("train.accumulate=9", "train.accumulate"),
+        ("train={batch_scaling='sqrt',base_batch_size=0}", "train.base_batch_size"),
+        ("train.base_batch_size=4", "train.base_batch_size"),
         ("train.epochs=0", "train.epochs"),
         ("train.epochs=1_000_000_001", "train.epochs"),
         ("train.warmup_epochs=1_000_000_001", "train.warmup_epochs"),
@@ -211,7 +213,12 @@ fn every_range_is_checked() {
         ("phase.chat.train.batch_size=0", "phase.chat.train.batch_size"),
         ("phase.facts.train.learning_rate=-1", "phase.facts.train.learning_rate"),
         ("phase.text.train.batch_size=4", "phase.text"),
+        ("data.augment.copies=101", "data.augment.copies"),
+        ("data.augment={copies=1,drop=1.1}", "data.augment.drop"),
+        ("data.augment={copies=1,templates=0,synonyms=0}", "data.augment.copies"),
         // no effect, so refused
+        ("data.augment.drop=0.1", "data.augment.drop"),
+        ("data.augment.table='t.json'", "data.augment.table"),
         ("model.position={kind='rope',max=10}", "model.position.max"),
         ("train.momentum=0.5", "train.momentum"),
         ("train={optimizer='sgd',beta1=0.5}", "train.beta1"),
@@ -219,6 +226,7 @@ fn every_range_is_checked() {
         ("phase.chat.train.momentum=0.9", "phase.chat.train.momentum"),
         ("phase.chat.train.max_steps=9", "phase.chat.train.max_steps"),
         ("data.block_size=9", "data.block_size"),
+        ("data.lengths=[32]", "data.lengths"),
         ("train.max_steps=9", "train.max_steps"),
         ("train.warmup_steps=9", "train.warmup_steps"),
         ("eval.batches=9", "eval.batches"),
@@ -228,6 +236,9 @@ fn every_range_is_checked() {
         assert_eq!(keys, BTreeSet::from([key]), "{bad}: {problems:?}");
     }
     for bad in [
+        "data.lengths=[64, 30]",
+        "data.lengths=[0]",
+        "data.lengths=[32, 64, 32]",
         "data.block_size=0",
         "train.max_steps=0",
         "train.warmup_steps=1_000_000_001",
@@ -243,6 +254,21 @@ fn every_range_is_checked() {
     assert_eq!(refused.iter().map(|p| p.key.as_str()).collect::<Vec<_>>(), ["dtype"]);
     assert_eq!(good("", &["dtype=bf16"]).dtype, tensor::Precision::Bf16);
     good("", &["train.learning_rate=0", "threads=64"]);
+}
+
+#[test]
+fn a_rate_is_carried_over_to_the_batch_of_its_phase() {
+    let peaks = |sets: &[&str]| {
+        let base = ["train.learning_rate=0.001", "train.batch_size=32", "phase.chat.train.batch_size=2"];
+        let run = good("", &[&base[..], sets].concat());
+        ["facts", "chat"].map(|name| run.phase(name).peak_rate())
+    };
+    assert_eq!(peaks(&[]), [1e-3, 1e-3]);
+    assert_eq!(peaks(&["train.batch_scaling=linear"]), [4e-3, 2.5e-4]);
+    assert_eq!(peaks(&["train.batch_scaling=sqrt"]), [2e-3, 5e-4]);
+    assert_eq!(peaks(&["train.batch_scaling=sqrt", "train.base_batch_size=2"]), [4e-3, 1e-3]);
+    let chat = ["phase.chat.train.batch_scaling=linear", "phase.chat.train.base_batch_size=1"];
+    assert_eq!(peaks(&chat), [1e-3, 2e-3]);
 }
 
 #[test]

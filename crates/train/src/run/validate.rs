@@ -1,7 +1,7 @@
 //! What makes the values of a run good: ranges and combinations, all problems at once.
 
 use super::merge::{CHOICES, OF_DOCUMENTS, OF_TEXT, overridden};
-use super::{ConfigError, Optimizer, Problem, Run, Train, schema};
+use super::{Augment, ConfigError, Optimizer, Problem, Run, Train, schema};
 use model::config::MAX_NUMBERS;
 use tensor::{Engine, Precision};
 use toml::{Table, Value};
@@ -10,6 +10,10 @@ use toml::{Table, Value};
 const MAX_COUNT: u64 = 1_000_000_000;
 const MAX_THREADS: usize = 1024;
 const MAX_NAME: usize = 100;
+/// Lengths that are evaluated one by one.
+const MAX_LENGTHS: usize = 16;
+/// Variants of a document.
+const MAX_COPIES: usize = 100;
 
 /// Problems as (dotted key, message).
 #[derive(Default)]
@@ -45,6 +49,8 @@ pub(super) fn validate(run: &Run) -> Result<(), ConfigError> {
     general(run, &mut found);
     torch(run, &mut found);
     data(run, &mut found);
+    augment(run, &mut found);
+    lengths(run, &mut found);
     found.0.extend(run.model.problems().into_iter().map(|p| (format!("model.{}", p.key), p.message)));
     phases(run, &mut found);
     measures(run, &mut found);
@@ -122,6 +128,42 @@ fn data(run: &Run, found: &mut Found) {
     found.require(share, "data.val_fraction", "must be in [0, 1); set it to 0.1, say");
 }
 
+/// Every length must fill a batch of as many tokens.
+fn lengths(run: &Run, found: &mut Found) {
+    let (lengths, block) = (&run.data.lengths, run.data.block_size);
+    let tokens = run.phase("text").batch_size.saturating_mul(block);
+    let fits = |length: &usize| *length > 0 && tokens.is_multiple_of(*length);
+    if let Some(length) = lengths.iter().find(|length| !fits(length)) {
+        let message =
+            format!("must divide the tokens of a batch, train.batch_size · data.block_size = {tokens}, not {length}");
+        found.require(run.data.text.is_none(), "data.lengths", message);
+    }
+    let distinct = lengths.iter().enumerate().all(|(i, length)| !lengths[..i].contains(length));
+    found.require(distinct, "data.lengths", "must not list a length twice");
+    found.require(lengths.len() <= MAX_LENGTHS, "data.lengths", format!("must list at most {MAX_LENGTHS} lengths"));
+}
+
+fn augment(run: &Run, found: &mut Found) {
+    let (augment, plain) = (&run.data.augment, Augment::default());
+    found.require(augment.copies <= MAX_COPIES, "data.augment.copies", format!("must be at most {MAX_COPIES}"));
+    let mut chances = 0.0;
+    for (key, chance, default) in [
+        ("templates", augment.templates, plain.templates),
+        ("synonyms", augment.synonyms, plain.synonyms),
+        ("drop", augment.drop, plain.drop),
+    ] {
+        let key = format!("data.augment.{key}");
+        found.require((0.0..=1.0).contains(&chance), key.as_str(), "must be in [0, 1]; set it to 0.3, say");
+        let used = augment.copies > 0 || chance == default;
+        found.require(used, key, "has no effect with copies = 0; set data.augment.copies to 1, say");
+        chances += chance;
+    }
+    let message = "has no effect with copies = 0; set data.augment.copies to 1, say";
+    found.require(augment.copies > 0 || augment.table.is_none(), "data.augment.table", message);
+    let message = "needs a rule: set data.augment.templates or synonyms above 0";
+    found.require(augment.copies == 0 || chances > 0.0, "data.augment.copies", message);
+}
+
 fn phases(run: &Run, found: &mut Found) {
     train(&run.train, &|key| format!("train.{key}"), found);
     for name in ["facts", "chat", "text"] {
@@ -148,6 +190,7 @@ fn train(train: &Train, name: &dyn Fn(&str) -> String, found: &mut Found) {
     let rate = "must be a finite number, 0 or more; set it to 1e-4, say";
     found.require(zero_or_more(t.learning_rate), name("learning_rate"), rate);
     for (key, count, least) in [
+        ("base_batch_size", t.base_batch_size as u64, 1),
         ("batch_size", t.batch_size as u64, 1),
         ("accumulate", t.accumulate as u64, 1),
         ("epochs", t.epochs, 1),

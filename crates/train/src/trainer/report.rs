@@ -48,12 +48,20 @@ impl Trainer {
                 self.results.insert("experts_std".into(), json!(summary.std));
             }
         }
-        let floor = self.dataset.phases[self.at.phase].floor;
+        let phase = &self.dataset.phases[self.at.phase];
         let mut row = self.row("eval");
         row.integer("epoch", self.at.epoch);
-        finished.losses(&mut row, floor);
+        finished.losses(&mut row, phase.floor);
+        if let Some(floor) = phase.augmented_floor {
+            row.number("epoch/augmented_loss", finished.augmented_loss());
+            row.number("epoch/augmented_floor", floor.macro_average);
+            if last {
+                self.results.insert("augmented_loss".into(), json!(finished.augmented_loss()));
+                self.results.insert("augmented_floor".into(), json!(floor.macro_average));
+            }
+        }
         if last {
-            let floor = floor.map(|floor| floor.macro_average);
+            let floor = phase.floor.map(|floor| floor.macro_average);
             self.results.insert("loss".into(), json!(finished.macro_loss()));
             self.results.insert("loss_micro".into(), json!(finished.micro_loss()));
             self.results.insert("floor".into(), json!(floor));
@@ -67,6 +75,12 @@ impl Trainer {
                     self.results.insert(result_name(name, self.phase_name()).into(), value.clone());
                 }
                 row.value(name, value);
+            }
+            for (length, loss) in self.held_out_by_length() {
+                if last {
+                    self.results.insert(format!("eval_loss_{length}"), json!(loss));
+                }
+                row.number(&format!("eval/loss_{length}"), loss);
             }
             self.sample()?;
         }
@@ -115,6 +129,13 @@ impl Trainer {
                 self.mean_weights().and_then(|weights| loss(&weights)).map(|mean| ("eval/ema_loss", json!(mean)));
             raw.into_iter().chain(mean).collect()
         })
+    }
+
+    /// Held-out losses of the lengths of a text run that draws several.
+    fn held_out_by_length(&self) -> Vec<(usize, f64)> {
+        let PhaseData::Text(text) = &self.dataset.phases[self.at.phase].data else { return Vec::new() };
+        let weights = self.learner.weights();
+        self.learner.pool.install(|| evaluate::losses_by_length(&weights, text, self.run.eval.batches))
     }
 
     /// The running mean of the parameters in place of them.
