@@ -1,6 +1,6 @@
 //! Continues a document token by token, with cached keys and values or by re-running the whole prefix.
 
-use crate::transformer::{Context, Documents, LayerCache, Transformer};
+use crate::transformer::{Context, Documents, LayerCache, Transformer, unwatched};
 use moe_router::{Mode, Policy};
 use tensor::ops::linear::linear;
 use tensor::random::Purpose;
@@ -58,7 +58,7 @@ impl Weights<'_> {
         let mut tape = Tape::inference(self.engine, self.params, &arena).with_precision(self.precision);
         let documents = Documents::new(tokens.to_vec(), vec![0, tokens.len()]);
         let model = self.transformer;
-        let output = model.forward(&mut tape, &documents, self.policies, Mode::Evaluate, context, &mut |_, _, _| {});
+        let output = model.forward(&mut tape, &documents, self.policies, Mode::Evaluate, context, unwatched());
         let (n, d) = (output.hidden_nd.rows(), output.hidden_nd.width());
         let hidden = if last_only && n > 0 {
             tape.constant(&output.hidden_nd.data()[(n - 1) * d..], 1, d)

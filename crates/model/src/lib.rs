@@ -1,6 +1,7 @@
 //! The transformer on one page, its configuration, and generation.
 #![forbid(unsafe_code)]
 
+mod block;
 pub mod config;
 pub mod generate;
 #[cfg(feature = "torch")]

@@ -1,23 +1,20 @@
-//! The transformer on one page: parameters, initialisation, embedding -> blocks -> final norm. Pre-LN, RMSNorm, SwiGLU or sparse experts, contextual
-//! (CoPE), rotary, learned or no positions, grouped queries, mixture of heads, window.
+//! The transformer on one page: parameters, initialisation, embedding -> blocks (block.rs) -> final norm. Pre-LN, RMSNorm, SwiGLU or sparse experts,
+//! contextual (CoPE), rotary, learned or no positions, grouped queries, mixture of heads, window.
 //!
 //! n tokens of all documents of a batch one after the other (ragged, no padding), d width, h heads, e experts, v vocabulary.
 
+use crate::block::Pass;
+pub(crate) use crate::block::{Block, FeedForward, Heads};
+pub use crate::block::{ExpertTrace, HeadTrace, LayerCache};
 use crate::config::{Model, PositionKind};
-use moe_router::{Mode, Policy, RouterInput, Routing, node};
+use moe_router::{Mode, Policy};
+use std::rc::Rc;
 use std::sync::Arc;
 use tensor::kernels::parallel;
-use tensor::ops::attention::{Attention, Mixture, Position, attention, decode};
-use tensor::ops::{
-    combine::add,
-    embedding::embedding,
-    experts::experts,
-    linear::{linear, linears},
-    rms_norm::rms_norm,
-    swiglu::swiglu,
-};
+use tensor::ops::attention::{Attention, Position};
+use tensor::ops::{combine::add, embedding::embedding, rms_norm::rms_norm};
 use tensor::random::Purpose;
-use tensor::{Layout, Param, Precision, Random, Real, Tape, Value};
+use tensor::{Layout, Param, Random, Real, Tape, Value};
 
 /// Standard deviation of the mixture-of-heads routers at the start: logits near zero, all heads nearly alike.
 const HEAD_ROUTER_STD: f64 = 0.02;
@@ -44,36 +41,10 @@ impl Documents {
     }
 }
 
-/// Keys and values of one layer for decoding, one row per past token.
-#[derive(Clone, Debug, Default)]
-pub struct LayerCache<T> {
-    keys: Vec<T>,
-    values: Vec<T>,
-}
-
 /// What attention looks back on: the documents of the batch, or one growing document.
 pub enum Context<'c, T> {
     Documents,
     Cache(&'c mut [LayerCache<T>]),
-}
-
-/// What a sparse layer decided, for losses and statistics.
-#[derive(Clone, Debug)]
-pub struct ExpertTrace<T: Real> {
-    pub layer: usize,
-    pub scores_ne: Value<T>,
-    pub weights_a: Value<T>,
-    /// Mean over tokens of the sum of soft gates, [1, 1], where the threshold is learned.
-    pub gates: Option<Value<T>>,
-    pub routing: Arc<Routing>,
-}
-
-/// What the mixture of heads of a layer decided.
-#[derive(Clone, Debug)]
-pub struct HeadTrace<T: Real> {
-    pub layer: usize,
-    pub routed_nh: Value<T>,
-    pub selection: Arc<moe_router::heads::Selection>,
 }
 
 /// Result of a forward pass: the final norm's output (logits are `linear` of it with `Transformer::output`) and every routing decision.
@@ -84,31 +55,13 @@ pub struct Output<T: Real> {
 }
 
 /// Called with (flat layer, value) at the input of each flat layer (0 embedding output, then per block: attention sublayer, normed input of
-/// attention, feed-forward sublayer, normed input of the feed-forward; final norm; output projection).
-pub type Watch<'w, 'a, T> = &'w mut dyn FnMut(&mut Tape<'a, T>, usize, &Value<T>);
+/// attention, feed-forward sublayer, normed input of the feed-forward; final norm; output projection). A block that is replayed on the walk
+/// back calls it twice: first on values without gradient, then on those that have one.
+pub type Watch<'a, T> = Rc<dyn Fn(&mut Tape<'a, T>, usize, &Value<T>) + 'a>;
 
-pub(crate) struct Heads {
-    pub(crate) shared: Option<Param>,
-    pub(crate) routed: Param,
-    pub(crate) split: Option<Param>,
-    pub(crate) active: usize,
-}
-
-pub(crate) enum FeedForward {
-    Dense { gate: Param, up: Param, down: Param },
-    Sparse { router: Param, threshold: Option<(Param, Param)>, gate_up: Param, down: Param },
-}
-
-pub(crate) struct Block {
-    pub(crate) attention_norm: Param,
-    pub(crate) query: Param,
-    pub(crate) key: Param,
-    pub(crate) value: Param,
-    pub(crate) output: Param,
-    pub(crate) position: Position,
-    pub(crate) heads: Option<Heads>,
-    pub(crate) feed_forward_norm: Param,
-    pub(crate) feed_forward: FeedForward,
+/// Looks at nothing.
+pub fn unwatched<'a, T: Real>() -> Watch<'a, T> {
+    Rc::new(|_, _, _| {})
 }
 
 /// The architecture over a parameter layout; holds no numbers.
@@ -185,7 +138,7 @@ pub trait Forward: Real {
         policies: &[Policy],
         mode: Mode,
         context: Context<'_, Self>,
-        watch: Watch<'_, 'a, Self>,
+        watch: Watch<'a, Self>,
     ) -> Output<Self>;
 }
 
@@ -199,7 +152,7 @@ macro_rules! forward {
                 policies: &[Policy],
                 mode: Mode,
                 context: Context<'_, Self>,
-                watch: Watch<'_, 'a, Self>,
+                watch: Watch<'a, Self>,
             ) -> Output<Self> {
                 model.run(tape, documents, policies, mode, context, watch)
             }
@@ -218,15 +171,22 @@ impl Transformer {
         let block = |i: usize| {
             let layer = |part: &str| get(&format!("model.layers.{i}.{part}"));
             Block {
+                index: i,
+                epsilon: config.rms_norm_eps,
                 attention_norm: layer("input_layernorm.weight"),
                 query: layer("self_attn.q_proj.weight"),
                 key: layer("self_attn.k_proj.weight"),
                 value: layer("self_attn.v_proj.weight"),
                 output: layer("self_attn.o_proj.weight"),
-                position: match config.position.kind {
-                    PositionKind::Cope => Position::Cope { table: layer("self_attn.cope.weight") },
-                    PositionKind::Rope => Position::Rope { base: ROPE_BASE },
-                    PositionKind::None | PositionKind::Learned => Position::None,
+                spec: Attention {
+                    heads: config.num_heads,
+                    kv_heads: config.num_kv_heads,
+                    window: config.window,
+                    position: match config.position.kind {
+                        PositionKind::Cope => Position::Cope { table: layer("self_attn.cope.weight") },
+                        PositionKind::Rope => Position::Rope { base: ROPE_BASE },
+                        PositionKind::None | PositionKind::Learned => Position::None,
+                    },
                 },
                 heads: (config.heads.routed > 0).then(|| Heads {
                     shared: (config.heads.shared > 0).then(|| layer("self_attn.heads.shared.weight")),
@@ -311,11 +271,12 @@ impl Transformer {
 
     /// Empty caches for decoding one document.
     pub fn empty_cache<T: Real>(&self) -> Vec<LayerCache<T>> {
-        (0..self.blocks.len()).map(|_| LayerCache { keys: Vec::new(), values: Vec::new() }).collect()
+        (0..self.blocks.len()).map(|_| LayerCache::default()).collect()
     }
 
     /// Embeds, runs the blocks and the final norm. Token ids must lie below `vocab_size`, positions below `position.max` for learned ones
-    /// (checked where data enters). With `Context::Cache`, `documents` holds the next tokens of the one cached document.
+    /// (checked where data enters). With `Context::Cache`, `documents` holds the next tokens of the one cached document. On a tape with
+    /// activation checkpointing every block is replayed on the walk back.
     pub fn forward<'a, T: Forward>(
         &self,
         tape: &mut Tape<'a, T>,
@@ -323,7 +284,7 @@ impl Transformer {
         policies: &[Policy],
         mode: Mode,
         context: Context<'_, T>,
-        watch: Watch<'_, 'a, T>,
+        watch: Watch<'a, T>,
     ) -> Output<T> {
         T::forward(self, tape, documents, policies, mode, context, watch)
     }
@@ -335,142 +296,37 @@ impl Transformer {
         policies: &[Policy],
         mode: Mode,
         mut context: Context<'_, T>,
-        watch: Watch<'_, 'a, T>,
+        watch: Watch<'a, T>,
     ) -> Output<T> {
-        let mut trace = Trace { experts: Vec::new(), heads: Vec::new() };
         let mut x = embedding(tape, &documents.tokens_n, self.embedding);
         if let Some(table) = self.positions {
             let past = match &context {
                 Context::Documents => 0,
-                Context::Cache(layers) => layers[0].keys.len() / self.blocks[0].key.rows,
+                Context::Cache(layers) => layers[0].past(&self.blocks[0]),
             };
             let ids: Vec<u32> = documents.positions().into_iter().map(|p| p + past as u32).collect();
             let positions = embedding(tape, &ids.into(), table);
             x = add(tape, &x, &positions);
         }
         watch(tape, 0, &x);
-        for i in 0..self.blocks.len() {
-            x = self.block(tape, i, &x, documents, policies, mode, &mut context, &mut trace, watch);
+        let pass = Pass { documents: documents.clone(), mode, watch };
+        let mut output = Output { hidden_nd: x, experts: Vec::new(), heads: Vec::new() };
+        for (i, block) in self.blocks.iter().enumerate() {
+            let (x, policy) = (&output.hidden_nd, policies.get(i));
+            let (y, trace) = match &mut context {
+                Context::Documents if tape.checkpoints() => block.replayed(tape, x, &pass, policy),
+                Context::Documents => block.run(tape, x, &pass, policy, None),
+                Context::Cache(layers) => block.run(tape, x, &pass, policy, Some(&mut layers[i])),
+            };
+            output.hidden_nd = y;
+            output.experts.extend(trace.experts);
+            output.heads.extend(trace.heads);
         }
-        watch(tape, 4 * self.blocks.len() + 1, &x);
-        let hidden_nd = rms_norm(tape, &x, self.norm, self.config.rms_norm_eps);
-        watch(tape, 4 * self.blocks.len() + 2, &hidden_nd);
-        Output { hidden_nd, experts: trace.experts, heads: trace.heads }
+        (pass.watch)(tape, 4 * self.blocks.len() + 1, &output.hidden_nd);
+        output.hidden_nd = rms_norm(tape, &output.hidden_nd, self.norm, self.config.rms_norm_eps);
+        (pass.watch)(tape, 4 * self.blocks.len() + 2, &output.hidden_nd);
+        output
     }
-
-    /// x += attention(norm(x)); x += feed_forward(norm(x)).
-    #[allow(clippy::too_many_arguments)] // the parts of one batch; bundling them would only rename them
-    fn block<'a, T: Real>(
-        &self,
-        tape: &mut Tape<'a, T>,
-        i: usize,
-        x: &Value<T>,
-        documents: &Documents,
-        policies: &[Policy],
-        mode: Mode,
-        context: &mut Context<'_, T>,
-        trace: &mut Trace<T>,
-        watch: Watch<'_, 'a, T>,
-    ) -> Value<T> {
-        let block = &self.blocks[i];
-        let epsilon = self.config.rms_norm_eps;
-        watch(tape, 4 * i + 1, x);
-        let normed = rms_norm(tape, x, block.attention_norm, epsilon);
-        watch(tape, 4 * i + 2, &normed);
-        let attended = self.attention(tape, i, &normed, documents, context, trace);
-        let x = add(tape, x, &attended);
-        watch(tape, 4 * i + 3, &x);
-        let normed = rms_norm(tape, &x, block.feed_forward_norm, epsilon);
-        watch(tape, 4 * i + 4, &normed);
-        let fed = match block.feed_forward {
-            FeedForward::Dense { gate, up, down } => swiglu(tape, &normed, gate, up, down),
-            FeedForward::Sparse { router, threshold, gate_up, down } => {
-                let mut routers = vec![(router, Precision::F32)];
-                routers.extend(threshold.map(|(weight, _)| (weight, Precision::F32)));
-                let mut scored = linears(tape, &normed, &routers);
-                let (scores_ne, logits_n1) = (scored.remove(0), scored.pop());
-                let input = RouterInput::new(&documents.offsets_b1, &documents.tokens_n, i);
-                let (weights_a, gates, routing) = match (threshold.zip(logits_n1), &policies[i]) {
-                    (Some(((_, bias), logits_n1)), Policy::LearnedP(policy)) => {
-                        let (weights_a, gates, routing) =
-                            node::route_learned(tape, [&scores_ne, &logits_n1], bias, policy, &input);
-                        (weights_a, Some(gates), routing)
-                    }
-                    (_, policy) => {
-                        let (weights_a, routing) = node::route(tape, &scores_ne, policy, &input, mode);
-                        (weights_a, None, routing)
-                    }
-                };
-                let y = experts(tape, &normed, &weights_a, &routing.assignments, gate_up, down);
-                trace.experts.push(ExpertTrace { layer: i, scores_ne, weights_a, gates, routing });
-                y
-            }
-        };
-        add(tape, &x, &fed)
-    }
-
-    /// Causal attention of the normed stream; with a mixture of heads every head's output is multiplied by its gate, and heads that a token did not
-    /// choose are not computed.
-    fn attention<'a, T: Real>(
-        &self,
-        tape: &mut Tape<'a, T>,
-        i: usize,
-        x: &Value<T>,
-        documents: &Documents,
-        context: &mut Context<'_, T>,
-        trace: &mut Trace<T>,
-    ) -> Value<T> {
-        let block = &self.blocks[i];
-        let spec = Attention {
-            heads: self.config.num_heads,
-            kv_heads: self.config.num_kv_heads,
-            window: self.config.window,
-            position: block.position,
-        };
-        // All products of the normed stream at once. Scores of heads take f32 in every precision, as those of routers do.
-        let precision = tape.precision();
-        let mut weights = [block.query, block.key, block.value].map(|weight| (weight, precision)).to_vec();
-        if let Some(heads) = &block.heads {
-            let scores = [Some(heads.routed), heads.shared, heads.split];
-            weights.extend(scores.into_iter().flatten().map(|weight| (weight, Precision::F32)));
-        }
-        let mut products = linears(tape, x, &weights).into_iter();
-        let mut next = || products.next().expect("one product per weight");
-        let [q, k, v] = [next(), next(), next()];
-        let gates_nh = block.heads.as_ref().map(|heads| {
-            let routed = next();
-            let [shared, split] = [heads.shared, heads.split].map(|weight| weight.map(|_| next()));
-            let (gates_nh, selection) = node::head_gates(tape, shared.as_ref(), &routed, split.as_ref(), heads.active);
-            trace.heads.push(HeadTrace { layer: i, routed_nh: routed, selection: selection.clone() });
-            (gates_nh, selection)
-        });
-        let mixture = gates_nh.as_ref().map(|(gates_nh, selection)| Mixture {
-            gates_nh,
-            shared: selection.shared,
-            routed: selection.routing.assignments.clone(),
-        });
-        let o = match context {
-            Context::Documents => attention(tape, [&q, &k, &v], &documents.offsets_b1, spec, mixture),
-            Context::Cache(layers) => {
-                let cache = &mut layers[i];
-                cache.keys.extend_from_slice(k.data());
-                cache.values.extend_from_slice(v.data());
-                let table: &[T] = match block.position {
-                    Position::Cope { table } => &tape.param(&table)[..table.len()],
-                    _ => &[],
-                };
-                let (m, t) = (q.rows(), cache.keys.len() / k.width());
-                let rows = decode([q.data(), &cache.keys, &cache.values], (m, t), spec, mixture, table);
-                tape.constant(&rows, m, q.width())
-            }
-        };
-        linear(tape, &o, block.output)
-    }
-}
-
-struct Trace<T: Real> {
-    experts: Vec<ExpertTrace<T>>,
-    heads: Vec<HeadTrace<T>>,
 }
 
 /// The random stream of a tensor (FNV-1a of its name).

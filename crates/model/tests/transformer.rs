@@ -2,7 +2,7 @@
 
 use model::config::{Model, PositionKind};
 use model::generate::{Sampling, Weights};
-use model::transformer::{Context, Documents, Forward, Transformer};
+use model::transformer::{Context, Documents, Forward, Transformer, unwatched};
 use moe_router::{Config, Mode, Threshold};
 use tensor::ops::cross_entropy::{Targets, cross_entropy};
 use tensor::ops::linear::linear;
@@ -87,8 +87,7 @@ fn loss_and_gradient<T: Forward>(model: &Transformer, params: &[f64], engine: En
     let (documents, targets) = documents();
     let arena = Arena::default();
     let mut tape = Tape::new(engine, &params, &arena);
-    let output =
-        model.forward(&mut tape, &documents, &model.policies(), Mode::Train, Context::Documents, &mut |_, _, _| {});
+    let output = model.forward(&mut tape, &documents, &model.policies(), Mode::Train, Context::Documents, unwatched());
     let hidden = output.hidden_nd.data().iter().map(|x| x.to_f64()).collect();
     let (loss, _) = cross_entropy(&mut tape, &output.hidden_nd, model.output, &targets);
     drop(output);
@@ -194,7 +193,7 @@ fn documents_are_isolated_and_the_past_is_blind_to_the_future() {
                 &model.policies(),
                 Mode::Evaluate,
                 Context::Documents,
-                &mut |_, _, _| {},
+                unwatched(),
             );
             linear(&mut tape, &output.hidden_nd, model.output).data().to_vec()
         };

@@ -70,6 +70,7 @@ pub struct Tape<'a, T: Real = f32> {
     params: &'a [T],
     arena: Arena<T>,
     recording: bool,
+    checkpoints: bool,
     next: usize,
     nodes: Vec<Node<'a, T>>,
     /// The op that is being computed, for the profile of its backward.
@@ -90,6 +91,7 @@ impl<'a, T: Real> Tape<'a, T> {
             params,
             arena: arena.clone(),
             recording: true,
+            checkpoints: false,
             next: 0,
             nodes: Vec::new(),
             op: ("", Cost::default()),
@@ -106,6 +108,11 @@ impl<'a, T: Real> Tape<'a, T> {
         Tape { precision, ..self }
     }
 
+    /// The same tape, on which whoever builds on it is to run large parts through `checkpoint`.
+    pub fn with_checkpoints(self, checkpoints: bool) -> Self {
+        Tape { checkpoints, ..self }
+    }
+
     pub fn engine(&self) -> Engine {
         self.engine
     }
@@ -117,6 +124,11 @@ impl<'a, T: Real> Tape<'a, T> {
 
     pub fn recording(&self) -> bool {
         self.recording
+    }
+
+    /// Whether large parts are to run through `checkpoint`.
+    pub fn checkpoints(&self) -> bool {
+        self.checkpoints
     }
 
     pub fn arena(&self) -> &Arena<T> {
@@ -206,15 +218,16 @@ impl<'a, T: Real> Tape<'a, T> {
             }
             let mut tape = Tape::new(engine, params, &arena).with_precision(precision);
             let leaves: Vec<Value<T>> =
-                inputs.iter().map(|v| tape.output(arena.copy(v.data()), v.rows, v.width, v.needs_grad())).collect();
+                inputs.iter().zip(0..).map(|(v, id)| Value { slot: Slot { id, ..v.slot }, ..v.clone() }).collect();
+            tape.next = leaves.len();
             let outputs = block(&mut tape, &leaves);
             let seeds = outputs.iter().map(Value::slot).zip(upstream).filter_map(|(slot, g)| g.map(|g| (slot, g)));
             let seeds: Vec<_> = seeds.collect();
             drop(outputs);
-            let inner = tape.walk(seeds, outer.flat);
+            let mut inner = tape.walk(seeds, outer.flat);
             for (input, leaf) in inputs.iter().zip(&leaves) {
-                if let Some(gradient) = inner.get(leaf.slot.id).and_then(Option::as_ref) {
-                    outer.add(input.slot, |dst| add(dst, gradient));
+                if let Some(gradient) = inner[leaf.slot.id].take() {
+                    outer.give(input.slot, gradient);
                 }
             }
         });

@@ -46,7 +46,7 @@ impl Memory {
             params,
             gradients: params,
             optimizer: moments * params,
-            activations: number * activations(run, vocab, tokens as f64, score_std),
+            activations: number * activations(run, train.activation_checkpointing, vocab, tokens as f64, score_std),
             process: record::memory_bytes().map_or(PROCESS, |bytes| bytes as f64),
         }
     }
@@ -73,8 +73,9 @@ impl Memory {
     }
 }
 
-/// Numbers that live at once at the end of the forward pass, where most are kept, with the buffers of the walk back.
-fn activations(run: &Run, vocab: usize, n: f64, score_std: f64) -> f64 {
+/// Numbers that live at once at the end of the forward pass, where most are kept, with the buffers of the walk back. With `checkpoints` only the
+/// stream and the routers' scores of a block are kept, and the rest of one block at a time.
+fn activations(run: &Run, checkpoints: bool, vocab: usize, n: f64, score_std: f64) -> f64 {
     let model = &run.model;
     let (d, heads, layers) = (model.hidden_size as f64, model.num_heads as f64, model.num_layers as f64);
     let kv = d / heads * model.num_kv_heads as f64;
@@ -89,7 +90,10 @@ fn activations(run: &Run, vocab: usize, n: f64, score_std: f64) -> f64 {
         None => 0.0,
         Some(e) => 3.0 * experts_per_token(run, e.num_experts, score_std) * d + 2.0 * e.num_experts as f64,
     };
-    let per_token = layers * (attention + kept * passing) + 6.0 * d + passing + rows;
+    let scores = model.router.experts().map_or(0.0, |e| e.num_experts as f64) + model.heads.routed as f64;
+    let block = attention + kept * passing;
+    let blocks = if checkpoints { layers * (d + scores) + block } else { layers * block };
+    let per_token = blocks + 6.0 * d + passing + rows;
     let v = vocab as f64;
     n * per_token + (v * d).min(f64::MAX) + LOGITS.max(256.0 * v).min(n * v)
 }
@@ -258,6 +262,21 @@ mod tests {
         assert_eq!(mean(r#"{"kind": "top_p", "p": 0.4, "num_experts": 4}"#, 1e-9), 2.0, "uniform scores");
         let sure = mean(r#"{"kind": "top_p", "p": 0.4}"#, 50.0);
         assert!((1.0..1.2).contains(&sure), "{sure}");
+    }
+
+    #[test]
+    fn replayed_blocks_count_once() {
+        let activations = |layers: usize, checkpoints: bool| {
+            let mut run = Run::default();
+            (run.model.num_layers, run.train.activation_checkpointing) = (layers, checkpoints);
+            Memory::new(&run, 1000, 640, 0.0).activations
+        };
+        assert_eq!(
+            activations(24, false) - activations(16, false),
+            8.0 * (activations(2, false) - activations(1, false))
+        );
+        assert!(activations(24, true) < 0.25 * activations(24, false));
+        assert!(activations(24, true) > activations(1, true) + 23.0 * 4.0 * 640.0 * 128.0 - 1.0, "the stream is kept");
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use crate::data::{Batch, Document, Split, TextSource};
 use crate::dataset::{Dataset, Question};
 use model::generate::{Sampling, Weights};
-use model::transformer::{Context, Documents};
+use model::transformer::{Context, Documents, unwatched};
 use moe_router::Mode;
 use rayon::prelude::*;
 use serde_json::{Value, json};
@@ -86,8 +86,7 @@ fn forward(
     let mut tape = Tape::inference(weights.engine, weights.params, arena).with_precision(weights.precision);
     let batch = Documents::new(tokens_n, offsets_b1);
     let model = weights.transformer;
-    let output =
-        model.forward(&mut tape, &batch, weights.policies, Mode::Evaluate, Context::Documents, &mut |_, _, _| {});
+    let output = model.forward(&mut tape, &batch, weights.policies, Mode::Evaluate, Context::Documents, unwatched());
     let targets = Targets { weights_n: vec![1.0; ids_n.len()].into(), ids_n: ids_n.into() };
     cross_entropy(&mut tape, &output.hidden_nd, model.output, &targets).1
 }

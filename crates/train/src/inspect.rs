@@ -6,7 +6,7 @@ use crate::data::{DataReport, ItemFile, Role, Tokenizer};
 use crate::error::TrainError;
 use crate::loss::{self, Share};
 use crate::run::Run;
-use model::transformer::{Context, Documents, Forward, Transformer};
+use model::transformer::{Context, Documents, Forward, Transformer, unwatched};
 use moe_router::Mode;
 use serde_json::{Map, Value, json};
 use std::path::Path;
@@ -143,9 +143,8 @@ fn pass<T: Forward>(
     let (batch, ids, weights) = batch(documents);
     let arena = Arena::default();
     let mut tape = Tape::new(engine, &params, &arena).with_precision(precision);
-    let mut watch = |_: &mut Tape<'_, T>, _: usize, _: &tensor::Value<T>| {};
     let policies = model.policies();
-    let output = model.forward(&mut tape, &batch, &policies, Mode::Train, Context::Documents, &mut watch);
+    let output = model.forward(&mut tape, &batch, &policies, Mode::Train, Context::Documents, unwatched());
     let logits = {
         let mut plain = Tape::inference(engine, &params, &arena).with_precision(precision);
         let hidden = plain.constant(output.hidden_nd.data(), output.hidden_nd.rows(), output.hidden_nd.width());

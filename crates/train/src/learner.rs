@@ -210,7 +210,7 @@ impl Learner {
         epoch: &mut Epoch,
         guard: Option<&Guard>,
     ) -> Result<Update, Fault> {
-        let mut update = self.gradient(batch, settings.accumulate, epoch);
+        let mut update = self.gradient(batch, settings, epoch);
         #[cfg(test)]
         if let Some(tamper) = &mut self.tamper {
             tamper(&mut update, &mut self.grads);
@@ -239,10 +239,11 @@ impl Learner {
         Ok(update)
     }
 
-    /// Gradients of the whole batch into the flat buffer, in `accumulate` micro-batches of whole documents whose parts add up to the batch.
-    fn gradient(&mut self, batch: &Batch, accumulate: usize, epoch: &mut Epoch) -> Update {
+    /// Gradients of the whole batch into the flat buffer, in micro-batches of whole documents whose parts add up to the batch.
+    fn gradient(&mut self, batch: &Batch, settings: &Train, epoch: &mut Epoch) -> Update {
         self.grads.par_chunks_mut(1 << 16).for_each(|grads| grads.fill(0.0));
         let mut sum = Update::empty(self.layers.len(), self.policies.len());
+        let accumulate = settings.accumulate;
         let parts = if accumulate > 1 { batch.split(accumulate) } else { vec![batch.clone()] };
         for part in &parts {
             let share = Share {
@@ -255,6 +256,7 @@ impl Learner {
                 policies: &self.policies,
                 engine: self.engine,
                 precision: self.precision,
+                checkpoints: settings.activation_checkpointing,
                 coefficients: &self.coefficients,
                 arena: &self.arena,
             };
@@ -307,6 +309,7 @@ struct Pass<'p> {
     policies: &'p [Policy],
     engine: Engine,
     precision: Precision,
+    checkpoints: bool,
     coefficients: &'p crate::run::Losses,
     arena: &'p Arena<f32>,
 }
@@ -315,15 +318,16 @@ impl Pass<'_> {
     /// One micro-batch: gradients into `grads`, measurements into `sum` and `epoch`.
     fn run(&self, part: &Batch, share: Share, grads: &mut [f32], sum: &mut Update, epoch: &mut Epoch) {
         let norms = Rc::new(RefCell::new(vec![0.0; sum.activation_norms.len()]));
-        let mut tape = Tape::new(self.engine, self.params, self.arena).with_precision(self.precision);
+        let tape = Tape::new(self.engine, self.params, self.arena).with_precision(self.precision);
+        let mut tape = tape.with_checkpoints(self.checkpoints);
         let documents = Documents::new(part.tokens_n.clone(), part.offsets_b1.clone());
         let offsets = documents.offsets_b1.clone();
-        let mut watch = |tape: &mut Tape<'_, f32>, layer: usize, value: &Value<f32>| {
-            let (norms, offsets, width) = (norms.clone(), offsets.clone(), value.width());
+        let seen = norms.clone();
+        let watch = Rc::new(move |tape: &mut Tape<'_, f32>, layer: usize, value: &Value<f32>| {
+            let (norms, offsets, width) = (seen.clone(), offsets.clone(), value.width());
             tape.watch(value, move |g| norms.borrow_mut()[layer] += document_norms(g, &offsets, width));
-        };
-        let output =
-            self.model.forward(&mut tape, &documents, self.policies, Mode::Train, Context::Documents, &mut watch);
+        });
+        let output = self.model.forward(&mut tape, &documents, self.policies, Mode::Train, Context::Documents, watch);
         let targets = Targets { ids_n: part.targets_n.clone().into(), weights_n: part.loss_weights_n.clone().into() };
         let found = loss::loss(&mut tape, self.model, &output, &targets, self.coefficients, share);
         let observe_span = profile::span("observe", Direction::Update, Work::default());

@@ -89,7 +89,7 @@ pub fn means(auxiliary: &[Auxiliary]) -> Vec<(&'static str, f64)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use model::transformer::{Context, Documents};
+    use model::transformer::{Context, Documents, unwatched};
     use moe_router::Mode;
     use tensor::{Arena, Engine};
 
@@ -105,7 +105,7 @@ mod tests {
         let mut tape = Tape::new(Engine::Cpu, params, &arena);
         let documents = Documents::new(inputs, offsets);
         let context = Context::Documents;
-        let output = model.forward(&mut tape, &documents, &policies, Mode::Train, context, &mut |_, _, _| {});
+        let output = model.forward(&mut tape, &documents, &policies, Mode::Train, context, unwatched());
         let targets = Targets { weights_n: vec![1.0; ids.len()].into(), ids_n: ids.into() };
         let none = Losses { balance: 0.0, entropy: 0.0, budget: 0.0, z: 0.0, heads: 0.0 };
         let found = loss(&mut tape, model, &output, &targets, &none, Share::WHOLE);

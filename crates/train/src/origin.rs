@@ -5,6 +5,8 @@ use crate::data::Batch;
 use crate::learner::Learner;
 use model::transformer::{Context, Documents};
 use moe_router::Mode;
+use std::cell::Cell;
+use std::rc::Rc;
 use tensor::{Arena, Tape, Value};
 
 /// The parameter, or the flat layer whose input is the first that is not finite when `batch` is walked forward; none if all of it is finite.
@@ -14,17 +16,18 @@ pub fn origin(learner: &Learner, batch: &Batch) -> Option<String> {
     }
     let weights = learner.weights();
     let arena = Arena::default();
-    let mut first = None;
-    learner.pool.install(|| {
+    let first = learner.pool.install(|| {
+        let first = Cell::new(None);
         let mut tape = Tape::new(weights.engine, weights.params, &arena).with_precision(weights.precision);
         let documents = Documents::new(batch.tokens_n.clone(), batch.offsets_b1.clone());
-        let mut watch = |_: &mut Tape<'_, f32>, layer: usize, value: &Value<f32>| {
-            if first.is_none() && value.data().iter().any(|x| !x.is_finite()) {
-                first = Some(layer);
+        let watch = Rc::new(|_: &mut Tape<'_, f32>, layer: usize, value: &Value<f32>| {
+            if first.get().is_none() && value.data().iter().any(|x| !x.is_finite()) {
+                first.set(Some(layer));
             }
-        };
+        });
         let (transformer, policies) = (weights.transformer, weights.policies);
-        transformer.forward(&mut tape, &documents, policies, Mode::Train, Context::Documents, &mut watch);
+        transformer.forward(&mut tape, &documents, policies, Mode::Train, Context::Documents, watch);
+        first.get()
     });
     first.map(|layer| format!("the input of flat layer {layer} is the first that is not finite"))
 }

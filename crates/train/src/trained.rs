@@ -9,7 +9,7 @@ use crate::evaluate;
 use crate::run::Run;
 pub use model::generate::Sampling;
 use model::generate::Weights;
-use model::transformer::{Context, Documents, Transformer};
+use model::transformer::{Context, Documents, Transformer, unwatched};
 use moe_router::{Mode, Policy};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -156,14 +156,13 @@ impl Trained {
         let layers = self.pool.install(|| {
             let mut tape = Tape::inference(Engine::Cpu, &self.params, &arena).with_precision(self.precision());
             let documents = Documents::new(tokens.clone(), vec![0, tokens.len()]);
-            let mut watch = |_: &mut Tape<'_, f32>, _: usize, _: &tensor::Value<f32>| {};
             let output = self.model.forward(
                 &mut tape,
                 &documents,
                 &self.policies,
                 Mode::Evaluate,
                 Context::Documents,
-                &mut watch,
+                unwatched(),
             );
             let layer = |trace: &model::transformer::ExpertTrace<f32>| {
                 let num_experts = trace.scores_ne.width();

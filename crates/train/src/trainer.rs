@@ -294,6 +294,11 @@ impl Trainer {
         self.done
     }
 
+    /// Bytes of the buffers that updates recycle: what they needed at once at most.
+    pub fn arena_bytes(&self) -> usize {
+        self.learner.arena_bytes()
+    }
+
     pub fn step_count(&self) -> u64 {
         self.at.step
     }

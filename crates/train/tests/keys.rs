@@ -28,6 +28,8 @@ enum Seen {
     Ending,
     /// Which checkpoints there are.
     Checkpoints,
+    /// Bytes that the updates worked in.
+    Memory,
     /// run.json: threads of the machine.
     Threads,
     /// run.toml alone, and the folder that is named after it.
@@ -104,6 +106,7 @@ const CASES: &[(&str, &[&str], &[&str], Seen)] = &[
     ("train.base_batch_size", &["train.batch_scaling=sqrt"], &["train.base_batch_size=4"], Weights),
     ("train.batch_size", &[], &["train.batch_size=3"], Weights),
     ("train.accumulate", &[SPARSE], &["train.accumulate=2"], Weights),
+    ("train.activation_checkpointing", &[SPARSE], &["train.activation_checkpointing=true"], Memory),
     ("train.epochs", &[], &["train.epochs=3"], Weights),
     ("train.max_steps", &[TEXT_RUN], &["train.max_steps=3"], Weights),
     ("train.optimizer", &[], &["train.optimizer=sgd"], Weights),
@@ -211,6 +214,7 @@ struct Outcome {
     samples: String,
     ending: String,
     checkpoints: BTreeSet<String>,
+    memory: usize,
     threads: Value,
     name: String,
 }
@@ -236,6 +240,7 @@ fn train(run: Run, out: &Path) -> Outcome {
         samples: fs::read_to_string(out.join("samples.jsonl")).unwrap(),
         ending,
         checkpoints: names.collect(),
+        memory: trainer.arena_bytes(),
         threads: record["machine"]["threads"].clone(),
         name,
     }
@@ -273,6 +278,7 @@ fn every_key_of_the_schema_is_turned_and_has_an_effect() {
             Samples => before.samples != after.samples,
             Ending => before.ending != after.ending,
             Checkpoints => before.checkpoints != after.checkpoints,
+            Memory => before.memory > after.memory,
             Threads => before.threads != after.threads,
             Name => before.name != after.name,
             Refused => true,
@@ -280,7 +286,7 @@ fn every_key_of_the_schema_is_turned_and_has_an_effect() {
         if !differs {
             idle.push(format!("{key}: {change:?} has no effect on {seen:?}"));
         }
-        if matches!(seen, Samples | Checkpoints | Threads | Name) {
+        if matches!(seen, Samples | Checkpoints | Memory | Threads | Name) {
             assert!(before.weights == after.weights, "{key} must not reach the weights");
         }
     }
@@ -343,6 +349,7 @@ const MENUS: &[(&str, &[&str])] = &[
     ("train.base_batch_size", &["0", "1", "1000000000"]),
     ("train.batch_size", &["0", "1", "2", "7", "1000000000"]),
     ("train.accumulate", &["1", "2", "8"]),
+    ("train.activation_checkpointing", &["true", "false", "1"]),
     ("train.epochs", &["1", "2", "1000000000", "0"]),
     ("train.optimizer", &["adam", "adamw", "sgd", "lars", "lion", "muon", "adagrad"]),
     ("train.schedule", &["cosine", "constant", "linear", "polynomial", "wsd", "sgdr", "one_cycle"]),

@@ -35,7 +35,7 @@ impl Attention {
     pub fn new(model: &Transformer, block: &Block, documents: &Ragged) -> Result<Self> {
         let (heads, kv_heads) = (model.config.num_heads as i64, model.config.num_kv_heads as i64);
         let width = block.query.rows as i64 / heads;
-        let (position, window) = (block.position, model.config.window);
+        let (position, window) = (block.spec.position, block.spec.window);
         Ok(Attention { position, window, heads, kv_heads, width, documents: documents.shallow_clone() })
     }
 

@@ -60,6 +60,7 @@ impl Default for Train {
             base_batch_size: 8,
             batch_size: 8,
             accumulate: 1,
+            activation_checkpointing: false,
             epochs: 100,
             max_steps: 2000,
             optimizer: Optimizer::default(),

@@ -105,6 +105,9 @@ fn torch(run: &Run, found: &mut Found) {
         _ => {}
     }
     for name in run.phases() {
+        if run.phase(name).activation_checkpointing {
+            refuse("train.activation_checkpointing", "activation checkpointing");
+        }
         match run.phase(name).optimizer {
             Optimizer::Lion => refuse("train.optimizer", "\"lion\""),
             Optimizer::Muon => refuse("train.optimizer", "\"muon\""),

@@ -155,6 +155,26 @@ fn a_run_that_ends_inside_any_update_ends_with_the_same_bytes() {
 }
 
 #[test]
+fn replayed_blocks_change_the_memory_of_a_run_and_none_of_its_bytes() {
+    let outcome = |checkpoints: bool, threads: usize| {
+        let checkpoints = format!("train.activation_checkpointing={checkpoints}");
+        let threads = format!("threads={threads}");
+        let folder = TempDir::new().unwrap();
+        let sets = ["model.num_layers=6", "train.epochs=2", "train.accumulate=2", &checkpoints, &threads];
+        let sets = [&sets[..], &["phase.facts.train.batch_size=4", "phase.chat.train.batch_size=2"]].concat();
+        let mut trainer = tampered(&folder, &sets, |_, _, _| {});
+        finish(&mut trainer).unwrap();
+        (ending(&trainer), trainer.arena_bytes())
+    };
+    let (plain, kept) = outcome(false, 1);
+    for threads in [1, 3] {
+        let (replayed, held) = outcome(true, threads);
+        assert!(replayed == plain, "other bytes with {threads} threads");
+        assert!(2 * held < kept, "{held} bytes of {kept}");
+    }
+}
+
+#[test]
 fn a_save_that_takes_long_is_told_of_once() {
     let folder = TempDir::new().unwrap();
     let mut trainer = tampered(&folder, &["checkpoint.every=1"], |_, _, _| {});
