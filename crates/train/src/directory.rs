@@ -43,6 +43,7 @@ impl RunDirectory {
         out: Option<&Path>,
         parent: Option<String>,
         dataset: &Dataset,
+        total_steps: u64,
     ) -> Result<Self, TrainError> {
         let (id, path) = match out {
             None => record::new_run_folder(&**disk, Path::new("runs"), &run.name)?,
@@ -56,7 +57,7 @@ impl RunDirectory {
         };
         let lock = RunLock::acquire(&path)?;
         let mut record = Record::start(&id, run.seed, threads(run.threads));
-        record.parent = parent;
+        (record.parent, record.total_steps) = (parent, Some(total_steps));
         record.data = dataset.sources.iter().map(|(role, source)| (role.to_string(), json!(source))).collect();
         let floor = |phase: &dataset::Phase| json!(phase.floor.map(|floor| floor.macro_average));
         record.floors = dataset.phases.iter().map(|phase| (phase.name.to_string(), floor(phase))).collect();

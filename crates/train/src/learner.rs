@@ -4,6 +4,7 @@ use crate::clip::{Clipped, clip, first_non_finite};
 use crate::data::Batch;
 use crate::epoch::Epoch;
 use crate::error::TrainError;
+use crate::flops;
 use crate::guard::{Fault, Guard, Kind};
 use crate::layers::{FlatLayers, sum_squares};
 use crate::loss::{self, Auxiliary, Share};
@@ -182,6 +183,12 @@ impl Learner {
             Optimizer::new(kind, settings, layout)
         };
         Ok(())
+    }
+
+    /// Floating-point operations of the matrix products of an update on `batch`, with the experts that it measured.
+    pub fn flops(&self, batch: &Batch, update: &Update) -> f64 {
+        let experts = update.mean_experts().unwrap_or(0.0);
+        flops::step(&self.model.config, self.model.vocab_size, &batch.offsets_b1, experts)
     }
 
     /// One optimizer step on `batch` at learning rate `rate`. `epoch` notes the routing. The error says why it was not made; loss and gradient are checked, where there is a `guard` for jumps too, before parameters, moments or control states are changed.
@@ -363,6 +370,12 @@ impl Update {
             scale_mean: 1.0,
             observations: vec![Observation::default(); sparse],
         }
+    }
+
+    /// Mean over the sparse blocks of the experts of a token; none for a dense model.
+    pub fn mean_experts(&self) -> Option<f64> {
+        let sum: f64 = self.experts_per_token.iter().map(|(_, experts)| experts).sum();
+        (!self.experts_per_token.is_empty()).then(|| sum / self.experts_per_token.len() as f64)
     }
 
     pub(crate) fn add_experts(&mut self, layer: usize, active: f64) {

@@ -78,6 +78,9 @@ pub struct Record {
     pub cwd: Option<PathBuf>,
     /// Id of the run this one is an option of.
     pub parent: Option<String>,
+    /// Updates of the whole run as planned, over all phases; a phase that ends early makes fewer.
+    #[serde(default)]
+    pub total_steps: Option<u64>,
     /// Times in UTC, RFC 3339.
     pub started: String,
     pub finished: Option<String>,
@@ -107,6 +110,7 @@ impl Record {
             argv: std::env::args_os().map(|argument| argument.to_string_lossy().into_owned()).collect(),
             cwd,
             parent: None,
+            total_steps: None,
             started: timestamp(SystemTime::now()),
             finished: None,
             results: complete(Map::new()),

@@ -35,7 +35,7 @@ use std::time::{Duration, Instant};
 use tensor::Layout;
 
 /// What comes next.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 struct Position {
     phase: usize,
     /// Epochs finished in the phase.
@@ -48,6 +48,9 @@ struct Position {
     phase_step: u64,
     /// Targets trained on, over all phases.
     tokens: u64,
+    /// Floating-point operations of the matrix products of those updates.
+    #[serde(default)]
+    flops: f64,
 }
 
 /// What a checkpoint holds beside parameters, their mean and moments.
@@ -126,7 +129,8 @@ impl Trainer {
     pub fn new_on(disk: Disk, run: Run, out: Option<&Path>, parent: Option<String>) -> Result<Self, TrainError> {
         let (dataset, learner) = prepare(&run)?;
         check_room(&disk, out.unwrap_or(Path::new("runs")), &learner)?;
-        let directory = RunDirectory::create(&disk, &run, out, parent, &dataset)?;
+        let steps = total_steps(&run, &dataset);
+        let directory = RunDirectory::create(&disk, &run, out, parent, &dataset, steps)?;
         let mut trainer = Trainer::assemble(run, dataset, learner, directory);
         trainer.event("run_started", format!("run {} started", trainer.id()))?;
         trainer.phase_started()?;
@@ -178,7 +182,7 @@ impl Trainer {
         let restored =
             found.checkpoint.map(|(path, loaded)| restore(&path, loaded, &run, &dataset, &mut learner)).transpose()?;
         let step = restored.as_ref().map_or(0, |(state, _)| state.position.step);
-        record.config = json!(run);
+        (record.config, record.total_steps) = (json!(run), Some(total_steps(&run, &dataset)));
         let directory = RunDirectory::reopen(&disk, out, record, lock, step)?;
         if !place.is_empty() {
             write_run_file(&*disk, out, &run.to_toml())?;
@@ -315,7 +319,7 @@ impl Trainer {
 
     /// Updates of the whole run.
     pub fn total_steps(&self) -> u64 {
-        (0..self.dataset.phases.len()).map(|phase| phase_steps(&self.run, &self.dataset, phase)).sum()
+        total_steps(&self.run, &self.dataset)
     }
 
     /// A training question and the greedy answer to it, as text.
@@ -401,6 +405,7 @@ impl Trainer {
         }
         let targets = batch.len();
         self.move_on(targets as u64);
+        self.at.flops += self.learner.flops(&batch, &update);
         self.memory.skipped_in_a_row = 0;
         if settings.on_spike != OnSpike::Off {
             self.watch(&update, &settings)?;
@@ -413,6 +418,7 @@ impl Trainer {
         if !self.run.data.lengths.is_empty() {
             row.integer("train/length", batch.offsets_b1[1] as u64);
         }
+        row.number("flops", self.at.flops);
         report::describe(&mut row, &update, rate);
         let seconds = started.elapsed().as_secs_f64();
         row.number("train/dt", seconds);
@@ -608,6 +614,11 @@ fn phase_steps(run: &Run, dataset: &Dataset, phase: usize) -> u64 {
     }
 }
 
+/// Updates of the whole run, if no phase ends early.
+fn total_steps(run: &Run, dataset: &Dataset) -> u64 {
+    (0..dataset.phases.len()).map(|phase| phase_steps(run, dataset, phase)).sum()
+}
+
 /// What a run would do, without doing it: sizes, steps, floors, memory, disk, time. Reads the data, writes nothing.
 pub fn plan(run: &Run) -> Result<Map<String, Value>, TrainError> {
     let (dataset, learner) = prepare(run)?;
@@ -644,7 +655,6 @@ pub fn plan(run: &Run) -> Result<Map<String, Value>, TrainError> {
     // Parameters, gradients, and the moments of the optimizer.
     let buffers = 2 + learner.optimizer.state().moments.len();
     plan.insert("state_bytes".into(), json!(buffers * learner.model.layout.len() * size_of::<f32>()));
-    let steps = (0..dataset.phases.len()).map(|phase| phase_steps(run, &dataset, phase)).sum();
-    plan.extend(crate::estimate::plan(run, &dataset, learner, steps)?);
+    plan.extend(crate::estimate::plan(run, &dataset, learner, total_steps(run, &dataset))?);
     Ok(plan)
 }

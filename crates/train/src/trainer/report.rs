@@ -203,9 +203,8 @@ pub(super) fn describe(row: &mut Row, update: &Update, rate: f64) {
     for (name, value) in loss::means(&update.auxiliary) {
         row.number(&format!("losses/{name}"), value);
     }
-    if !update.experts_per_token.is_empty() {
-        let sum: f64 = update.experts_per_token.iter().map(|(_, experts)| experts).sum();
-        row.number("moe/experts_per_token", sum / update.experts_per_token.len() as f64);
+    if let Some(experts) = update.mean_experts() {
+        row.number("moe/experts_per_token", experts);
     }
     for (layer, experts) in &update.experts_per_token {
         row.number(&format!("moe/layer_{layer:02}/experts_per_token"), *experts);

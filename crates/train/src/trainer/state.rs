@@ -1,7 +1,7 @@
 //! state.json on its way in. It may come from anybody: what is used as an index, a length or a count must be in range.
 
 use super::fault::SKIPS;
-use super::{State, epoch_batches, phase_steps};
+use super::{State, epoch_batches, phase_steps, total_steps};
 use crate::dataset::Dataset;
 use crate::epoch::Epoch;
 use crate::run::Run;
@@ -33,9 +33,10 @@ fn check(state: &State, run: &Run, dataset: &Dataset, policies: &[Policy]) -> Re
         at.batch < batches && at.phase_step < steps && at.epoch <= steps / batches.max(1)
     };
     let ended = || (at.epoch, at.batch, at.phase_step) == (0, 0, 0);
-    let total: u64 = (0..phases).map(|phase| phase_steps(run, dataset, phase)).sum();
+    let total = total_steps(run, dataset);
     let placed = if at.phase < phases { inside(at.phase) } else { at.phase == phases && ended() };
-    if !placed || at.step > total || at.tokens > MAX_COUNT {
+    let counted = at.tokens <= MAX_COUNT && at.flops.is_finite() && at.flops >= 0.0;
+    if !placed || at.step > total || !counted {
         return Err("its position is outside the run".into());
     }
     if !memory.guard.fits() || memory.early.waited() > MAX_COUNT || memory.skipped_in_a_row > SKIPS {

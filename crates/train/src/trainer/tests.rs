@@ -358,3 +358,24 @@ fn early_stopping_ends_each_phase_and_keeps_its_best_checkpoint() {
     assert_eq!(target, Path::new(&format!("checkpoint-{best}")));
     assert_eq!(checkpoint::verify(&out.join("checkpoints").join(target)).unwrap(), best);
 }
+
+#[test]
+fn the_operations_of_all_updates_add_up_from_shapes_and_counted_experts() {
+    let folder = TempDir::new().unwrap();
+    let mut trainer = tampered(&folder, &["train.epochs=2", "train.accumulate=1"], |_, _, _| {});
+    let (config, vocab) = (trainer.learner.model.config.clone(), trainer.learner.model.vocab_size);
+    let mut expected = 0.0;
+    for step in 1..=trainer.total_steps() {
+        let batch = trainer.batch();
+        trainer.advance().unwrap();
+        let rows: Vec<Row> = trainer.queue.drain(..).collect();
+        let row = rows.iter().find(|row| row.fields()["kind"] == "train").unwrap().fields();
+        let experts = row["moe/experts_per_token"].as_f64().unwrap();
+        let update = crate::flops::step(&config, vocab, &batch.offsets_b1, experts);
+        assert!(update > 1e3);
+        expected += update;
+        assert_eq!((&row["step"], row["flops"].as_f64()), (&json!(step), Some(expected)));
+    }
+    let record = crate::record::Record::read(trainer.out()).unwrap();
+    assert_eq!(record.total_steps, Some(trainer.total_steps()));
+}
