@@ -1,4 +1,5 @@
 # The seam to the Rust engine, kept by hand; tests/test_seam.py compares it with the compiled module.
+from collections.abc import Callable
 from typing import Any, Final, Self, final
 
 import numpy as np
@@ -17,6 +18,7 @@ __all__ = [
     "data_stats",
     "doctor",
     "loss_and_gradients",
+    "lr_find",
     "reproduction",
 ]
 
@@ -103,6 +105,7 @@ def bench(
     seconds: float,
     trace: str | None = None,
 ) -> tuple[dict[str, Any], str | None]: ...
+def lr_find(run: Run, tell: Callable[[int, int], None] | None = None) -> dict[str, Any]: ...
 def config_schema() -> str: ...
 def config_docs() -> str: ...
 def doctor() -> dict[str, Any]: ...

@@ -56,6 +56,7 @@ from moe_lab._native import (  # noqa: E402
     data_stats,
     doctor,
     loss_and_gradients,
+    lr_find,
     reproduction,
 )
 
@@ -74,6 +75,7 @@ __all__ = [
     "doctor",
     "load_run",
     "loss_and_gradients",
+    "lr_find",
     "reproduction",
     "resume_training",
     "run_training",
@@ -81,7 +83,8 @@ __all__ = [
 
 # Events that a person should see.
 ALERTS = {
-    "collapse", "checkpoint_failed", "slow_save", "disk", "fault", "spike", "skipped", "rolled_back", "early_stop"
+    "alert", "collapse", "checkpoint_failed", "slow_save", "disk", "fault", "spike", "skipped", "rolled_back",
+    "early_stop",
 }  # fmt: skip
 PLAIN_SECONDS = 2.0  # at least so long between two lines where no terminal shows a live bar
 

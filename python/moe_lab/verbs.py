@@ -1,4 +1,4 @@
-"""Verbs over many runs, and over runs already trained: compare, roadmap, rerun, sweep, watch, report, specialize."""
+"""Verbs over many runs, and over runs already trained: compare, roadmap, rerun, sweep, lr-find, watch, report, ..."""
 
 import os
 from dataclasses import replace
@@ -148,6 +148,36 @@ def sweep(
         study.render(wanted, _console())
         print(f"sweep directory: {out}")
     return DONE if any(row["state"] == "complete" for row in rows) else FAILED
+
+
+@app.command("lr-find")
+@trains
+def lr_find(
+    options: Training,
+    run: Annotated[
+        str, typer.Argument(metavar="RUN.toml", help="A run file, or the name of a shipped one.")
+    ] = "baseline",
+) -> int:
+    """Find a learning rate: a range test on the first phase.
+
+    100 updates from 1e-7 to 1, stopped at 5 times the lowest loss; a table, a picture, a suggestion put to the test.
+    """
+    from moe_lab import lr_find as study
+    from moe_lab import train as lab
+
+    loaded = lab.load_run(run, options.overrides(), options.quick)
+    if options.check:
+        return _print_plans({loaded.name: loaded.check()}, options.json)
+    out = Path(options.out) if options.out else lab.default_out(f"{loaded.name}-lr-find")
+    study.refuse_occupied(out)
+    found = lab.lr_find(loaded)
+    paths = study.save(found, out)
+    if options.json:
+        _print_json({**found, "files": [str(path) for path in paths]})
+    else:
+        study.render(found, _console())
+        print("\n".join(str(path) for path in paths))
+    return DONE
 
 
 @app.command()

@@ -76,6 +76,26 @@ mod _native {
         Ok((to_dict(py, &report)?, table))
     }
 
+    /// A learning-rate range test on the first phase of a run: every point and the suggestion. `tell` gets the updates made and those there are at
+    /// most. Writes nothing.
+    #[pyfunction]
+    #[pyo3(signature = (run, tell=None))]
+    fn lr_find<'py>(
+        py: Python<'py>,
+        run: PyRef<'py, Run>,
+        tell: Option<Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyDict>> {
+        let inner = run.inner.clone();
+        let mut find = enter(py, move || train::trainer::LrFind::new(inner))?;
+        while enter(py, || find.advance())? {
+            py.check_signals()?;
+            if let Some(tell) = &tell {
+                tell.call1(find.progress())?;
+            }
+        }
+        to_dict(py, &find.report())
+    }
+
     /// JSON Schema of the run file.
     #[pyfunction]
     fn config_schema() -> String {

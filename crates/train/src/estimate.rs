@@ -44,7 +44,8 @@ impl Memory {
         let moments = optimizers::moments(train.optimizer_kind(), &train.optimizer_settings()) as f64;
         Memory {
             params,
-            gradients: params,
+            // With a copy of the parameters or of the gradients set aside.
+            gradients: if train.sam > 0.0 || train.noise_scale > 0 { 2.0 * params } else { params },
             optimizer: moments * params,
             activations: number * activations(run, train.activation_checkpointing, vocab, tokens as f64, score_std),
             process: record::memory_bytes().map_or(PROCESS, |bytes| bytes as f64),

@@ -60,7 +60,7 @@ impl Guard {
 
     /// Whether this, read from a file, is a memory that `judge` and `accept` can go on with.
     pub fn fits(&self) -> bool {
-        [&self.loss, &self.grad_norm].iter().all(|window| window.logs.len() <= LENGTH)
+        [&self.loss, &self.grad_norm].into_iter().all(Window::fits)
     }
 
     /// Remembers a healthy update.
@@ -72,7 +72,7 @@ impl Guard {
 
 /// Logarithms of the last positive finite values.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-struct Window {
+pub struct Window {
     logs: VecDeque<f64>,
 }
 
@@ -93,7 +93,17 @@ impl Window {
         (above >= LEAST_FACTOR.ln() && above >= DEVIATIONS * deviation).then(|| middle.exp())
     }
 
-    fn push(&mut self, value: f64) {
+    /// The median of all that is remembered, once there is enough of it.
+    pub fn median(&self) -> Option<f64> {
+        (self.logs.len() >= FIRST).then(|| median(self.logs.iter().copied()).exp())
+    }
+
+    /// Whether this, read from a file, can be gone on with.
+    pub fn fits(&self) -> bool {
+        self.logs.len() <= LENGTH
+    }
+
+    pub fn push(&mut self, value: f64) {
         if value.is_finite() && value > 0.0 {
             self.logs.push_back(value.ln());
             if self.logs.len() > LENGTH {

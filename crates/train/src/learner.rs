@@ -8,11 +8,13 @@ use crate::flops;
 use crate::guard::{Fault, Guard, Kind};
 use crate::layers::{FlatLayers, sum_squares};
 use crate::loss::{self, Auxiliary, Share};
+use crate::noise::{self, Sample};
 use crate::optimizers::Optimizer;
 use crate::run::{Run, Train};
+use crate::sam;
 use model::generate::Weights;
 use model::transformer::{Context, Documents, Transformer};
-use moe_router::{Mode, Observation, Policy, RouterInput};
+use moe_router::{Mode, Observation, Policy, RouterInput, Routing};
 use rayon::prelude::*;
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -37,6 +39,8 @@ pub struct Learner {
     precision: Precision,
     pub(crate) coefficients: crate::run::Losses,
     pub(crate) grads: Vec<f32>,
+    /// Parameters or gradients set aside within an update; empty as long as nothing asks for it.
+    spare: Vec<f32>,
     arena: Arena<f32>,
     /// What computes in place of the tape where `engine` is torch.
     #[cfg(feature = "torch")]
@@ -98,7 +102,13 @@ pub struct Update {
     pub clipped: bool,
     /// Mean over layers of the learning-rate scale.
     pub scale_mean: f64,
+    /// Norms for the gradient noise scale, where it was to be measured and the batch had parts.
+    pub noise: Option<Sample>,
+    /// Share of tokens that the second pass of sharpness-aware minimisation routed otherwise.
+    pub routing_changed: Option<f64>,
     observations: Vec<Observation>,
+    /// What the sparse layers decided, part by part, where a second pass is to be compared.
+    routings: Vec<Arc<Routing>>,
 }
 
 impl Learner {
@@ -117,6 +127,7 @@ impl Learner {
             coefficients: run.losses.clone(),
             // The torch engine keeps its own on the device.
             grads: if run.engine == Engine::Torch { Vec::new() } else { vec![0.0; params.len()] },
+            spare: Vec::new(),
             arena: Arena::default(),
             #[cfg(feature = "torch")]
             torch: match run.engine {
@@ -186,9 +197,10 @@ impl Learner {
     }
 
     /// Floating-point operations of the matrix products of an update on `batch`, with the experts that it measured.
-    pub fn flops(&self, batch: &Batch, update: &Update) -> f64 {
+    pub fn flops(&self, batch: &Batch, settings: &Train, update: &Update) -> f64 {
+        let passes = if settings.sam > 0.0 { 2.0 } else { 1.0 };
         let experts = update.mean_experts().unwrap_or(0.0);
-        flops::step(&self.model.config, self.model.vocab_size, &batch.offsets_b1, experts)
+        passes * flops::step(&self.model.config, self.model.vocab_size, &batch.offsets_b1, experts)
     }
 
     /// One optimizer step on `batch` at learning rate `rate`. `epoch` notes the routing. The error says why it was not made; loss and gradient are checked, where there is a `guard` for jumps too, before parameters, moments or control states are changed.
@@ -226,6 +238,12 @@ impl Learner {
         let buffer = size_of_val(&self.params[..]);
         let norms_span = profile::span("clip", Direction::Update, Work { flops: 0, bytes: buffer });
         update.param_norms = self.layers.param_norms(&self.grads);
+        if let Some(sample) = &mut update.noise {
+            sample.whole = update.param_norms.iter().map(|norm| norm * norm).sum();
+        }
+        if settings.sam > 0.0 {
+            self.sharpen(batch, settings, &mut update).map_err(Fault::non_finite)?;
+        }
         let clipped = self.clip(&update.param_norms, settings.clip).map_err(Fault::non_finite)?;
         drop(norms_span);
         if let Some(reason) = guard.and_then(|guard| guard.judge(update.cross_entropy, clipped.norm)) {
@@ -246,13 +264,36 @@ impl Learner {
         Ok(update)
     }
 
+    /// Puts the gradient at w + ρ g / ‖g‖ in place of g. The parameters come back to the bit; measurements and control states stay those of w.
+    fn sharpen(&mut self, batch: &Batch, settings: &Train, update: &mut Update) -> Result<(), String> {
+        let norm = update.param_norms.iter().map(|norm| norm * norm).sum::<f64>().sqrt();
+        if norm == 0.0 || !norm.is_finite() {
+            return Ok(()); // nowhere to go, or for the look at the gradient that follows
+        }
+        self.spare.clear();
+        self.spare.extend_from_slice(&self.params);
+        sam::ascend(&mut self.params, &self.grads, settings.sam / norm);
+        let again = Train { noise_scale: 0, ..settings.clone() };
+        let second = self.gradient(batch, &again, &mut Epoch::new(&self.policies));
+        std::mem::swap(&mut self.params, &mut self.spare);
+        check_loss(&second)?;
+        update.routing_changed = sam::changed(&update.routings, &second.routings);
+        update.param_norms = self.layers.param_norms(&self.grads);
+        Ok(())
+    }
+
     /// Gradients of the whole batch into the flat buffer, in micro-batches of whole documents whose parts add up to the batch.
     fn gradient(&mut self, batch: &Batch, settings: &Train, epoch: &mut Epoch) -> Update {
         self.grads.par_chunks_mut(1 << 16).for_each(|grads| grads.fill(0.0));
         let mut sum = Update::empty(self.layers.len(), self.policies.len());
-        let accumulate = settings.accumulate;
-        let parts = if accumulate > 1 { batch.split(accumulate) } else { vec![batch.clone()] };
+        let parts = if settings.accumulate > 1 { batch.split(settings.accumulate) } else { vec![batch.clone()] };
+        let measures = settings.noise_scale > 0 && parts.len() > 1;
+        let mut sample = Sample { per_whole: 1.0 / batch.documents.len() as f64, ..Sample::default() };
         for part in &parts {
+            if measures {
+                self.spare.clear();
+                self.spare.extend_from_slice(&self.grads);
+            }
             let share = Share {
                 weights: part.total_weight() / batch.total_weight(),
                 tokens: part.len() as f64 / batch.len() as f64,
@@ -266,9 +307,17 @@ impl Learner {
                 checkpoints: settings.activation_checkpointing,
                 coefficients: &self.coefficients,
                 arena: &self.arena,
+                keeps_routings: settings.sam > 0.0,
             };
             context.run(part, share, &mut self.grads, &mut sum, epoch);
+            if measures {
+                // What the part added is its own mean gradient, scaled to its share of the batch.
+                let squares = noise::squared_distance(&self.grads, &self.spare) / share.weights.powi(2);
+                sample.parts += squares / parts.len() as f64;
+                sample.per_part += 1.0 / (part.documents.len() * parts.len()) as f64;
+            }
         }
+        sum.noise = measures.then_some(sample);
         sum
     }
 
@@ -319,6 +368,7 @@ struct Pass<'p> {
     checkpoints: bool,
     coefficients: &'p crate::run::Losses,
     arena: &'p Arena<f32>,
+    keeps_routings: bool,
 }
 
 impl Pass<'_> {
@@ -345,6 +395,9 @@ impl Pass<'_> {
             self.policies[slot].observe(&mut sum.observations[slot], &input, &trace.routing);
             epoch.observe(slot, trace.scores_ne.data(), &trace.routing, &part.tokens_n);
             sum.add_experts(trace.layer, share.tokens * trace.routing.active_per_token());
+            if self.keeps_routings {
+                sum.routings.push(trace.routing.clone());
+            }
         }
         drop((observe_span, output));
         sum.add_losses(&found, part, share);
@@ -368,6 +421,9 @@ impl Update {
             grad_norm: 0.0,
             clipped: false,
             scale_mean: 1.0,
+            noise: None,
+            routing_changed: None,
+            routings: Vec::new(),
             observations: vec![Observation::default(); sparse],
         }
     }
@@ -426,4 +482,45 @@ pub fn thread_pool(threads: usize) -> Result<rayon::ThreadPool, TrainError> {
         .thread_name(|i| format!("moe-lab-{i}"))
         .build()
         .map_err(|error| TrainError::Usage(format!("threads = {threads}: {error}; use fewer threads")))
+}
+
+#[cfg(test)]
+pub(crate) mod small {
+    //! A small learner and a batch for tests of what an update is made of.
+
+    use super::*;
+
+    /// Plain SGD without scaled rates on four unequal documents of 20 words, changed by `sets`.
+    pub fn learner(sets: &[&str]) -> (Learner, Train, Batch) {
+        let fixed = [
+            "threads=1",
+            "model.hidden_size=16",
+            "model.num_layers=2",
+            "model.num_heads=4",
+            "model.num_kv_heads=2",
+            "model.intermediate_size=12",
+            "model.heads={routed=0}",
+            "train.optimizer=sgd",
+            "train.lr_scale=none",
+        ];
+        let sets: Vec<String> = fixed.iter().chain(sets).map(|set| set.to_string()).collect();
+        let run = Run::from_toml_str("", std::path::Path::new("."), &sets).unwrap();
+        let settings = run.phase("facts");
+        let lengths = [5usize, 3, 9, 4];
+        let mut batch = Batch { offsets_b1: vec![0], ..Batch::default() };
+        for (document, &length) in lengths.iter().enumerate() {
+            batch.tokens_n.extend((0..length as u32).map(|i| (i * 7 + document as u32) % 20));
+            batch.targets_n.extend((0..length as u32).map(|i| (i * 5 + 3 * document as u32) % 20));
+            batch.loss_weights_n.extend(std::iter::repeat_n(1.0 / length as f64, length));
+            batch.offsets_b1.push(batch.tokens_n.len());
+            batch.documents.push(document);
+        }
+        (Learner::new(&run, 20, &settings).unwrap(), settings, batch)
+    }
+
+    /// One update that moves nothing: what it measured; its gradient stays in the learner.
+    pub fn look(learner: &mut Learner, settings: &Train, batch: &Batch) -> Update {
+        let mut epoch = Epoch::new(&learner.policies);
+        learner.update(batch, settings, 0.0, &mut epoch, None).unwrap()
+    }
 }

@@ -1,6 +1,7 @@
 //! Documents in, metric rows out: configuration, data, the training loop, checkpoints, evaluation.
 #![forbid(unsafe_code)]
 
+mod auto_clip;
 pub mod bench;
 pub mod checkpoint;
 pub mod clip;
@@ -22,11 +23,14 @@ pub mod learner;
 pub mod lock;
 pub mod loss;
 pub mod metrics;
+mod monitor;
+mod noise;
 pub mod optimizers;
 mod origin;
 pub mod record;
 pub mod reproduce;
 pub mod run;
+mod sam;
 pub mod schedule;
 #[cfg(feature = "torch")]
 mod torch;

@@ -4,7 +4,7 @@ use crate::run::Losses;
 use model::transformer::{Output, Transformer};
 use moe_router::node;
 use tensor::ops::combine::weighted_sum;
-use tensor::ops::cross_entropy::{Targets, cross_entropy};
+use tensor::ops::cross_entropy::{Targets, smoothed};
 use tensor::{Real, Tape, Value};
 
 /// An auxiliary loss of one layer, unscaled.
@@ -16,9 +16,9 @@ pub struct Auxiliary {
 }
 
 pub struct Loss<T: Real> {
-    /// What is differentiated: share · cross-entropy + share_tokens · Σ coefficient · mean over layers.
+    /// What is differentiated: share · cross-entropy (with label smoothing) + share_tokens · Σ coefficient · mean over layers.
     pub total: Value<T>,
-    /// Mean cross-entropy of this pass in nats, weighted by the loss weights.
+    /// Mean cross-entropy of this pass in nats, weighted by the loss weights; plain whatever the label smoothing.
     pub cross_entropy: f64,
     /// Cross-entropy of every row, nats.
     pub losses_n: Vec<f64>,
@@ -45,7 +45,8 @@ pub fn loss<'a, T: Real>(
     coefficients: &Losses,
     share: Share,
 ) -> Loss<T> {
-    let (entropy, losses_n) = cross_entropy(tape, &output.hidden_nd, model.output, targets);
+    let smoothing = coefficients.label_smoothing;
+    let (entropy, losses_n) = smoothed(tape, &output.hidden_nd, model.output, targets, smoothing);
     let mut terms: Vec<(Value<T>, f64)> = vec![(entropy.clone(), share.weights)];
     let mut auxiliary = Vec::new();
     let mut term = |name, layer, value: Value<T>, coefficient: f64, layers: usize| {
@@ -71,8 +72,19 @@ pub fn loss<'a, T: Real>(
         let value = node::head_balance_loss(tape, &trace.routed_nh, &trace.selection);
         term("heads", trace.layer, value, coefficients.heads, output.heads.len());
     }
+    let cross_entropy = match smoothing > 0.0 {
+        true => weighted_mean(&losses_n, &targets.weights_n),
+        false => entropy.scalar().to_f64(),
+    };
     let terms: Vec<(&Value<T>, f64)> = terms.iter().map(|(value, c)| (value, *c)).collect();
-    Loss { total: weighted_sum(tape, &terms), cross_entropy: entropy.scalar().to_f64(), losses_n, auxiliary }
+    Loss { total: weighted_sum(tape, &terms), cross_entropy, losses_n, auxiliary }
+}
+
+/// Σ w·l / Σ w; 0 where nothing has weight. A row of weight 0 has no target and no say, whatever its loss.
+fn weighted_mean(losses_n: &[f64], weights_n: &[f64]) -> f64 {
+    let total: f64 = weights_n.iter().sum();
+    let weighted = losses_n.iter().zip(weights_n).filter(|(_, w)| **w > 0.0).map(|(l, w)| l * w / total);
+    weighted.sum()
 }
 
 /// Mean over layers of each auxiliary loss that exists, in the order balance, entropy, budget, z, heads.
@@ -89,6 +101,7 @@ pub fn means(auxiliary: &[Auxiliary]) -> Vec<(&'static str, f64)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::learner::small;
     use model::transformer::{Context, Documents, unwatched};
     use moe_router::Mode;
     use tensor::{Arena, Engine};
@@ -107,7 +120,7 @@ mod tests {
         let context = Context::Documents;
         let output = model.forward(&mut tape, &documents, &policies, Mode::Train, context, unwatched());
         let targets = Targets { weights_n: vec![1.0; ids.len()].into(), ids_n: ids.into() };
-        let none = Losses { balance: 0.0, entropy: 0.0, budget: 0.0, z: 0.0, heads: 0.0 };
+        let none = Losses { balance: 0.0, entropy: 0.0, budget: 0.0, z: 0.0, heads: 0.0, label_smoothing: 0.0 };
         let found = loss(&mut tape, model, &output, &targets, &none, Share::WHOLE);
         drop(output);
         let mut flat = vec![0.0; params.len()];
@@ -136,5 +149,17 @@ mod tests {
         let norm = whole.1.iter().map(|g| g * g).sum::<f64>().sqrt();
         let apart = whole.1.iter().zip(&sum).map(|(a, b)| (a - b).powi(2)).sum::<f64>().sqrt();
         assert!(norm > 0.01 && apart < 1e-12 * norm, "{apart} of {norm}");
+    }
+
+    #[test]
+    fn label_smoothing_changes_what_is_minimised_and_not_what_is_reported() {
+        let (mut plain, settings, batch) = small::learner(&[]);
+        let (mut smooth, _, _) = small::learner(&["losses.label_smoothing=0.2"]);
+        let (told, softened) =
+            (small::look(&mut plain, &settings, &batch), small::look(&mut smooth, &settings, &batch));
+        assert!((told.cross_entropy - softened.cross_entropy).abs() < 1e-6);
+        assert_eq!(told.document_losses, softened.document_losses);
+        assert_eq!(told.total, told.cross_entropy, "no auxiliary loss here");
+        assert!((softened.total - told.total).abs() > 1e-3 && plain.grads != smooth.grads);
     }
 }

@@ -57,6 +57,8 @@ enum Verb {
         #[arg(long)]
         json: bool,
     },
+    /// Try learning rates from 1e-7 to 1 on the first phase of a run and suggest one; writes nothing.
+    LrFind(LrFindArgs),
     /// What a run file may say.
     Config {
         #[command(subcommand)]
@@ -101,6 +103,19 @@ struct TrainArgs {
     device: Option<String>,
     #[arg(long)]
     dtype: Option<String>,
+    /// One JSON object on the last line of stdout.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct LrFindArgs {
+    /// A run file, or the name of a shipped one.
+    #[arg(default_value = "baseline")]
+    run: String,
+    /// Set a key of the run file, dotted: --set train.optimizer=sgd (repeatable).
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    sets: Vec<String>,
     /// One JSON object on the last line of stdout.
     #[arg(long)]
     json: bool,
@@ -186,6 +201,32 @@ impl BenchArgs {
     }
 }
 
+impl LrFindArgs {
+    fn run(self) -> Result<u8, TrainError> {
+        let run = Run::load(&self.run, &self.sets).map_err(|error| TrainError::Usage(error.to_string()))?;
+        let mut find = train::trainer::LrFind::new(run)?;
+        while find.advance()? {}
+        let mut report = find.report();
+        if self.json {
+            println!("{}", Value::Object(report));
+            return Ok(0);
+        }
+        println!("{:>12}  {:>10}  {:>10}", "rate", "loss", "smoothed");
+        for point in find.points() {
+            println!("{:>12.3e}  {:>10.4}  {:>10.4}", point.learning_rate, point.loss, point.smoothed);
+        }
+        println!();
+        report.remove("points");
+        for rate in ["lowest_rate", "steepest_rate", "suggestion", "own_rate"] {
+            if let Some(value) = report.get_mut(rate).filter(|value| value.is_f64()) {
+                *value = json!(format!("{:.3e}", value.as_f64().unwrap_or(f64::NAN)));
+            }
+        }
+        print_table(&report);
+        Ok(0)
+    }
+}
+
 impl TrainArgs {
     /// The flags as `--set` pairs, after the explicit ones: a flag beats the file.
     fn sets(&self) -> Vec<String> {
@@ -237,6 +278,7 @@ fn run(cli: Cli) -> Result<u8, TrainError> {
         }
         Some(Verb::Reproduce { run, out, json }) => return reproduce(&run, out.as_deref(), json),
         Some(Verb::Bench(bench)) => return bench.run(),
+        Some(Verb::LrFind(find)) => return find.run(),
         Some(Verb::Config { form: Form::Schema }) => return print(&Run::schema_json()),
         Some(Verb::Config { form: Form::Docs }) => return print(Run::docs().trim_end()),
         None => {}
@@ -348,8 +390,18 @@ fn finish(mut trainer: Trainer, signals: &Signals) -> Result<(Trainer, u8), Trai
 }
 
 /// Events that a person should see.
-const ALERTS: [&str; 9] =
-    ["collapse", "checkpoint_failed", "slow_save", "disk", "fault", "spike", "skipped", "rolled_back", "early_stop"];
+const ALERTS: [&str; 10] = [
+    "alert",
+    "collapse",
+    "checkpoint_failed",
+    "slow_save",
+    "disk",
+    "fault",
+    "spike",
+    "skipped",
+    "rolled_back",
+    "early_stop",
+];
 
 /// A bar on a terminal, a line now and then elsewhere.
 struct Progress {

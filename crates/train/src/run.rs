@@ -50,6 +50,8 @@ pub struct Run {
     pub train: Train,
     /// Auxiliary losses: total = cross-entropy + Σ coefficient · mean over layers.
     pub losses: Losses,
+    /// Rules on gradient norms, and what follows where one is broken.
+    pub monitor: Monitor,
     /// What is measured on the way.
     pub eval: Eval,
     /// What is kept on the way.
@@ -157,6 +159,11 @@ pub struct Train {
     pub restart_growth: u64,
     /// Largest L2 norm of the whole gradient, above 0; a longer gradient is shortened to it.
     pub clip: f64,
+    /// Percentile of the norms of the last updates, before clipping, that a gradient is shortened to as well; above 0, below 100 (95 clips about a
+    /// twentieth of the updates); 0 = `clip` alone. It starts when there are norms enough to tell it, anew in each phase.
+    pub clip_percentile: f64,
+    /// Updates whose norms are remembered (clip_percentile).
+    pub clip_window: usize,
     /// Decay λ of matrices: w ← w - rate·λ·w (adamw, lion, muon), or λ·w added to the gradient (adam, sgd, lars).
     pub weight_decay: f64,
     /// Memory of the mean of gradients, in [0, 1); for lion its share in a step (adam, adamw, lion, muon).
@@ -171,6 +178,13 @@ pub struct Train {
     pub trust: f64,
     /// Memory of a running mean of the parameters, in [0, 1), evaluated beside them and saved; 0 = none. 0.999 is usual.
     pub ema: f64,
+    /// Radius ρ of sharpness-aware minimisation (Foret 2021): the update follows the gradient at w + ρ·g/‖g‖; 0 = off, 0.05 is usual. Twice the work:
+    /// the second pass routes anew, `sam/routing_changed` is the share of tokens whose experts are others there. `train/loss` and the activation
+    /// norms are those at w, the gradient norms of parameters those of the gradient that is used.
+    pub sam: f64,
+    /// Updates between measurements of the gradient noise scale, in documents (`grad/noise_scale`), from the parts of `accumulate`, 2 or more;
+    /// 0 = never. It changes no update.
+    pub noise_scale: u64,
     /// Evaluations without a better held-out loss after which a phase ends, its best checkpoint kept; 0 = never.
     pub patience: u64,
     /// By how much a held-out loss must be lower to count as better, nats (patience).
@@ -287,7 +301,7 @@ pub enum Warmup {
     Exponential,
 }
 
-/// Coefficients of the auxiliary losses, 0 or more; 0 = measured only.
+/// Coefficients of the auxiliary losses, 0 or more; 0 = measured only. And label smoothing.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Losses {
@@ -301,6 +315,48 @@ pub struct Losses {
     pub z: f64,
     /// Even use of the routed heads.
     pub heads: f64,
+    /// Share of each target that is spread evenly over the vocabulary, from 0 to below 1. Only what is minimised (`train/total_loss`) is smoothed:
+    /// `train/loss`, `epoch/loss` and all evaluations stay the plain cross-entropy, to be held against the floor.
+    pub label_smoothing: f64,
+}
+
+/// Rules on gradient norms before clipping. Running medians are those of the last 128 updates of the phase; a rule speaks from the ninth on. What
+/// breaks a rule is told as an event `alert`. Factors are above 1, and 0 = off.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Monitor {
+    /// Alert where the norm of the whole gradient is above this many times its running median.
+    pub exploding: f64,
+    /// Alert where the norm of the whole gradient is below its running median divided by this.
+    pub vanishing: f64,
+    /// Alert where the norm of a flat layer's gradient is above this many times its running median.
+    pub layer_exploding: f64,
+    /// Alert where the norm of a flat layer's gradient is below its running median divided by this.
+    pub layer_vanishing: f64,
+    /// Alert where an update moves a flat layer by more than this share of its norm, ‖Δw‖ / ‖w‖; 0 = off. Usual are about 0.001.
+    pub update_ratio: f64,
+    /// What the updates after an alert do otherwise.
+    pub response: Response,
+    /// How much otherwise: what the rate is multiplied by, what the median norm is multiplied by to clip at, one over the number of batches that are
+    /// joined; above 0, below 1 (response).
+    pub factor: f64,
+    /// Updates that a response lasts, and for which a rule does not repeat itself.
+    pub cooldown: u64,
+}
+
+/// Answers to an alert, for `cooldown` updates.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Response {
+    /// The alert is told, no more.
+    #[default]
+    None,
+    /// The learning rate is multiplied by `factor`.
+    Rate,
+    /// The gradient is clipped at `factor` times the running median of its norm.
+    Clip,
+    /// Each update accumulates 1 / `factor` batches of the epoch, as many parts more and as many updates fewer.
+    Batch,
 }
 
 /// What is measured on the way.
@@ -486,6 +542,18 @@ impl Run {
     /// The dotted keys whose values differ, with both values.
     pub fn diff(a: &Run, b: &Run) -> Vec<Change> {
         describe::diff(a, b)
+    }
+}
+
+impl Monitor {
+    /// Batches that are joined in an update where that is the response.
+    pub fn batches(&self) -> u64 {
+        (1.0 / self.factor).round() as u64
+    }
+
+    /// Whether any rule is looked at.
+    pub fn watches(&self) -> bool {
+        *self != Self { response: self.response, factor: self.factor, cooldown: self.cooldown, ..Self::default() }
     }
 }
 

@@ -1,17 +1,21 @@
 //! The training loop: every call of `next_row` does one update (or hands out a row that an update left) and writes what it did. Kill it
 //! anywhere: `resume` goes on from the newest whole checkpoint and ends with the same bytes.
 
+mod control;
 mod fault;
+mod lr_find;
 mod report;
 mod save;
 mod state;
 #[cfg(test)]
 mod tests;
 
+pub use lr_find::LrFind;
 pub use state::checked_state;
 
+use crate::auto_clip::AutoClip;
 use crate::checkpoint;
-use crate::data::{Batch, Split, sha256};
+use crate::data::{Split, sha256};
 use crate::dataset::{Dataset, PhaseData};
 use crate::directory::{self, RunDirectory};
 use crate::early::EarlyStop;
@@ -22,6 +26,8 @@ use crate::files::{Disk, parent, system};
 use crate::guard::Guard;
 use crate::learner::{Learner, StepError};
 use crate::metrics::Row;
+use crate::monitor::Monitor;
+use crate::noise::NoiseScale;
 use crate::optimizers::Optimizer;
 use crate::record::{Status, write_run_file};
 use crate::run::{BatchScaling, OnNonfinite, OnSpike, Run, Train};
@@ -44,7 +50,7 @@ struct Position {
     batch: u64,
     /// Updates made, over all phases.
     step: u64,
-    /// Updates made in the phase.
+    /// Batches finished in the phase: its updates, unless a response joined some.
     phase_step: u64,
     /// Targets trained on, over all phases.
     tokens: u64,
@@ -75,6 +81,12 @@ struct Memory {
     skipped_in_a_row: u32,
     /// Steps whose batches are left out after a return to a checkpoint.
     left_out: BTreeSet<u64>,
+    #[serde(default)]
+    auto_clip: AutoClip,
+    #[serde(default)]
+    monitor: Monitor,
+    #[serde(default)]
+    noise: NoiseScale,
 }
 
 /// The same in every checkpoint of a run.
@@ -337,13 +349,6 @@ impl Trainer {
         self.run.phase(self.phase_name())
     }
 
-    fn batch(&self) -> Batch {
-        match &self.dataset.phases[self.at.phase].data {
-            PhaseData::Documents { train, .. } => train.batch(&self.documents()),
-            PhaseData::Text(text) => text.batch(self.at.phase_step),
-        }
-    }
-
     /// One update, and what follows from where it ends: epoch rows, evaluation, checkpoint, the next phase, the end of the run.
     fn advance(&mut self) -> Result<(), TrainError> {
         if self.at.phase == self.dataset.phases.len() {
@@ -361,7 +366,9 @@ impl Trainer {
             (last, better) = self.end_epoch(last)?;
         }
         if last {
+            // Another phase, other losses and gradients.
             (self.memory.guard, self.memory.early) = Default::default();
+            (self.memory.auto_clip, self.memory.monitor, self.memory.noise) = Default::default();
             (self.at.phase, self.at.epoch, self.at.phase_step) = (self.at.phase + 1, 0, 0);
             if self.at.phase == self.dataset.phases.len() {
                 return self.complete();
@@ -379,13 +386,13 @@ impl Trainer {
     /// One update, or what takes its place; false if the run returned to a checkpoint instead.
     fn update(&mut self) -> Result<bool, TrainError> {
         let started = Instant::now();
+        let step = self.next_step();
         if self.memory.left_out.contains(&(self.at.step + 1)) {
-            self.move_on(0);
+            self.move_on(0, step.batches);
             return self.event("left_out", format!("the batch of step {} is left out", self.at.step)).map(|()| true);
         }
-        let settings = self.settings();
-        let batch = self.batch();
-        let rate = self.rate(&settings);
+        let settings = &step.settings;
+        let batch = control::batch_at(&self.dataset.phases[self.at.phase].data, &self.at, step.batches);
         let acts = settings.on_nonfinite != OnNonfinite::Stop || settings.on_spike != OnSpike::Off;
         let before = acts.then(|| self.epoch.clone());
         let guard = (!matches!(settings.on_spike, OnSpike::Off | OnSpike::Warn)).then_some(&self.memory.guard);
@@ -394,9 +401,9 @@ impl Trainer {
             true => {}
             false => self.ema = None,
         }
-        let update = match self.learner.update(&batch, &settings, rate, &mut self.epoch, guard) {
+        let update = match self.learner.update(&batch, settings, step.rate, &mut self.epoch, guard) {
             Ok(update) => update,
-            Err(StepError::Fault(fault)) => return self.fault(fault, &settings, &batch, before),
+            Err(StepError::Fault(fault)) => return self.fault(fault, &step, &batch, before),
             Err(StepError::Device(reason)) => return Err(self.device_failed(&reason)),
         };
         if let Some(mean) = &mut self.ema {
@@ -404,11 +411,11 @@ impl Trainer {
             self.learner.pool.install(|| ema::track(mean, &self.learner.params, settings.ema));
         }
         let targets = batch.len();
-        self.move_on(targets as u64);
-        self.at.flops += self.learner.flops(&batch, &update);
+        self.move_on(targets as u64, step.batches);
+        self.at.flops += self.learner.flops(&batch, settings, &update);
         self.memory.skipped_in_a_row = 0;
         if settings.on_spike != OnSpike::Off {
-            self.watch(&update, &settings)?;
+            self.watch(&update, settings)?;
         }
         let originals = self.dataset.phases[self.at.phase].originals;
         let l0 = update.activation_norms[0];
@@ -419,19 +426,21 @@ impl Trainer {
             row.integer("train/length", batch.offsets_b1[1] as u64);
         }
         row.number("flops", self.at.flops);
-        report::describe(&mut row, &update, rate);
+        report::describe(&mut row, &update, step.rate);
+        let alerts = self.remember(&step, &update, &mut row);
         let seconds = started.elapsed().as_secs_f64();
         row.number("train/dt", seconds);
         row.number("train/tok_per_sec", targets as f64 / seconds);
         self.last_row = Some(row.clone());
-        self.push(row).map(|()| true)
+        self.push(row)?;
+        self.alert(alerts).map(|()| true)
     }
 
-    /// Past the batch of an update, with `targets` trained on.
-    fn move_on(&mut self, targets: u64) {
+    /// Past the `batches` of an update, with `targets` trained on.
+    fn move_on(&mut self, targets: u64, batches: u64) {
         self.at.step += 1;
-        self.at.phase_step += 1;
-        self.at.batch += 1;
+        self.at.phase_step += batches;
+        self.at.batch += batches;
         self.at.tokens += targets;
     }
 
@@ -442,18 +451,6 @@ impl Trainer {
             PhaseData::Text(_) => self.at.phase_step,
         };
         self.run.schedule(self.phase_name()).rate(settings.peak_rate(), position)
-    }
-
-    /// Indices of the documents in the batch that comes next; none in a text phase, whose windows the step decides.
-    fn documents(&self) -> Vec<usize> {
-        match &self.dataset.phases[self.at.phase].data {
-            PhaseData::Documents { order, .. } => {
-                let documents = order.documents(self.at.epoch);
-                let start = (self.at.batch as usize * order.batch_size).min(documents.len());
-                documents[start..(start + order.batch_size).min(documents.len())].to_vec()
-            }
-            PhaseData::Text(_) => Vec::new(),
-        }
     }
 
     fn complete(&mut self) -> Result<(), TrainError> {

@@ -49,6 +49,10 @@ const HELD_OUT_STILL: &[&str] = &["data.val_fraction=0.4", "eval.every=1", "trai
 const HELD_OUT_PATIENT: &[&str] = &["data.val_fraction=0.4", "eval.every=1", "train.epochs=4", "train.patience=1"];
 /// A variant of each document by rules of its own.
 const AUGMENTED: &[&str] = &["data.augment.copies=1", "data.augment.table=@rules.json"];
+/// Updates enough for rules on gradient norms; a rule that is soon broken; and an answer to it.
+const LONGER: &[&str] = &["train.epochs=10"];
+const WATCHED: &[&str] = &["train.epochs=10", "monitor.exploding=1.01"];
+const RESPONDING: &[&str] = &["train.epochs=10", "monitor.exploding=1.01", "monitor.response=clip"];
 /// A text of one letter, soon known by heart, with a few others in the middle.
 const JUMP: &[&str] = &["data.text=@jump.txt", "train.max_steps=150"];
 
@@ -125,6 +129,8 @@ const CASES: &[(&str, &[&str], &[&str], Seen)] = &[
         Weights,
     ),
     ("train.clip", &[], &["train.clip=0.001"], Weights),
+    ("train.clip_percentile", &[], &["train.clip_percentile=50"], Weights),
+    ("train.clip_window", &["train.clip_percentile=50"], &["train.clip_window=2"], Weights),
     ("train.weight_decay", &[], &["train.weight_decay=0.5"], Weights),
     ("train.beta1", &[], &["train.beta1=0.5"], Weights),
     ("train.beta2", &[], &["train.beta2=0.5"], Weights),
@@ -132,6 +138,8 @@ const CASES: &[(&str, &[&str], &[&str], Seen)] = &[
     ("train.momentum", &["train.optimizer=sgd"], &["train.momentum=0.1"], Weights),
     ("train.trust", &["train.optimizer=lars"], &["train.trust=0.1"], Weights),
     ("train.ema", &[], &["train.ema=0.9"], Metrics),
+    ("train.sam", &[], &["train.sam=0.05"], Weights),
+    ("train.noise_scale", &["train.accumulate=2"], &["train.noise_scale=1"], Metrics),
     ("train.patience", HELD_OUT_STILL, &["train.patience=1"], Metrics),
     ("train.min_delta", HELD_OUT_PATIENT, &["train.min_delta=100"], Weights),
     ("train.on_nonfinite", &["train.learning_rate=1e30"], &["train.on_nonfinite=skip"], Ending),
@@ -141,6 +149,15 @@ const CASES: &[(&str, &[&str], &[&str], Seen)] = &[
     ("losses.budget", &[LEARNED], &["losses.budget=1"], Weights),
     ("losses.z", &[SPARSE], &["losses.z=1"], Weights),
     ("losses.heads", &[], &["losses.heads=1"], Weights),
+    ("losses.label_smoothing", &[], &["losses.label_smoothing=0.1"], Weights),
+    ("monitor.exploding", LONGER, &["monitor.exploding=1.01", "monitor.response=rate"], Weights),
+    ("monitor.vanishing", LONGER, &["monitor.vanishing=1.01", "monitor.response=rate"], Weights),
+    ("monitor.layer_exploding", LONGER, &["monitor.layer_exploding=1.01", "monitor.response=rate"], Weights),
+    ("monitor.layer_vanishing", LONGER, &["monitor.layer_vanishing=1.01", "monitor.response=rate"], Weights),
+    ("monitor.update_ratio", LONGER, &["monitor.update_ratio=1e-9", "monitor.response=rate"], Weights),
+    ("monitor.response", WATCHED, &["monitor.response=batch"], Weights),
+    ("monitor.factor", RESPONDING, &["monitor.factor=0.1"], Weights),
+    ("monitor.cooldown", RESPONDING, &["monitor.cooldown=1"], Weights),
     ("eval.every", &[], &["eval.every=1"], Samples),
     ("eval.batches", &[TEXT_RUN, "data.val_fraction=0.4"], &["eval.batches=1"], Metrics),
     ("eval.samples", &[], &["eval.samples=['The Sun']"], Samples),
@@ -361,6 +378,10 @@ const MENUS: &[(&str, &[&str])] = &[
     ("train.warmup_epochs", &["0", "1", "1000000000"]),
     ("train.min_lr_ratio", &["0", "1", "2"]),
     ("train.clip", &["1e-30", "1", "1e300", "0"]),
+    ("train.clip_percentile", &["0", "50", "95", "100", "nan"]),
+    ("train.clip_window", &["0", "2", "200", "1000000"]),
+    ("train.sam", &["0", "0.05", "1e30", "-1"]),
+    ("train.noise_scale", &["0", "1", "3"]),
     ("train.weight_decay", &["0", "0.1", "1e30"]),
     ("train.beta1", &["0", "0.9", "1"]),
     ("train.beta2", &["0", "0.999", "0.9999999999999999"]),
@@ -377,6 +398,18 @@ const MENUS: &[(&str, &[&str])] = &[
     ("losses.budget", &["0", "1"]),
     ("losses.z", &["0", "1e10"]),
     ("losses.heads", &["0", "1"]),
+    ("losses.label_smoothing", &["0", "0.1", "0.999", "1"]),
+    (
+        "monitor",
+        &[
+            "{exploding=1.01, response='batch'}",
+            "{layer_vanishing=2, response='clip', factor=0.9}",
+            "{update_ratio=1e-9, response='rate', cooldown=1}",
+            "{vanishing=1.5, response='batch', factor=1e-300}",
+            "{response='rate'}",
+            "{exploding=0.5}",
+        ],
+    ),
     ("eval.every", &["0", "1", "1000000000"]),
     ("eval.samples", &["['']", "['Sun']", "['no such words at all']"]),
     ("checkpoint.every", &["0", "1", "1000000000"]),

@@ -83,7 +83,7 @@ fn bf16_products_move_the_run_a_little_and_are_evaluated_as_trained() {
 
 #[test]
 fn a_killed_run_ends_with_the_bytes_of_one_that_never_stopped() {
-    let variants: [&[&str]; 12] = [
+    let variants: [&[&str]; 14] = [
         &[],
         &["train.optimizer=adamw", "train.weight_decay=0.1", "data.shuffle=true"],
         &["train.optimizer=sgd", "train.learning_rate=0.1"],
@@ -110,6 +110,24 @@ fn a_killed_run_ends_with_the_bytes_of_one_that_never_stopped() {
         &["train.schedule=wsd", "train.warmup=exponential", "phase.chat.train.schedule=one_cycle"],
         &["train.ema=0.9", "train.schedule=constant", "train.on_spike=skip", "train.on_nonfinite=roll_back"],
         &["data.val_fraction=0.34", "eval.every=1", "train.patience=2", "train.learning_rate=0.05", "train.epochs=12"],
+        &[
+            "train.clip_percentile=50",
+            "train.clip_window=4",
+            "monitor.exploding=1.02",
+            "monitor.layer_vanishing=1.02",
+            "monitor.response=batch",
+            "monitor.cooldown=2",
+        ],
+        &[
+            "model.router={kind='top_p', p=0.4, num_experts=4, expert_hidden_size=6}",
+            "train.accumulate=2",
+            "train.noise_scale=2",
+            "train.sam=0.05",
+            "losses.label_smoothing=0.1",
+            "monitor.update_ratio=1e-9",
+            "monitor.response=rate",
+            "monitor.cooldown=3",
+        ],
     ];
     for sets in variants {
         let folder = memory();

@@ -1,6 +1,7 @@
 //! Cross-entropy fused with the output projection, in chunks of rows: Σ w_t (lse_t − logit_t[target_t]) / Σ w_t with logits = x Wᵀ.
 //! No [n, v] array is kept: while recording, a chunk's logits are turned into gradients of x and W at once and dropped (the loss is
-//! linear in its upstream gradient, which enters later as one factor).
+//! linear in its upstream gradient, which enters later as one factor). With label smoothing s (Szegedy 2016, arXiv 1512.00567) the targets are
+//! (1 − s)·onehot + s/v, so that a row's objective is its cross-entropy + s·(logit[target] − mean of its logits).
 
 use crate::kernels::gemm::{Matrix, Threads, matmul, matmul_strided};
 use crate::kernels::simd::{self, Kernel, exp};
@@ -39,6 +40,17 @@ pub fn cross_entropy<'a, T: Real>(
     weight: Param,
     targets: &Targets,
 ) -> (Value<T>, Vec<f64>) {
+    smoothed(tape, x, weight, targets, 0.0)
+}
+
+/// The same with label smoothing from 0 to below 1. The value is smoothed, the losses of the rows are the plain ones.
+pub fn smoothed<'a, T: Real>(
+    tape: &mut Tape<'a, T>,
+    x: &Value<T>,
+    weight: Param,
+    targets: &Targets,
+    smoothing: f64,
+) -> (Value<T>, Vec<f64>) {
     let (n, d, v) = (x.rows(), x.width(), weight.rows);
     assert!(targets.ids_n.len() == n && targets.weights_n.len() == n, "cross_entropy: one target and weight per row");
     assert!(targets.ids_n.iter().all(|id| (*id as usize) < v), "cross_entropy: target outside the vocabulary");
@@ -46,12 +58,12 @@ pub fn cross_entropy<'a, T: Real>(
     let total: f64 = targets.weights_n.iter().sum();
     let share_n: Vec<f64> = targets.weights_n.iter().map(|w| if total > 0.0 { w / total } else { 0.0 }).collect();
     if tape.engine() == Engine::Reference {
-        return reference(tape, x, weight, targets, &share_n);
+        return reference(tape, x, weight, targets, &share_n, smoothing);
     }
     let needs = tape.recording() && (x.needs_grad() || weight.trainable);
     let precision = tape.precision();
     let w_vd = &tape.param(&weight)[..v * d];
-    let mut losses_n = vec![0.0; n];
+    let mut losses_n = vec![RowLoss::default(); n];
     let mut dx_nd: Option<Buffer<T>> = (needs && x.needs_grad()).then(|| tape.arena().take(n * d));
     let mut dw_vd: Option<Buffer<T>> = (needs && weight.trainable && n > 0).then(|| tape.arena().take(v * d));
     let rows = (CHUNK / v).max(LEAST).min(n);
@@ -72,7 +84,8 @@ pub fn cross_entropy<'a, T: Real>(
                 for (i, (loss, row_v)) in losses.iter_mut().zip(logits_bv.chunks_mut(v)).enumerate() {
                     let t = start + b * block + i;
                     let (target, share) = (targets.ids_n[t] as usize, T::from_f64(share_n[t]));
-                    *loss = simd::dispatch(Row { row_v, target, share: needs.then_some(share) }).to_f64();
+                    let share = needs.then_some(share);
+                    *loss = simd::dispatch(Row { row_v, target, share, smoothing: T::from_f64(smoothing) });
                 }
                 if let Some(dx_bd) = dx_bd {
                     matmul_strided(precision, dx_bd, d, Matrix::new(logits_bv, rows, v), w, false, Threads::One);
@@ -84,7 +97,7 @@ pub fn cross_entropy<'a, T: Real>(
             matmul(precision, dw_vd, dlogits.t(), x_cd, start > 0);
         }
     }
-    let mean: f64 = losses_n.iter().zip(&share_n).map(|(l, s)| if *s == 0.0 { 0.0 } else { l * s }).sum();
+    let mean: f64 = losses_n.iter().zip(&share_n).map(|(l, s)| if *s == 0.0 { 0.0 } else { l.objective * s }).sum();
     let mut out = tape.arena().take(1);
     out[0] = T::from_f64(mean);
     let loss = tape.output(out, 1, 1, needs);
@@ -101,7 +114,14 @@ pub fn cross_entropy<'a, T: Real>(
             }
         });
     }
-    (loss, losses_n)
+    (loss, losses_n.into_iter().map(|loss| loss.plain).collect())
+}
+
+/// Cross-entropy of a row, and what of it is minimised: the same without smoothing.
+#[derive(Clone, Copy, Default)]
+struct RowLoss {
+    plain: f64,
+    objective: f64,
 }
 
 /// While recording all products are forward's; backward scales the gradients of x and W.
@@ -112,25 +132,37 @@ fn cost<T>(n: usize, d: usize, v: usize, recording: bool) -> Cost {
     Cost { forward, backward: Work { flops: 0, bytes: (2 * n * d + 3 * d * v) * size_of::<T>() } }
 }
 
-/// The loss lse(logits) − logits[target] of one row, stable for any finite logits. With a share the logits become share·(softmax − onehot).
+/// The loss lse(logits) − logits[target] of one row, stable for any finite logits, and the smoothed one. With a share the logits become
+/// share·(softmax − (1 − smoothing)·onehot − smoothing/v).
 struct Row<'s, T> {
     row_v: &'s mut [T],
     target: usize,
     share: Option<T>,
+    smoothing: T,
 }
 
 impl<T: Real> Kernel for Row<'_, T> {
-    type Output = T;
+    type Output = RowLoss;
 
     #[inline(always)]
-    fn run(self) -> T {
-        let (row_v, target) = (self.row_v, self.target);
+    fn run(self) -> RowLoss {
+        let (row_v, target, smoothing) = (self.row_v, self.target, self.smoothing);
+        let smooths = smoothing > T::ZERO;
+        let v = T::from_f64(row_v.len() as f64);
         let mut tops = [-T::INFINITY; SUMS];
         for lanes in row_v.chunks(SUMS) {
             tops.iter_mut().zip(lanes).for_each(|(top, x)| *top = if *x > *top { *x } else { *top });
         }
         let top = tops.into_iter().fold(-T::INFINITY, |top, x| Real::max(top, x));
         let at_target = row_v[target];
+        let mut mean = T::ZERO;
+        if smooths {
+            let mut sums = [T::ZERO; SUMS];
+            for lanes in row_v.chunks(SUMS) {
+                sums.iter_mut().zip(lanes).for_each(|(sum, x)| *sum += *x - top);
+            }
+            mean = top + sums.into_iter().sum::<T>() / v;
+        }
         // Running sums in a fixed order, so that the additions vectorise the same way on every machine.
         let mut sums = [T::ZERO; SUMS];
         for lanes in row_v.chunks_mut(SUMS) {
@@ -143,9 +175,15 @@ impl<T: Real> Kernel for Row<'_, T> {
         if let Some(share) = self.share {
             let scale = share / sum;
             row_v.iter_mut().for_each(|x| *x *= scale);
-            row_v[target] -= share;
+            if smooths {
+                let spread = share * smoothing / v;
+                row_v.iter_mut().for_each(|x| *x -= spread);
+            }
+            row_v[target] -= share - share * smoothing;
         }
-        top + sum.ln() - at_target
+        let plain = (top + sum.ln() - at_target).to_f64();
+        let objective = if smooths { plain + (smoothing * (at_target - mean)).to_f64() } else { plain };
+        RowLoss { plain, objective }
     }
 }
 
@@ -155,6 +193,7 @@ fn reference<'a, T: Real>(
     weight: Param,
     targets: &Targets,
     share_n: &[f64],
+    smoothing: f64,
 ) -> (Value<T>, Vec<f64>) {
     let n = x.rows();
     if n == 0 {
@@ -165,9 +204,14 @@ fn reference<'a, T: Real>(
         let top = logits.max_keepdim(D::Minus1)?.detach();
         let lse = (logits.broadcast_sub(&top)?.exp()?.sum_keepdim(1)?.log()? + top)?;
         let ids = Tensor::from_slice(&targets.ids_n, (n, 1), &Device::Cpu)?;
-        let losses = (lse - logits.gather(&ids, 1)?)?;
+        let at_target = logits.gather(&ids, 1)?;
+        let losses = (lse - &at_target)?;
         let share = Tensor::from_slice(share_n, (n, 1), &Device::Cpu)?.to_dtype(losses.dtype())?;
-        Ok(vec![(&losses * share)?.sum_all()?.reshape((1, 1))?, losses.detach()])
+        let objective = match smoothing > 0.0 {
+            true => (&losses + ((at_target - logits.mean_keepdim(1)?)? * smoothing)?)?,
+            false => losses.clone(),
+        };
+        Ok(vec![(objective * share)?.sum_all()?.reshape((1, 1))?, losses.detach()])
     });
     let losses = outputs[1].data().iter().map(|l| l.to_f64()).collect();
     (outputs[0].clone(), losses)
@@ -210,6 +254,51 @@ mod tests {
         let total: f64 = targets.weights_n.iter().sum();
         let mean: f64 = rows.iter().zip(targets.weights_n.iter()).map(|(l, w)| l * w / total).sum();
         assert!((loss.scalar() - mean).abs() < 1e-12);
+    }
+
+    #[test]
+    fn smoothed_gradients_agree_with_differences_and_with_the_reference() {
+        for (n, d, v) in [(0, 2, 3), (1, 2, 3), (2, 1, 1), (7, 4, 37), (40, 3, 5)] {
+            for smoothing in [0.0, 0.1, 0.7] {
+                let (inputs, params, weight, targets) = case(n, d, v, 1.0);
+                let op = |tape: &mut Tape<'_, f64>, x: &[Value<f64>]| {
+                    vec![smoothed(tape, &x[0], weight, &targets, smoothing).0]
+                };
+                let worst = check::worst(Engine::Cpu, &inputs, &params, op);
+                assert!(worst < 1e-8, "{n} {d} {v} {smoothing}: {worst}");
+                assert!(check::parity::<f64>(&inputs, &params, op) < 1e-12);
+                assert!(
+                    check::parity::<f32>(&inputs, &params, |tape, x| {
+                        vec![smoothed(tape, &x[0], weight, &targets, smoothing).0]
+                    }) < 1e-5
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn smoothing_is_the_cross_entropy_of_softened_targets_and_leaves_row_losses_plain() {
+        let (n, d, v, s) = (9, 3, 50, 0.2);
+        let (inputs, params, weight, targets) = case(n, d, v, 1.0);
+        let arena = crate::Arena::default();
+        let mut tape = Tape::inference(Engine::Cpu, &params, &arena);
+        let x = tape.constant(&inputs[0].data, n, d);
+        let (plain, rows) = cross_entropy(&mut tape, &x, weight, &targets);
+        let (soft, same_rows) = smoothed(&mut tape, &x, weight, &targets, s);
+        assert_eq!(rows, same_rows);
+        assert_eq!(smoothed(&mut tape, &x, weight, &targets, 0.0).0.scalar(), plain.scalar());
+        // Σ over the vocabulary of -q log p, told plainly.
+        let total: f64 = targets.weights_n.iter().sum();
+        let mut expected = 0.0;
+        for t in 0..n {
+            let logit = |c: usize| -> f64 {
+                (0..d).map(|j| inputs[0].data[t * d + j] * params[weight.range(0)][c * d + j]).sum()
+            };
+            let lse = (0..v).map(|c| logit(c).exp()).sum::<f64>().ln();
+            let q = |c: usize| s / v as f64 + if c == targets.ids_n[t] as usize { 1.0 - s } else { 0.0 };
+            expected += targets.weights_n[t] / total * (0..v).map(|c| q(c) * (lse - logit(c))).sum::<f64>();
+        }
+        assert!((soft.scalar() - expected).abs() < 1e-12 && (soft.scalar() - plain.scalar()).abs() > 1e-3);
     }
 
     #[test]

@@ -69,6 +69,19 @@ impl Batch {
         self.loss_weights_n.iter().sum()
     }
 
+    /// Batches one after the other as one.
+    pub fn join(batches: impl IntoIterator<Item = Batch>) -> Batch {
+        batches.into_iter().fold(Batch::empty(), |mut all, next| {
+            let rows = all.len();
+            all.offsets_b1.extend(next.offsets_b1[1..].iter().map(|offset| rows + offset));
+            all.tokens_n.extend(next.tokens_n);
+            all.targets_n.extend(next.targets_n);
+            all.loss_weights_n.extend(next.loss_weights_n);
+            all.documents.extend(next.documents);
+            all
+        })
+    }
+
     /// At most `parts` micro-batches of whole documents, in order, none empty, of nearly equal numbers of rows.
     pub fn split(&self, parts: usize) -> Vec<Batch> {
         let count = self.documents.len();
@@ -458,6 +471,7 @@ mod tests {
         assert_eq!(parts.iter().map(Batch::len).collect::<Vec<_>>(), [20, 30, 30]);
         assert_eq!(parts[1].documents, [2, 3, 4]);
         assert_eq!(parts[1].offsets_b1, [0, 20, 25, 30]);
+        assert_eq!(Batch::join(parts), batch);
         assert_eq!(batch.split(1), std::slice::from_ref(&batch));
         assert_eq!(batch.split(0), std::slice::from_ref(&batch));
         assert_eq!(batch.split(99).len(), 6);

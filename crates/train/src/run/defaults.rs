@@ -1,8 +1,8 @@
 //! The default of every value: the baseline's, where it has one.
 
 use super::{
-    Augment, BatchScaling, Checkpoint, Data, Eval, Losses, LrScale, OnNonfinite, OnSpike, Optimizer, Phases, Run,
-    Schedule, Train, Warmup,
+    Augment, BatchScaling, Checkpoint, Data, Eval, Losses, LrScale, Monitor, OnNonfinite, OnSpike, Optimizer, Phases,
+    Response, Run, Schedule, Train, Warmup,
 };
 use tensor::{Engine, Precision};
 
@@ -20,6 +20,7 @@ impl Default for Run {
             model: model::Model::default(),
             train: Train::default(),
             losses: Losses::default(),
+            monitor: Monitor::default(),
             eval: Eval::default(),
             checkpoint: Checkpoint::default(),
             phase: Phases::default(),
@@ -74,6 +75,8 @@ impl Default for Train {
             restart_every: 10,
             restart_growth: 2,
             clip: 100.0,
+            clip_percentile: 0.0,
+            clip_window: 200,
             weight_decay: 0.0,
             beta1: 0.9,
             beta2: 0.999,
@@ -81,6 +84,8 @@ impl Default for Train {
             momentum: 0.9,
             trust: 1e-3,
             ema: 0.0,
+            sam: 0.0,
+            noise_scale: 0,
             patience: 0,
             min_delta: 1e-3,
             on_nonfinite: OnNonfinite::default(),
@@ -91,7 +96,22 @@ impl Default for Train {
 
 impl Default for Losses {
     fn default() -> Self {
-        Self { balance: 0.01, entropy: 1e-4, budget: 0.01, z: 0.0, heads: 0.01 }
+        Self { balance: 0.01, entropy: 1e-4, budget: 0.01, z: 0.0, heads: 0.01, label_smoothing: 0.0 }
+    }
+}
+
+impl Default for Monitor {
+    fn default() -> Self {
+        Self {
+            exploding: 0.0,
+            vanishing: 0.0,
+            layer_exploding: 0.0,
+            layer_vanishing: 0.0,
+            update_ratio: 0.0,
+            response: Response::default(),
+            factor: 0.5,
+            cooldown: 50,
+        }
     }
 }
 

@@ -196,6 +196,12 @@ fn every_range_is_checked() {
         ("train.warmup_epochs=1_000_000_001", "train.warmup_epochs"),
         ("train.min_lr_ratio=1.1", "train.min_lr_ratio"),
         ("train.clip=0", "train.clip"),
+        ("train.clip_percentile=100", "train.clip_percentile"),
+        ("train.clip_percentile=-1", "train.clip_percentile"),
+        ("train={clip_percentile=95,clip_window=19}", "train.clip_window"),
+        ("train={clip_percentile=99.9,clip_window=999}", "train.clip_window"),
+        ("train.sam=-0.1", "train.sam"),
+        ("train.noise_scale=1", "train.noise_scale"),
         ("train.weight_decay=-1", "train.weight_decay"),
         ("train.beta1=1", "train.beta1"),
         ("train.beta2=-0.1", "train.beta2"),
@@ -206,6 +212,14 @@ fn every_range_is_checked() {
         ("losses.entropy=-1", "losses.entropy"),
         ("losses.z=-1", "losses.z"),
         ("losses.heads=-1", "losses.heads"),
+        ("losses.label_smoothing=1", "losses.label_smoothing"),
+        ("losses.label_smoothing=-0.1", "losses.label_smoothing"),
+        ("monitor.exploding=1", "monitor.exploding"),
+        ("monitor.layer_vanishing=0.5", "monitor.layer_vanishing"),
+        ("monitor.update_ratio=-1", "monitor.update_ratio"),
+        ("monitor={exploding=2,response='rate',factor=1.0}", "monitor.factor"),
+        ("monitor={exploding=2,response='batch',factor=0.7}", "monitor.factor"),
+        ("monitor={exploding=2,cooldown=0}", "monitor.cooldown"),
         ("eval.every=1_000_000_001", "eval.every"),
         ("eval.samples=[' ']", "eval.samples"),
         ("checkpoint.every=1_000_000_001", "checkpoint.every"),
@@ -220,6 +234,10 @@ fn every_range_is_checked() {
         ("data.augment.drop=0.1", "data.augment.drop"),
         ("data.augment.table='t.json'", "data.augment.table"),
         ("model.position={kind='rope',max=10}", "model.position.max"),
+        ("train.clip_window=100", "train.clip_window"),
+        ("monitor.response=rate", "monitor.response"),
+        ("monitor.cooldown=9", "monitor.cooldown"),
+        ("monitor={exploding=2,factor=0.1}", "monitor.factor"),
         ("train.momentum=0.5", "train.momentum"),
         ("train={optimizer='sgd',beta1=0.5}", "train.beta1"),
         ("train={schedule='constant',min_lr_ratio=0.5}", "train.min_lr_ratio"),
@@ -248,6 +266,16 @@ fn every_range_is_checked() {
     ] {
         let problems = parse("data.text = \"t.txt\"", &[bad]).expect_err(bad).problems;
         assert_eq!(problems.iter().map(|p| p.key.as_str()).collect::<Vec<_>>(), [bad.split_once('=').unwrap().0]);
+    }
+    // What the torch engine does not have is refused by name, whether this build has that engine or not.
+    for (set, key) in [
+        ("train.sam=0.05", "train.sam"),
+        ("train={accumulate=2,noise_scale=1}", "train.noise_scale"),
+        ("losses.label_smoothing=0.1", "losses.label_smoothing"),
+    ] {
+        let problems = parse("", &["engine=torch", set]).expect_err(set).problems;
+        let found = problems.iter().find(|problem| problem.key == key).unwrap_or_else(|| panic!("{problems:?}"));
+        assert!(found.message.contains("not in the torch engine"), "{found:?}");
     }
     good("", &["dtype=f32", "engine=reference"]);
     let refused = parse("", &["dtype=bf16", "engine=reference"]).unwrap_err().problems;

@@ -1,7 +1,8 @@
 //! What makes the values of a run good: ranges and combinations, all problems at once.
 
 use super::merge::{CHOICES, OF_DOCUMENTS, OF_TEXT, overridden};
-use super::{Augment, ConfigError, Optimizer, Problem, Run, Train, schema};
+use super::{Augment, ConfigError, Monitor, Optimizer, Problem, Response, Run, Train, schema};
+use crate::auto_clip;
 use model::config::MAX_NUMBERS;
 use tensor::{Engine, Precision};
 use toml::{Table, Value};
@@ -54,6 +55,7 @@ pub(super) fn validate(run: &Run) -> Result<(), ConfigError> {
     found.0.extend(run.model.problems().into_iter().map(|p| (format!("model.{}", p.key), p.message)));
     phases(run, &mut found);
     measures(run, &mut found);
+    monitor(run, &mut found);
     unused(run, &table, &mut found);
     size(run, &mut found);
     let value = |key: &str| schema::lookup(&table, key).filter(|value| !value.is_table()).map(schema::shown);
@@ -113,6 +115,16 @@ fn torch(run: &Run, found: &mut Found) {
             Optimizer::Muon => refuse("train.optimizer", "\"muon\""),
             Optimizer::Adam | Optimizer::Adamw | Optimizer::Sgd | Optimizer::Lars => {}
         }
+        let train = run.phase(name);
+        if train.sam > 0.0 {
+            refuse("train.sam", "sharpness-aware minimisation");
+        }
+        if train.noise_scale > 0 {
+            refuse("train.noise_scale", "the gradient noise scale");
+        }
+    }
+    if run.losses.label_smoothing > 0.0 {
+        refuse("losses.label_smoothing", "label smoothing");
     }
 }
 
@@ -203,6 +215,8 @@ fn train(train: &Train, name: &dyn Fn(&str) -> String, found: &mut Found) {
         ("restart_every", t.restart_every, 1),
         ("restart_growth", t.restart_growth, 1),
         ("patience", t.patience, 0),
+        ("noise_scale", t.noise_scale, 0),
+        ("clip_window", t.clip_window as u64, 1),
     ] {
         found.count(&name(key), count, least);
     }
@@ -214,6 +228,23 @@ fn train(train: &Train, name: &dyn Fn(&str) -> String, found: &mut Found) {
     found.require(share, name("decay_share"), "must be above 0 and at most 1; set it to 0.2, say");
     found.require(zero_or_more(t.weight_decay), name("weight_decay"), "must be a finite number, 0 or more");
     found.require(zero_or_more(t.min_delta), name("min_delta"), "must be a finite number, 0 or more");
+    found.require(zero_or_more(t.sam), name("sam"), "must be a finite number, 0 or more; set it to 0.05, say");
+    let measured = t.noise_scale == 0 || t.accumulate >= 2;
+    found.require(measured, name("noise_scale"), "compares the parts of a batch; set train.accumulate to 2 or more");
+    let percentile = (0.0..100.0).contains(&t.clip_percentile);
+    found.require(
+        percentile,
+        name("clip_percentile"),
+        "must be in [0, 100); set it to 95, say, or to 0 for clip alone",
+    );
+    if percentile && t.clip_percentile > 0.0 {
+        let least = auto_clip::least(t.clip_percentile);
+        found.require(
+            (least..=auto_clip::LONGEST).contains(&t.clip_window),
+            name("clip_window"),
+            format!("must be from {least}, which leave one beyond the percentile, to {}", auto_clip::LONGEST),
+        );
+    }
     for (key, share) in [("beta1", t.beta1), ("beta2", t.beta2), ("momentum", t.momentum), ("ema", t.ema)] {
         found.require((0.0..1.0).contains(&share), name(key), "must be in [0, 1); set it to 0.9, say");
     }
@@ -237,6 +268,8 @@ fn measures(run: &Run, found: &mut Found) {
         let good = number.is_finite() && number >= 0.0;
         found.require(good, format!("losses.{key}"), "must be a finite number, 0 or more; 0 only measures it");
     }
+    let smoothing = (0.0..1.0).contains(&losses.label_smoothing);
+    found.require(smoothing, "losses.label_smoothing", "must be in [0, 1); set it to 0.1, say");
     found.count("eval.every", run.eval.every, 0);
     found.count("eval.batches", run.eval.batches as u64, 1);
     let prompts = run.eval.samples.iter().all(|prompt| !prompt.trim().is_empty());
@@ -253,6 +286,44 @@ fn measures(run: &Run, found: &mut Found) {
     found.require(held_out || !patient, "train.patience", message);
     let used = patient || run.train.min_delta == Train::default().min_delta;
     found.require(used, "train.min_delta", "has no effect with patience = 0; set train.patience to 5, say");
+    let clips = run.phases().iter().any(|name| run.phase(name).clip_percentile > 0.0);
+    let used = clips || run.train.clip_window == Train::default().clip_window;
+    let message = "has no effect with clip_percentile = 0; set train.clip_percentile to 95, say";
+    found.require(used, "train.clip_window", message);
+}
+
+fn monitor(run: &Run, found: &mut Found) {
+    let (m, defaults) = (&run.monitor, Monitor::default());
+    let rules = [
+        ("exploding", m.exploding),
+        ("vanishing", m.vanishing),
+        ("layer_exploding", m.layer_exploding),
+        ("layer_vanishing", m.layer_vanishing),
+    ];
+    for (key, factor) in rules {
+        let good = factor == 0.0 || (factor.is_finite() && factor > 1.0);
+        found.require(good, format!("monitor.{key}"), "must be a finite number above 1, or 0 for no rule");
+    }
+    let good = m.update_ratio.is_finite() && m.update_ratio >= 0.0;
+    found.require(good, "monitor.update_ratio", "must be a finite number, 0 or more; set it to 0.01, say");
+    let watches = m.watches();
+    let message = "has no effect without a rule; set monitor.exploding to 4, say";
+    found.require(watches || m.response == Response::None, "monitor.response", message);
+    found.require(watches || m.cooldown == defaults.cooldown, "monitor.cooldown", message);
+    found.count("monitor.cooldown", m.cooldown, 1);
+    found.require(
+        m.factor > 0.0 && m.factor < 1.0,
+        "monitor.factor",
+        "must be above 0 and below 1; set it to 0.5, say",
+    );
+    let responds = m.response != Response::None || m.factor == defaults.factor;
+    found.require(
+        responds,
+        "monitor.factor",
+        "has no effect without a response; set monitor.response to \"rate\", say",
+    );
+    let joins = m.response != Response::Batch || m.batches() >= 2;
+    found.require(joins, "monitor.factor", "joins no batches: 1 / factor rounds to 1; set it to 0.5, say");
 }
 
 /// A value that was changed and has no effect is a misunderstanding, so it is refused rather than ignored.

@@ -1,6 +1,7 @@
 //! Faults of numbers: recorded with the place they began and the documents of the batch, then the run stops, skips the update, or returns to its
 //! last checkpoint, as `train.on_nonfinite` and `train.on_spike` say.
 
+use super::control::{Step, documents_at};
 use super::{Trainer, failed, restore};
 use crate::checkpoint;
 use crate::data::Batch;
@@ -47,7 +48,7 @@ impl Trainer {
     pub(super) fn fault(
         &mut self,
         fault: Fault,
-        settings: &Train,
+        made: &Step,
         batch: &Batch,
         before: Option<Epoch>,
     ) -> Result<bool, TrainError> {
@@ -57,7 +58,7 @@ impl Trainer {
             None => fault.reason.clone(),
         };
         let step = self.at.step + 1;
-        let documents = self.documents();
+        let documents = documents_at(&self.dataset.phases[self.at.phase].data, &self.at, made.batches);
         let mut row = self.row("event");
         row.text("event", "fault");
         row.integer("update", step);
@@ -67,7 +68,7 @@ impl Trainer {
         row.integers("documents", documents.iter().map(|&document| document as u64));
         row.text("message", &format!("update {step}: {reason}"));
         self.push(row)?;
-        match action(&fault, settings) {
+        match action(&fault, &made.settings) {
             Action::Stop => Err(self.diverged(&reason)),
             Action::Skip => {
                 self.epoch = before.unwrap_or_else(|| Epoch::new(&self.learner.policies));
@@ -75,7 +76,7 @@ impl Trainer {
                 if self.memory.skipped_in_a_row >= SKIPS {
                     return Err(self.diverged(&format!("{reason} ({SKIPS} updates in a row)")));
                 }
-                self.move_on(0);
+                self.move_on(0, made.batches);
                 self.event("skipped", format!("update {step} is not taken")).map(|()| true)
             }
             Action::RollBack => self.roll_back(step, &reason).map(|()| false),

@@ -27,6 +27,7 @@ pub fn checked_state(json: Value, run: &Run, dataset: &Dataset, policies: &mut [
 }
 
 fn check(state: &State, run: &Run, dataset: &Dataset, policies: &[Policy]) -> Result<(), String> {
+    let layers = 4 * run.model.num_layers + 3;
     let (at, memory, phases) = (&state.position, &state.memory, dataset.phases.len());
     let inside = |phase: usize| {
         let (batches, steps) = (epoch_batches(run, dataset, phase), phase_steps(run, dataset, phase));
@@ -39,7 +40,8 @@ fn check(state: &State, run: &Run, dataset: &Dataset, policies: &[Policy]) -> Re
     if !placed || at.step > total || !counted {
         return Err("its position is outside the run".into());
     }
-    if !memory.guard.fits() || memory.early.waited() > MAX_COUNT || memory.skipped_in_a_row > SKIPS {
+    let watched = memory.auto_clip.fits() && memory.noise.fits() && memory.monitor.fits(layers, 2 * MAX_COUNT);
+    if !memory.guard.fits() || !watched || memory.early.waited() > MAX_COUNT || memory.skipped_in_a_row > SKIPS {
         return Err("its memory of losses and faults is none that a run can have".into());
     }
     match state.controls.len() == policies.len() && state.epoch.fits(policies) {

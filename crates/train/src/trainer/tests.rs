@@ -11,7 +11,7 @@ const FACTS: &str =
 const CHAT: &str =
     r#"["User: What is ice? Assistant: Ice is cold water. </s>", "User: Is water wet? Assistant: Water is wet. </s>"]"#;
 
-fn run(folder: &Path, sets: &[&str]) -> Run {
+pub(super) fn run(folder: &Path, sets: &[&str]) -> Run {
     let (facts, chat) = (folder.join("facts.json"), folder.join("chat.json"));
     fs::write(&facts, FACTS).unwrap();
     fs::write(&chat, CHAT).unwrap();
@@ -37,7 +37,7 @@ fn run(folder: &Path, sets: &[&str]) -> Run {
 }
 
 /// Calls `tamper` with the number of the update (from 1, whatever is repeated) and what it may spoil.
-fn tampered(
+pub(super) fn tampered(
     folder: &TempDir,
     sets: &[&str],
     mut tamper: impl FnMut(u64, &mut Update, &mut [f32]) + Send + Sync + 'static,
@@ -62,7 +62,7 @@ fn state(trainer: &Trainer) -> (Vec<u32>, Vec<Vec<u32>>, u64, String) {
     (bits(&trainer.learner.params), moments, optimizer.steps, json!([controls, optimizer.expert_steps]).to_string())
 }
 
-fn finish(trainer: &mut Trainer) -> Result<Vec<Row>, TrainError> {
+pub(super) fn finish(trainer: &mut Trainer) -> Result<Vec<Row>, TrainError> {
     let mut rows = Vec::new();
     while let Some(row) = trainer.next_row()? {
         rows.push(row);
@@ -70,7 +70,7 @@ fn finish(trainer: &mut Trainer) -> Result<Vec<Row>, TrainError> {
     Ok(rows)
 }
 
-fn events<'r>(rows: &'r [Row], name: &'r str) -> impl Iterator<Item = &'r Row> {
+pub(super) fn events<'r>(rows: &'r [Row], name: &'r str) -> impl Iterator<Item = &'r Row> {
     rows.iter().filter(move |row| row.fields().get("event").is_some_and(|event| event == name))
 }
 
@@ -366,7 +366,7 @@ fn the_operations_of_all_updates_add_up_from_shapes_and_counted_experts() {
     let (config, vocab) = (trainer.learner.model.config.clone(), trainer.learner.model.vocab_size);
     let mut expected = 0.0;
     for step in 1..=trainer.total_steps() {
-        let batch = trainer.batch();
+        let batch = control::batch_at(&trainer.dataset.phases[trainer.at.phase].data, &trainer.at, 1);
         trainer.advance().unwrap();
         let rows: Vec<Row> = trainer.queue.drain(..).collect();
         let row = rows.iter().find(|row| row.fields()["kind"] == "train").unwrap().fields();
