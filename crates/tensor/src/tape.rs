@@ -419,10 +419,10 @@ impl<T: Real> Gradients<'_, T> {
     }
 
     /// The regions of several parameters at once, which must not overlap; `None` where frozen.
-    pub fn params<const N: usize>(&mut self, params: [&Param; N]) -> [Option<&mut [T]>; N] {
-        let mut order: [usize; N] = std::array::from_fn(|i| i);
+    pub fn params(&mut self, params: &[&Param]) -> Vec<Option<&mut [T]>> {
+        let mut order: Vec<usize> = (0..params.len()).collect();
         order.sort_unstable_by_key(|&i| params[i].offset);
-        let mut regions = [const { None }; N];
+        let mut regions: Vec<_> = params.iter().map(|_| None).collect();
         let (mut rest, mut at) = (&mut *self.flat, 0);
         for i in order {
             let span = params[i].span();

@@ -18,7 +18,9 @@ use tensor::random::Purpose;
 /// A process that has loaded nothing, bytes.
 const PROCESS: f64 = 10e6;
 /// Logits that the cross-entropy holds at a time, in numbers.
-const LOGITS: f64 = (1u64 << 18) as f64;
+const LOGITS: f64 = (1u64 << 19) as f64;
+/// Numbers of weights that one op packs at most.
+const PACKED: f64 = (1u64 << 23) as f64;
 /// A step that is expected to take longer is not measured but guessed from a product.
 const LONGEST_STEP: f64 = 0.3;
 /// Share of the rate of a product that a whole step reaches, for the guess.
@@ -96,7 +98,10 @@ fn activations(run: &Run, checkpoints: bool, vocab: usize, n: f64, score_std: f6
     let blocks = if checkpoints { layers * (d + scores) + block } else { layers * block };
     let per_token = blocks + 6.0 * d + passing + rows;
     let v = vocab as f64;
-    n * per_token + (v * d).min(f64::MAX) + LOGITS.max(256.0 * v).min(n * v)
+    // Weights as packed for the products of an op: of the experts, of attention, of the output projection in both directions.
+    let experts = model.router.experts().map_or(0.0, |e| 3.0 * e.num_experts as f64 * e.expert_hidden_size as f64 * d);
+    let packed = [experts, d * (d + 2.0 * kv), 2.0 * v * d].map(|count| if count > PACKED { 0.0 } else { count });
+    n * per_token + v * d + LOGITS.max(256.0 * v).min(n * v) + packed.iter().sum::<f64>()
 }
 
 /// Experts of a token whose scores are normal with this standard deviation: the mean over fixed draws.

@@ -3,7 +3,7 @@
 //! linear in its upstream gradient, which enters later as one factor). With label smoothing s (Szegedy 2016, arXiv 1512.00567) the targets are
 //! (1 − s)·onehot + s/v, so that a row's objective is its cross-entropy + s·(logit[target] − mean of its logits).
 
-use crate::kernels::gemm::{Matrix, Threads, matmul, matmul_strided};
+use crate::kernels::gemm::{Matrix, Packed, Side, matmul};
 use crate::kernels::simd::{self, Kernel, exp};
 use crate::profile::{Cost, Work};
 use crate::{Buffer, Engine, Param, Real, Tape, Value};
@@ -12,15 +12,15 @@ use rayon::prelude::*;
 use std::sync::Arc;
 
 /// Logits that live at one time, in numbers.
-const CHUNK: usize = 1 << 18;
+const CHUNK: usize = 1 << 19;
 
 /// Rows of a chunk at least: fewer would read W too often.
 const LEAST: usize = 256;
 
 /// Blocks that a chunk's rows are cut into, about, and rows of one. Fixed: threads never show in the result.
-const BLOCKS: usize = 8;
-const ROWS: usize = 64;
-const MOST: usize = 256;
+const BLOCKS: usize = 16;
+const ROWS: usize = 48;
+const MOST: usize = 144;
 
 /// Running sums of a row.
 const SUMS: usize = 16;
@@ -68,10 +68,12 @@ pub fn smoothed<'a, T: Real>(
     let mut dw_vd: Option<Buffer<T>> = (needs && weight.trainable && n > 0).then(|| tape.arena().take(v * d));
     let rows = (CHUNK / v).max(LEAST).min(n);
     let mut logits = tape.arena().take(rows * v);
+    let side = |matrix| Side { matrix, precision, rows: n };
     let w = Matrix::new(w_vd, v, d);
+    let packed = Packed::new(tape.arena(), if needs { vec![side(w.t()), side(w)] } else { vec![side(w.t())] }, true);
     for start in (0..n).step_by(rows.max(1)) {
         let c = rows.min(n - start);
-        let block = (c / BLOCKS).clamp(ROWS, MOST);
+        let block = (c / BLOCKS).next_multiple_of(ROWS).clamp(ROWS, MOST);
         let (x_cd, logits_cv) = (&x.data()[start * d..(start + c) * d], &mut logits[..c * v]);
         let dx_cd = dx_nd.as_mut().map_or(&mut [][..], |dx_nd| &mut dx_nd[start * d..(start + c) * d]);
         let blocks = losses_n[start..start + c].chunks_mut(block).zip(logits_cv.chunks_mut(block * v));
@@ -80,7 +82,7 @@ pub fn smoothed<'a, T: Real>(
         blocks.enumerate().collect::<Vec<_>>().into_par_iter().with_max_len(1).for_each(
             |(b, (((losses, logits_bv), x_bd), dx_bd))| {
                 let rows = losses.len();
-                matmul_strided(precision, logits_bv, v, Matrix::new(x_bd, rows, d), w.t(), false, Threads::One);
+                packed.multiply(0, logits_bv, Matrix::new(x_bd, rows, d), false);
                 for (i, (loss, row_v)) in losses.iter_mut().zip(logits_bv.chunks_mut(v)).enumerate() {
                     let t = start + b * block + i;
                     let (target, share) = (targets.ids_n[t] as usize, T::from_f64(share_n[t]));
@@ -88,7 +90,7 @@ pub fn smoothed<'a, T: Real>(
                     *loss = simd::dispatch(Row { row_v, target, share, smoothing: T::from_f64(smoothing) });
                 }
                 if let Some(dx_bd) = dx_bd {
-                    matmul_strided(precision, dx_bd, d, Matrix::new(logits_bv, rows, v), w, false, Threads::One);
+                    packed.multiply(1, dx_bd, Matrix::new(logits_bv, rows, v), false);
                 }
             },
         );

@@ -2,11 +2,11 @@
 //! Tokens are counting-sorted by expert. A task takes a block of rows of one expert through gather, products and activation while they are in
 //! its cache; nothing of size tokens x experts x width exists.
 
-use crate::kernels::gemm::{Matrix, Product, Threads, grouped, matmul_strided};
+use crate::kernels::gemm::{Matrix, Packed, Product, Side, grouped};
 use crate::kernels::parallel;
 use crate::ops::swiglu::{activate_backward_block, activate_block};
 use crate::profile::Cost;
-use crate::{Engine, Param, Precision, Real, Tape, Value};
+use crate::{Arena, Engine, Param, Precision, Real, Tape, Value};
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -145,13 +145,13 @@ impl Sorted {
 
     /// The segments of the experts cut into blocks of about equal length. Fixed by the routing alone: threads never show in the result.
     fn blocks(&self) -> Vec<Block> {
-        let most = (self.len() / BLOCKS).clamp(LEAST, MOST);
+        let most = (self.len() / BLOCKS).next_multiple_of(LEAST).clamp(LEAST, MOST);
         let mut blocks = Vec::new();
         for (expert, span) in self.offsets_e1.windows(2).enumerate() {
             let len = span[1] - span[0];
-            let parts = len.div_ceil(most);
-            let cut = |part: usize| span[0] + len * part / parts;
-            blocks.extend((0..parts).map(|part| Block { expert, places: cut(part)..cut(part + 1) }));
+            let size = len.div_ceil(len.div_ceil(most).max(1)).next_multiple_of(LEAST / 2).max(1);
+            let starts = (span[0]..span[1]).step_by(size);
+            blocks.extend(starts.map(|start| Block { expert, places: start..span[1].min(start + size) }));
         }
         blocks
     }
@@ -213,9 +213,9 @@ impl Sorted {
 }
 
 /// Blocks that a layer's rows are cut into, about; rows of one.
-const BLOCKS: usize = 12;
-const LEAST: usize = 64;
-const MOST: usize = 256;
+const BLOCKS: usize = 16;
+const LEAST: usize = 48;
+const MOST: usize = 144;
 
 /// Below this many multiplications one thread is faster than waking the pool.
 const SMALL: usize = 1 << 20;
@@ -247,22 +247,19 @@ fn each<P: Send>(blocks: &[Block], work: usize, parts: impl Iterator<Item = P>, 
     }
 }
 
-/// A stacked weight [e, rows, cols] and how its products multiply.
-#[derive(Clone, Copy)]
-struct Stack<'s, T> {
-    param: Param,
+/// The matrices of a stacked weight [e, rows, cols], or their transposes, as right sides of the products of their experts' rows.
+fn sides<'s, T: Real>(
+    weight: &Param,
     data: &'s [T],
+    sorted: &Sorted,
+    transpose: bool,
     precision: Precision,
-}
-
-impl<T: Real> Stack<'_, T> {
-    /// dst = a · W_e, or a · W_eᵀ when `transpose`, on this thread.
-    fn multiply(&self, expert: usize, dst: &mut [T], a: &[T], transpose: bool) {
-        let (rows, cols) = (self.param.rows, self.param.width);
-        let w = Matrix::new(&self.data[expert * self.param.stride..][..self.param.len()], rows, cols);
-        let (k, m, w) = if transpose { (cols, rows, w.t()) } else { (rows, cols, w) };
-        matmul_strided(self.precision, dst, m, Matrix::new(a, a.len() / k, k), w, false, Threads::One);
-    }
+) -> impl Iterator<Item = Side<'s, T>> {
+    let (rows, cols, len, stride) = (weight.rows, weight.width, weight.len(), weight.stride);
+    sorted.offsets_e1.windows(2).enumerate().map(move |(e, span)| {
+        let w = Matrix::new(&data[e * stride..][..len], rows, cols);
+        Side { matrix: if transpose { w.t() } else { w }, precision, rows: span[1] - span[0] }
+    })
 }
 
 fn cpu<'a, T: Real>(
@@ -277,20 +274,27 @@ fn cpu<'a, T: Real>(
     let sorted = Sorted::new(routing);
     let s = sorted.len();
     let blocks = sorted.blocks();
-    let w_gate_up = Stack { param: gate_up, data: tape.param(&gate_up), precision };
-    let w_down = Stack { param: down, data: tape.param(&down), precision };
+    let (w_gate_up, w_down, experts) = (tape.param(&gate_up), tape.param(&down), gate_up.count);
     let mut rows_sd = tape.arena().take(s * d);
     let mut pre_s2g = tape.arena().take(s * 2 * g);
     let mut hidden_sg = tape.arena().take(s * g);
     let parts = split(&blocks, &mut rows_sd, d).into_iter().zip(split(&blocks, &mut pre_s2g, 2 * g));
     let parts = parts.zip(split(&blocks, &mut hidden_sg, g));
+    let stacks = [(gate_up, w_gate_up), (down, w_down)];
+    // The right sides of both stacks: gate and up of every expert, then down of every expert.
+    let pack = move |arena: &Arena<T>, sorted: &Sorted, transpose: bool| {
+        let all = stacks.iter().flat_map(|(param, data)| sides(param, data, sorted, transpose, precision));
+        Packed::new(arena, all.collect(), s * d * g >= SMALL)
+    };
+    let packed = pack(tape.arena(), &sorted, true);
     each(&blocks, s * d * g, parts, |block, ((rows, pre), hidden)| {
+        let n = block.places.len();
         sorted.gather(block, rows, x.data(), d);
-        w_gate_up.multiply(block.expert, pre, rows, true);
+        packed.multiply(block.expert, pre, Matrix::new(rows, n, d), false);
         activate_block(pre, hidden, g);
-        w_down.multiply(block.expert, rows, hidden, true);
+        packed.multiply(experts + block.expert, rows, Matrix::new(hidden, n, g), false);
     });
-    drop(hidden_sg); // recomputed from the pre-activations on the way back
+    drop((packed, hidden_sg)); // recomputed from the pre-activations on the way back
     let mut y_nd = tape.arena().take(n * d);
     let weights = weights_a.data();
     sorted.combine(&mut y_nd, &rows_sd, d, routing, |a| weights[a], false);
@@ -310,28 +314,30 @@ fn cpu<'a, T: Real>(
             let parts = split(&blocks, &mut dy_sd, d).into_iter().zip(split(&blocks, &mut x_sd, d));
             let parts = parts.zip(split(&blocks, &mut dx_sd, d)).zip(split(&blocks, &mut pre_s2g, 2 * g));
             let parts = parts.zip(split(&blocks, &mut hidden_sg, g)).zip(split(&blocks, &mut dweights_s, 1));
+            let packed = pack(&arena, &sorted, false);
             each(&blocks, s * d * g, parts, |block, (((((dy, x_rows), dx), pre), hidden), dweights)| {
+                let n = block.places.len();
                 sorted.gather(block, dy, &dy_nd, d);
-                w_down.multiply(block.expert, hidden, dy, false);
+                packed.multiply(experts + block.expert, hidden, Matrix::new(dy, n, d), false);
                 let weight = |i: usize| weights[sorted.assignments_s[block.places.start + i] as usize];
                 activate_backward_block(pre, hidden, g, weight, dweights);
                 if gate_up.trainable {
                     sorted.gather(block, x_rows, x.data(), d);
                 }
                 if x.needs_grad() {
-                    w_gate_up.multiply(block.expert, dx, pre, false);
+                    packed.multiply(block.expert, dx, Matrix::new(pre, n, 2 * g), false);
                 }
             });
+            drop(packed);
             grads.add(weights_a.slot(), |dw_a| {
                 sorted.assignments_s.iter().zip(dweights_s.iter()).for_each(|(&a, dw)| dw_a[a as usize] += *dw);
             });
             let mut products = Vec::new();
-            let [ddown, dgate_up] = grads.params([&down, &gate_up]);
-            if let Some(ddown) = ddown {
-                sorted.weight_gradients(&mut products, ddown, &down, &dy_sd, &hidden_sg);
-            }
-            if let Some(dgate_up) = dgate_up {
-                sorted.weight_gradients(&mut products, dgate_up, &gate_up, &pre_s2g, &x_sd);
+            let left_and_right = [(&down, &*dy_sd, &*hidden_sg), (&gate_up, &*pre_s2g, &*x_sd)];
+            for (dw, (param, left, right)) in grads.params(&[&down, &gate_up]).into_iter().zip(left_and_right) {
+                if let Some(dw) = dw {
+                    sorted.weight_gradients(&mut products, dw, param, left, right);
+                }
             }
             grouped(precision, products, true);
             grads.write(x.slot(), |dx_nd, accumulate| {

@@ -1,6 +1,6 @@
 //! y = x Wᵀ, without bias. x [n, d], W [f, d], y [n, f]; also several weights at once that read the same x.
 
-use crate::kernels::gemm::{Matrix, Threads, matmul, matmul_strided};
+use crate::kernels::gemm::{Matrix, Packed, Product, Side, grouped};
 use crate::profile::{Cost, Work};
 use crate::{Engine, Param, Precision, Real, Tape, Value};
 use rayon::prelude::*;
@@ -40,9 +40,9 @@ fn cost<T: Real>(x: &Value<T>, weights: &[(Param, Precision)]) -> Cost {
 }
 
 /// Blocks that the rows are cut into, about, and rows of one. Fixed, so that threads never show in the result.
-const BLOCKS: usize = 12;
-const LEAST: usize = 64;
-const MOST: usize = 256;
+const BLOCKS: usize = 16;
+const LEAST: usize = 48;
+const MOST: usize = 144;
 
 /// Below this many multiplications one thread is faster than waking the pool.
 const SMALL: usize = 1 << 20;
@@ -58,7 +58,7 @@ fn each<W: Send>(work: usize, tasks: Vec<W>, f: impl Fn(W) + Sync + Send) {
 
 fn cpu<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, weights: &[(Param, Precision)]) -> Vec<Value<T>> {
     let (n, d) = (x.rows(), x.width());
-    let block = (n / BLOCKS).next_multiple_of(LEAST / 2).clamp(LEAST, MOST);
+    let block = (n / BLOCKS).next_multiple_of(LEAST).clamp(LEAST, MOST);
     let weights: Vec<Weight<'a, T>> = weights
         .iter()
         .map(|&(param, precision)| Weight { param, data: &tape.param(&param)[..param.len()], precision })
@@ -68,13 +68,11 @@ fn cpu<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, weights: &[(Param, Pre
     let mut rows: Vec<_> =
         outputs.iter_mut().zip(&weights).map(|(y, weight)| y.chunks_mut(block * weight.param.rows)).collect();
     let tasks = x.data().chunks(block * d).map(|x| (x, rows.iter_mut().filter_map(Iterator::next).collect::<Vec<_>>()));
+    let packed = Packed::new(tape.arena(), weights.iter().map(|weight| weight.side(n, true)).collect(), work >= SMALL);
     each(work, tasks.collect(), |(x, rows)| {
-        for (weight, y) in weights.iter().zip(rows) {
-            let (x, w) = (Matrix::new(x, x.len() / d, d), weight.matrix());
-            matmul_strided(weight.precision, y, weight.param.rows, x, w.t(), false, Threads::One);
-        }
+        rows.into_iter().enumerate().for_each(|(i, y)| packed.multiply(i, y, Matrix::new(x, x.len() / d, d), false));
     });
-    drop(rows);
+    drop((rows, packed));
     let outputs = outputs.into_iter().zip(&weights);
     let outputs: Vec<Value<T>> = outputs
         .map(|(y, weight)| tape.output(y, n, weight.param.rows, x.needs_grad() || weight.param.trainable))
@@ -87,19 +85,27 @@ fn cpu<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, weights: &[(Param, Pre
             if upstream.is_empty() {
                 return;
             }
-            for (weight, dy_nf) in &upstream {
-                let Some(dw_fd) = grads.param(&weight.param) else { continue };
-                let dy = Matrix::new(dy_nf, n, weight.param.rows);
-                matmul(weight.precision, &mut dw_fd[..weight.param.len()], dy.t(), Matrix::new(x.data(), n, d), true);
+            let params: Vec<&Param> = upstream.iter().map(|(weight, _)| &weight.param).collect();
+            let mut regions = grads.params(&params);
+            for precision in [Precision::F32, Precision::Bf16] {
+                let alike = upstream.iter().zip(&mut regions).filter(|((weight, _), _)| weight.precision == precision);
+                let products = alike.filter_map(|((weight, dy_nf), region)| {
+                    let (dy, x) = (Matrix::new(dy_nf, n, weight.param.rows), Matrix::new(x.data(), n, d));
+                    Some(Product { dst: &mut region.as_deref_mut()?[..weight.param.len()], a: dy.t(), b: x })
+                });
+                grouped(precision, products.collect(), true);
             }
+            let arena = grads.arena().clone();
             grads.write(x.slot(), |dx_nd, accumulate| {
+                let sides = upstream.iter().map(|(weight, _)| weight.side(n, false)).collect();
+                let packed = Packed::new(&arena, sides, work >= SMALL);
                 let tasks = dx_nd.chunks_mut(block * d).enumerate().collect();
                 each(work, tasks, |(b, dx): (usize, &mut [T])| {
                     let rows = dx.len() / d;
                     for (i, (weight, dy_nf)) in upstream.iter().enumerate() {
                         let f = weight.param.rows;
                         let dy = Matrix::new(&dy_nf[b * block * f..][..rows * f], rows, f);
-                        matmul_strided(weight.precision, dx, d, dy, weight.matrix(), accumulate || i > 0, Threads::One);
+                        packed.multiply(i, dx, dy, accumulate || i > 0);
                     }
                 });
             });
@@ -116,8 +122,10 @@ struct Weight<'a, T> {
 }
 
 impl<'a, T: Real> Weight<'a, T> {
-    fn matrix(&self) -> Matrix<'a, T> {
-        Matrix::new(self.data, self.param.rows, self.param.width)
+    /// W, or Wᵀ when `transpose`, as the right side of products of `rows` rows.
+    fn side(&self, rows: usize, transpose: bool) -> Side<'a, T> {
+        let w = Matrix::new(self.data, self.param.rows, self.param.width);
+        Side { matrix: if transpose { w.t() } else { w }, precision: self.precision, rows }
     }
 }
 

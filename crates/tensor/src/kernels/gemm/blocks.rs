@@ -95,16 +95,49 @@ fn with_room<R>(
     found
 }
 
-/// A job with what was decided for it.
-struct Plan<'a, 'j> {
-    job: &'j Job<'a>,
+/// A right side b [k, n] and where its panels are.
+pub struct Right<'a> {
+    method: Method,
+    b: Source<'a>,
+    n: usize,
+    k: usize,
     /// Elements of k, up to the tile's unit.
     depth: usize,
-    /// Panels of the right side, and the first that is packed: those before are read where they lie.
+    /// Panels, and the first that is packed: those before are read where they lie.
     panels: usize,
     packed: usize,
     /// Where its packed panels start.
     offset: usize,
+}
+
+impl<'a> Right<'a> {
+    /// A right side for `rows` rows of dst, whose packed panels will start at `offset`.
+    pub fn new(method: Method, b: Source<'a>, (k, n): (usize, usize), rows: usize, offset: usize) -> Self {
+        let Method { tile, element } = method;
+        let depth = k.div_ceil(element.numbers()).next_multiple_of(tile.unit);
+        let panels = n.div_ceil(tile.cols);
+        // Plain rows are read where they lie if so few rows of dst use them that a copy does not pay.
+        let direct = element == Element::Plain && b.w_stride == 1 && rows <= 2 * tile.rows;
+        let packed = if direct { n / tile.cols } else { 0 };
+        Right { method, b, n, k, depth, panels, packed, offset }
+    }
+
+    /// Elements of its packed panels.
+    pub fn len(&self) -> usize {
+        (self.panels - self.packed) * self.depth * self.method.tile.cols
+    }
+
+    fn is(&self, job: &Job<'_>) -> bool {
+        let strides = (self.b.k_stride, self.b.w_stride) == (job.b.k_stride, job.b.w_stride);
+        std::ptr::eq(self.b.data, job.b.data) && strides && (self.k, self.n) == (job.k, job.n)
+    }
+}
+
+/// A job and its right side, which jobs may share.
+struct Plan<'a, 'j> {
+    job: &'j Job<'a>,
+    right: usize,
+    panels: usize,
 }
 
 struct Task {
@@ -146,35 +179,45 @@ pub unsafe fn run(method: Method, jobs: &[Job<'_>], accumulate: bool, pool: bool
 /// # Safety
 /// As for `run`.
 unsafe fn wave(method: Method, jobs: &[Job<'_>], accumulate: bool, pool: bool) {
-    let Method { tile, element } = method;
     let work: usize = jobs.iter().map(|job| job.m * job.n * job.k).sum();
     let threads = if pool && work >= SMALL { rayon::current_num_threads() } else { 1 };
-    let mut total = 0;
-    let plans: Vec<Plan<'_, '_>> = jobs
-        .iter()
-        .filter(|job| job.m > 0 && job.n > 0)
-        .map(|job| {
-            let depth = job.k.div_ceil(element.numbers()).next_multiple_of(tile.unit);
-            let panels = job.n.div_ceil(tile.cols);
-            // Plain rows of the right side are read where they lie if so few rows of dst use them that a copy does not pay.
-            let direct = element == Element::Plain && job.b.w_stride == 1 && job.m <= 2 * tile.rows;
-            let packed = if direct { job.n / tile.cols } else { 0 };
-            let offset = total;
-            total += (panels - packed) * depth * tile.cols;
-            Plan { job, depth, panels, packed, offset }
-        })
-        .collect();
-    let tasks = tasks(&plans, tile, threads);
-    with_room(&RIGHT, total, |right| {
-        pack_right(method, &plans, right, threads);
-        let right = &*right;
-        let one = |task: &Task| unsafe { compute(method, &plans[task.job], task, right, accumulate) };
+    let (mut total, mut rights, mut plans) = (0, Vec::<Right<'_>>::new(), Vec::new());
+    for job in jobs.iter().filter(|job| job.m > 0 && job.n > 0) {
+        let known =
+            rights.iter().rposition(|right| right.is(job) && (right.packed == 0 || job.m <= 2 * method.tile.rows));
+        let right = known.unwrap_or_else(|| {
+            rights.push(Right::new(method, job.b, (job.k, job.n), job.m, total));
+            total += rights[rights.len() - 1].len();
+            rights.len() - 1
+        });
+        plans.push(Plan { job, right, panels: rights[right].panels });
+    }
+    let tasks = tasks(&plans, method.tile, threads);
+    with_room(&RIGHT, total, |room| {
+        pack(&rights, room, threads);
+        let room = &*room;
+        let one = |task: &Task| {
+            let plan = &plans[task.job];
+            unsafe { compute(plan.job, &rights[plan.right], task, room, accumulate) }
+        };
         if threads == 1 {
             tasks.iter().for_each(one);
         } else {
             tasks.par_iter().with_max_len(1).for_each(one);
         }
     });
+}
+
+/// One product with a right side that `pack` put into `room`, on this thread; `job.b` is not looked at.
+///
+/// # Safety
+/// As for `run`.
+pub unsafe fn multiply(job: &Job<'_>, right: &Right<'_>, room: &[u32], accumulate: bool) {
+    let tall = BLOCK * right.method.tile.rows;
+    for start in (0..job.m).step_by(tall) {
+        let task = Task { job: 0, rows: (start, job.m.min(start + tall)), panels: (0, right.panels) };
+        unsafe { compute(job, right, &task, room, accumulate) };
+    }
 }
 
 /// Blocks of rows, and of columns where there are too few rows, so that every thread finds work. Each block packs its rows of the left side, best many
@@ -204,27 +247,28 @@ fn tasks(plans: &[Plan<'_, '_>], tile: Tile, threads: usize) -> Vec<Task> {
     tasks
 }
 
-/// Packs the panels of all right sides, run of k after run of k.
-fn pack_right(method: Method, plans: &[Plan<'_, '_>], mut right: &mut [u32], threads: usize) {
+/// Packs the panels of right sides that lie one after the other in `room`, run of k after run of k.
+pub fn pack(rights: &[Right<'_>], mut room: &mut [u32], threads: usize) {
     const PANELS: usize = 8; // that one thread packs together: long pieces of a row are read faster than many short ones
-    let Method { tile: Tile { cols, .. }, element } = method;
     let mut groups = Vec::new();
-    let large = right.len() >= 1 << 14;
-    for plan in plans {
-        for start in (0..plan.depth).step_by(DEPTH) {
-            let depth = DEPTH.min(plan.depth - start);
-            for panel in (plan.packed..plan.panels).step_by(PANELS) {
-                let end = plan.panels.min(panel + PANELS);
-                let (head, tail) = std::mem::take(&mut right).split_at_mut((end - panel) * depth * cols);
-                right = tail;
-                groups.push((plan, (start, depth), (panel * cols, plan.job.n.min(end * cols)), head));
+    let large = room.len() >= 1 << 14;
+    for right in rights {
+        let cols = right.method.tile.cols;
+        for start in (0..right.depth).step_by(DEPTH) {
+            let depth = DEPTH.min(right.depth - start);
+            for panel in (right.packed..right.panels).step_by(PANELS) {
+                let end = right.panels.min(panel + PANELS);
+                let (head, tail) = std::mem::take(&mut room).split_at_mut((end - panel) * depth * cols);
+                room = tail;
+                groups.push((right, (start, depth), (panel * cols, right.n.min(end * cols)), head));
             }
         }
     }
-    let one = |(plan, (start, depth), j, to): (&Plan<'_, '_>, (usize, usize), (usize, usize), &mut [u32])| {
+    let one = |(right, (start, depth), j, to): (&Right<'_>, (usize, usize), (usize, usize), &mut [u32])| {
+        let Method { tile: Tile { cols, .. }, element } = right.method;
         let layout = Layout::Panels { width: cols, stride: depth * cols, depth };
-        let l = (start * element.numbers(), ((start + depth) * element.numbers()).min(plan.job.k));
-        simd::dispatch(Pack { from: plan.job.b, element, l, j, to, layout });
+        let l = (start * element.numbers(), ((start + depth) * element.numbers()).min(right.k));
+        simd::dispatch(Pack { from: right.b, element, l, j, to, layout });
     };
     if threads > 1 && large {
         groups.into_par_iter().with_max_len(1).for_each(one);
@@ -281,9 +325,8 @@ impl Kernel for Pack<'_> {
 
 /// # Safety
 /// As for `run`; no other task has these rows and panels.
-unsafe fn compute(method: Method, plan: &Plan<'_, '_>, task: &Task, right: &[u32], accumulate: bool) {
-    let Method { tile, element } = method;
-    let job = plan.job;
+unsafe fn compute(job: &Job<'_>, right: &Right<'_>, task: &Task, room: &[u32], accumulate: bool) {
+    let Method { tile, element } = right.method;
     let rows = task.rows.1 - task.rows.0;
     let direct =
         element == Element::Plain && job.a.k_stride == 1 && (task.panels.1 - task.panels.0) * tile.cols < NARROW;
@@ -293,12 +336,12 @@ unsafe fn compute(method: Method, plan: &Plan<'_, '_>, task: &Task, right: &[u32
     let by_rows = tile.unit > 1;
     let row_stride = DEPTH + 16;
     let size = tile.rows * DEPTH + 16; // with room for a vector that reaches beyond
-    let room = if by_rows { packed_rows * row_stride } else { packed_rows / tile.rows * size };
-    with_room(&LEFT, room, |left| unsafe {
+    let left_room = if by_rows { packed_rows * row_stride } else { packed_rows / tile.rows * size };
+    with_room(&LEFT, left_room, |left| unsafe {
         (tile.enter)();
-        for start in (0..plan.depth.max(1)).step_by(DEPTH) {
-            let depth = DEPTH.min(plan.depth - start);
-            let numbers = (start * element.numbers(), ((start + depth) * element.numbers()).min(job.k));
+        for start in (0..right.depth.max(1)).step_by(DEPTH) {
+            let depth = DEPTH.min(right.depth - start);
+            let numbers = (start * element.numbers(), ((start + depth) * element.numbers()).min(right.k));
             let layout = if by_rows {
                 Layout::Lines { stride: row_stride, depth }
             } else {
@@ -308,14 +351,14 @@ unsafe fn compute(method: Method, plan: &Plan<'_, '_>, task: &Task, right: &[u32
             simd::dispatch(Pack { from: job.a, element, l: numbers, j, to: left, layout });
             let add = accumulate || start > 0;
             for panel in task.panels.0..task.panels.1 {
-                let (b, b_k) = if panel < plan.packed {
-                    (job.b.data.as_ptr().wrapping_add(start * job.b.k_stride + panel * tile.cols), job.b.k_stride)
+                let (b, b_k) = if panel < right.packed {
+                    (right.b.data.as_ptr().wrapping_add(start * right.b.k_stride + panel * tile.cols), right.b.k_stride)
                 } else {
-                    let before = start * (plan.panels - plan.packed) + (panel - plan.packed) * depth;
-                    let at = plan.offset + before * tile.cols;
-                    (right.as_ptr().add(at).cast::<f32>(), tile.cols)
+                    let before = start * (right.panels - right.packed) + (panel - right.packed) * depth;
+                    let at = right.offset + before * tile.cols;
+                    (room.as_ptr().add(at).cast::<f32>(), tile.cols)
                 };
-                let wide = tile.cols.min(job.n - panel * tile.cols);
+                let wide = tile.cols.min(right.n - panel * tile.cols);
                 for r in (0..rows).step_by(tile.rows) {
                     let (a, a_row, a_k) = if r < first_packed {
                         let at = start * job.a.k_stride + (task.rows.0 + r) * job.a.w_stride;

@@ -14,6 +14,7 @@
 mod amx;
 mod blocks;
 mod pack;
+mod packed;
 mod tile;
 
 #[cfg(test)]
@@ -21,6 +22,8 @@ mod tests;
 
 #[cfg(target_arch = "x86_64")]
 pub(super) use amx::chains as tile_chains;
+
+pub use packed::{Packed, Side};
 
 use crate::isa;
 use crate::{Precision, Real};

@@ -299,3 +299,32 @@ fn f64_products_match_the_definition() {
         }
     }
 }
+
+#[test]
+fn packed_sides_give_the_bytes_of_a_product_each() {
+    let arena = crate::Arena::default();
+    for (m, k, n) in [(1, 5, 7), (30, 0, 4), (97, 33, 50), (200, 300, 65)] {
+        let (a, b) = (numbers(1, m * k, 3), numbers(2, 2 * k * n, 3));
+        let sides = [Precision::F32, Precision::Bf16].into_iter().flat_map(|precision| {
+            let [plain, turned] = [view(&b, k, n, false, 0), view(&b[k * n..], k, n, true, 0)];
+            [plain, turned].map(|matrix| Side { matrix, precision, rows: m })
+        });
+        let sides: Vec<Side<'_, f32>> = sides.collect();
+        let packed = Packed::new(&arena, sides.clone(), false);
+        for (i, side) in sides.iter().enumerate() {
+            for accumulate in [false, true] {
+                let [mut found, mut expected] = [(); 2].map(|()| vec![0.5f32; m * n]);
+                packed.multiply(i, &mut found, Matrix::new(&a, m, k), accumulate);
+                matmul(side.precision, &mut expected, Matrix::new(&a, m, k), side.matrix, accumulate);
+                let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+                assert_eq!(bits(&found), bits(&expected), "{m} {k} {n}, side {i}");
+            }
+        }
+    }
+    let wide = vec![1.0f64; 600];
+    let side = Side { matrix: Matrix::new(&wide, 20, 30), precision: Precision::F32, rows: 100 };
+    let mut found = vec![0.0; 3000];
+    let packed = Packed::new(&crate::Arena::default(), vec![side], false);
+    packed.multiply(0, &mut found, Matrix::new(&[2.0; 2000], 100, 20), false);
+    assert!(found.iter().all(|x| *x == 40.0), "f64");
+}

@@ -1,0 +1,72 @@
+//! Right sides that are packed once and then multiplied by many blocks of rows, each on one thread: the weights of a layer.
+
+use super::blocks::{self, Method, Right};
+use super::{Matrix, Threads, job, matmul_strided};
+use crate::{Arena, Buffer, Precision, Real, isa};
+use std::any::TypeId;
+
+/// Packed numbers at most, 32 MiB: weights beyond are packed by each block of rows for itself.
+const ROOM: usize = 1 << 23;
+
+/// Numbers of a cache line, on which packed panels start.
+const LINE: usize = 16;
+
+/// A right side [k, n] for `rows` rows of products in all, and how its products multiply.
+#[derive(Clone, Copy)]
+pub struct Side<'a, T> {
+    pub matrix: Matrix<'a, T>,
+    pub precision: Precision,
+    pub rows: usize,
+}
+
+/// Right sides ready for use by any thread.
+pub struct Packed<'a, T: Real> {
+    sides: Vec<Side<'a, T>>,
+    /// Of each side that was packed, its place among them.
+    places: Vec<Option<usize>>,
+    rights: Vec<Right<'a>>,
+    room: Buffer<T>,
+    start: usize,
+}
+
+impl<'a, T: Real> Packed<'a, T> {
+    /// Packs the sides, on the current thread pool where `pool` says so. Few rows or f64 need none of it.
+    pub fn new(arena: &Arena<T>, sides: Vec<Side<'a, T>>, pool: bool) -> Self {
+        let (mut rights, mut total) = (Vec::<Right<'_>>::new(), 0);
+        let mut place = |side: &Side<'a, T>| {
+            let (method, b) = (Method::of(isa::current(), side.precision), side.matrix);
+            let enough = TypeId::of::<T>() == TypeId::of::<f32>() && side.rows > 2 * method.tile.rows;
+            let job = if enough { job(&mut [], b.cols, Matrix::new(&[], 0, b.rows), b) } else { None }?;
+            let right = Right::new(method, job.b, (b.rows, b.cols), side.rows, total);
+            if total + right.len() > ROOM {
+                return None;
+            }
+            total += right.len();
+            rights.push(right);
+            Some(rights.len() - 1)
+        };
+        let places = sides.iter().map(&mut place).collect();
+        let mut room = arena.take(if total > 0 { total + LINE } else { 0 });
+        let start = room.as_ptr().align_offset(LINE * size_of::<f32>()).min(LINE);
+        // SAFETY: there are packed sides only where T is f32; the room has `total` numbers behind `start`.
+        let to = unsafe {
+            std::slice::from_raw_parts_mut(room.as_mut_ptr().cast::<u32>().add(start.min(room.len())), total)
+        };
+        blocks::pack(&rights, to, if pool { rayon::current_num_threads() } else { 1 });
+        Packed { sides, places, rights, room, start }
+    }
+
+    /// dst [m, n] = a [m, k] · side, or += when `accumulate`, on this thread.
+    pub fn multiply(&self, side: usize, dst: &mut [T], a: Matrix<'_, T>, accumulate: bool) {
+        let Side { matrix: b, precision, .. } = self.sides[side];
+        let Some((right, job)) = self.places[side].zip(job(dst, b.cols, a, b)) else {
+            return matmul_strided(precision, dst, b.cols, a, b, accumulate, Threads::One);
+        };
+        // SAFETY: as in `new`; `job` checked that dst holds its rows and columns and the operands theirs.
+        unsafe {
+            let room =
+                std::slice::from_raw_parts(self.room.as_ptr().cast::<u32>().add(self.start), self.room.len() - LINE);
+            blocks::multiply(&job, &self.rights[right], room, accumulate);
+        }
+    }
+}
