@@ -17,10 +17,15 @@ pub struct Problem {
     pub message: String,
 }
 
+/// A key as it is shown: no longer than a line.
+fn cut(key: &str) -> String {
+    if key.chars().count() <= 120 { key.into() } else { key.chars().take(120).chain(['…']).collect() }
+}
+
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let value = self.value.as_ref().map(|value| format!(" = {value}")).unwrap_or_default();
-        let place = [self.source.clone(), format!("{}{value}", self.key)];
+        let place = [self.source.clone(), format!("{}{value}", cut(&self.key))];
         place.iter().filter(|part| !part.is_empty()).try_for_each(|part| write!(f, "{part}: "))?;
         f.write_str(&self.message)
     }

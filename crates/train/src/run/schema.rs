@@ -22,6 +22,9 @@ const ALIASES: [(&str, &str); 12] = [
     ("gradient_accumulation_steps", "accumulate"),
 ];
 
+/// Bytes of the longest word that is compared with known ones.
+const LONGEST: usize = 100;
+
 /// The schema, each type written out where it is used.
 pub(super) fn root() -> &'static Json {
     static ROOT: OnceLock<Json> = OnceLock::new();
@@ -284,7 +287,11 @@ fn bonus(same_table: bool) -> f64 {
     if same_table { 0.1 } else { 0.0 }
 }
 
+/// From 0 to 1. Nothing is like a word longer than any key could be: comparing megabytes would take seconds.
 fn likeness(a: &str, b: &str) -> f64 {
+    if a.len() > LONGEST {
+        return 0.0;
+    }
     strsim::jaro_winkler(&a.to_lowercase().replace('-', "_"), b)
 }
 

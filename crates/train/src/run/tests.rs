@@ -95,6 +95,15 @@ fn an_unknown_key_is_refused_in_every_table() {
 }
 
 #[test]
+fn a_key_of_megabytes_is_refused_at_once_in_one_short_line() {
+    let key = "k".repeat(10 << 20);
+    let started = std::time::Instant::now();
+    let found = error(&format!("[train]\n{key} = 1\n{key}2 = \"{key}\""), &[]);
+    assert!(found.lines().count() == 2 && found.lines().all(|line| line.len() < 300), "{} bytes", found.len());
+    assert!(started.elapsed().as_secs_f64() < 2.0, "{:?}", started.elapsed());
+}
+
+#[test]
 fn the_nearest_key_is_named_across_sections() {
     for (wrong, nearest) in [
         ("model.hiden_size", "model.hidden_size"),
