@@ -23,6 +23,9 @@ build: $(VENV)/.locked ## virtual environment and the Python module, built from 
 	rm -f python/moe_lab/*.so
 	$(BIN)/maturin develop --release --quiet
 
+# Binary and module are built as one set of packages, so that both are made of the same compiled crates.
+PACKAGES := --package train --package bindings
+
 # torch-sys asks the `python` of VIRTUAL_ENV for its libraries. A target folder of its own: features change what is compiled.
 build-torch test-torch bench-gpu: export LIBTORCH_USE_PYTORCH = 1
 build-torch test-torch bench-gpu: export PATH := $(abspath $(BIN)):$(PATH)
@@ -34,7 +37,7 @@ $(VENV)/.torch: $(VENV)/.locked
 
 build-torch: $(VENV)/.torch ## binary (.venv/bin/moe-lab) and Python module with the torch engine (installs torch, several GB)
 	rm -f python/moe_lab/*.so
-	cargo build --release --package train --features torch
+	cargo build --release $(PACKAGES) --features torch
 	install target/torch/release/moe-lab $(BIN)/moe-lab-torch
 	install crates/train/launch.sh $(BIN)/moe-lab
 	$(BIN)/maturin develop --release --quiet --features torch
@@ -48,14 +51,14 @@ test-python: build
 	$(BIN)/python -m pytest -q
 
 test-torch: build-torch ## the PyTorch oracle and the torch engine: logits, losses and every gradient
-	cargo test --release --package train --features torch --test torch -- --include-ignored
+	cargo test --release $(PACKAGES) --features torch --test torch -- --include-ignored
 	$(BIN)/python -m pytest -q -m "torch and not full" tests
 
 test-full: build ## the slow tests: full training runs, stage 1, Shakespeare, the whole oracle grid where torch is in
 	$(BIN)/python -m pytest -q -m full tests
 
 bench: $(VENV)/.locked ## our training step beside PyTorch's, at most 10 minutes (installs torch, several GB); ARGS=--quick, --sweep, --recipe …
-	cargo build --release --package train
+	cargo build --release $(PACKAGES)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.11.0 psutil==7.2.2
 	$(BIN)/python benches/compare.py $(ARGS)
 
