@@ -183,6 +183,11 @@ def machine() -> dict:
     return {"cpu": model, "family": family, "cores": os.cpu_count(), "instruction_sets": sets}
 
 
+def multiplies_bf16() -> bool:
+    """Whether this machine has an instruction for bf16: without one both sides only lose by it (the presets show how much)."""
+    return any(name in machine()["instruction_sets"] for name in ("avx512_bf16", "amx_bf16"))
+
+
 def slug(kind: dict) -> str:
     words = f"{kind['cpu']} {kind['family']} {kind['cores']} cores".lower()
     return re.sub(r"[^a-z0-9]+", "-", words).strip("-")
@@ -210,9 +215,13 @@ def save(name: str, results: object, options: argparse.Namespace) -> None:
 
 def run_sweep(options: argparse.Namespace, clock: Clock) -> None:
     results = []
+    narrow = multiplies_bf16()
+    if not narrow:
+        console.print("f32 alone: this machine has no instruction for bf16")
     for i, row in enumerate(SWEEP):
         case = sweep_case(*row)
-        result = compare(case, variants(case, compiled=i in COMPILED_IN_SWEEP), options.dtypes, options, clock)
+        kinds = [kind for kind in variants(case, compiled=i in COMPILED_IN_SWEEP) if narrow or not kind.bf16]
+        result = compare(case, kinds, options.dtypes if narrow else ["f32"], options, clock)
         results.append(result)
         single = f", f32 against f32 {result['ratio_f32']:.2f}x" if "ratio_f32" in result else ""
         wins = [entry["variant"] for entry in result["torch"] if entry.get("win")]
@@ -265,7 +274,7 @@ def main() -> None:
     if options.sweep:
         run_sweep(options, clock)
     elif options.recipe:
-        save("recipe", recipe.shakespeare(options, console), options)
+        save("recipe", recipe.shakespeare(options, console, multiplies_bf16()), options)
     elif options.adaptivity:
         save("adaptivity", recipe.adaptivity(options, console, SMALL), options)
     else:

@@ -36,15 +36,17 @@ def train(run: Path, out: Path, sets: dict[str, object]) -> dict:
     }
 
 
-def shakespeare(options: argparse.Namespace, console: Console) -> list[dict]:
-    """2,000 updates on both sides; compile time is left out of PyTorch's, evaluation of both."""
+def shakespeare(options: argparse.Namespace, console: Console, narrow: bool) -> list[dict]:
+    """2,000 updates on both sides; compile time is left out of PyTorch's, evaluation of both. bf16 only where `narrow`."""
     results: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
-        for dtype in options.dtypes:
+        for dtype in options.dtypes if narrow else ["f32"]:
             sets = {"dtype": dtype, "threads": options.threads}
             ours = train(FOLDER / "nanogpt.toml", Path(folder) / dtype, sets)
             results.append({"side": f"moe_lab {dtype}", "seconds": ours["wall_seconds"], "loss": ours["eval_loss"]})
     for flags in ([], ["--bf16"], ["--compile"], ["--compile", "--bf16"]):
+        if "--bf16" in flags and not narrow:
+            continue
         command = [sys.executable, str(sides.HERE / "shakespeare_torch.py"), f"--threads={options.threads}", *flags]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
