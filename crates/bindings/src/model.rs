@@ -76,10 +76,35 @@ impl Model {
         Ok(result)
     }
 
-    /// The evaluation suite on the data of the run.
-    fn evaluate<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+    /// Phase, part (train, validation, paraphrases) and text of every document of the run's data.
+    fn documents(&self, py: Python<'_>) -> PyResult<Vec<(&'static str, &'static str, String)>> {
         self.home.check()?;
-        let results = enter(py, || self.inner.evaluate())?;
+        enter(py, || self.inner.documents())
+    }
+
+    /// The loss of every token of each text after its first; with `keep` under these experts of each sparse layer alone.
+    #[pyo3(signature = (texts, keep=None))]
+    fn token_losses<'py>(
+        &self,
+        py: Python<'py>,
+        texts: Vec<String>,
+        keep: Option<Vec<Vec<usize>>>,
+    ) -> PyResult<Vec<Bound<'py, PyAny>>> {
+        self.home.check()?;
+        let losses = enter(py, || self.inner.token_losses(&texts, keep.as_deref()))?;
+        losses.iter().map(|losses| array(py, losses, &[losses.len()])).collect()
+    }
+
+    /// The evaluation suite on the data of the run; its routing into the file `record`, or as the file `replay` says.
+    #[pyo3(signature = (record=None, replay=None))]
+    fn evaluate<'py>(
+        &self,
+        py: Python<'py>,
+        record: Option<std::path::PathBuf>,
+        replay: Option<std::path::PathBuf>,
+    ) -> PyResult<Bound<'py, PyDict>> {
+        self.home.check()?;
+        let results = enter(py, || self.inner.evaluate(record.as_deref(), replay.as_deref()))?;
         to_dict(py, &results)
     }
 

@@ -151,12 +151,14 @@ impl Block {
         (pass.watch)(tape, first, x);
         let normed = rms_norm(tape, x, self.attention_norm, self.epsilon);
         (pass.watch)(tape, first + 1, &normed);
+        let start = cache.as_ref().map_or(0, |cache| cache.past(self)); // attention adds to it
         let (attended, heads) = self.attention(tape, &normed, &pass.documents, cache);
         let x = add(tape, x, &attended);
         (pass.watch)(tape, first + 2, &x);
         let normed = rms_norm(tape, &x, self.feed_forward_norm, self.epsilon);
         (pass.watch)(tape, first + 3, &normed);
-        let (fed, experts) = self.feed_forward(tape, &normed, &pass.documents, policy, pass.mode);
+        let input = RouterInput::new(&pass.documents.offsets_b1, &pass.documents.tokens_n, self.index).starting_at(start);
+        let (fed, experts) = self.feed_forward(tape, &normed, &input, policy, pass.mode);
         (add(tape, &x, &fed), Trace { experts, heads })
     }
 
@@ -164,7 +166,7 @@ impl Block {
         &self,
         tape: &mut Tape<'a, T>,
         x: &Value<T>,
-        documents: &Documents,
+        input: &RouterInput<'_, T>,
         policy: Option<&Policy>,
         mode: Mode,
     ) -> (Value<T>, Option<ExpertTrace<T>>) {
@@ -177,15 +179,14 @@ impl Block {
         routers.extend(threshold.map(|(weight, _)| (weight, Precision::F32)));
         let mut scored = linears(tape, x, &routers);
         let (scores_ne, logits_n1) = (scored.remove(0), scored.pop());
-        let input = RouterInput::new(&documents.offsets_b1, &documents.tokens_n, self.index);
         let (weights_a, gates, routing) = match (threshold.zip(logits_n1), policy) {
             (Some(((_, bias), logits_n1)), Policy::LearnedP(policy)) => {
                 let (weights_a, gates, routing) =
-                    node::route_learned(tape, [&scores_ne, &logits_n1], bias, policy, &input);
+                    node::route_learned(tape, [&scores_ne, &logits_n1], bias, policy, input);
                 (weights_a, Some(gates), routing)
             }
             (_, policy) => {
-                let (weights_a, routing) = node::route(tape, &scores_ne, policy, &input, mode);
+                let (weights_a, routing) = node::route(tape, &scores_ne, policy, input, mode);
                 (weights_a, None, routing)
             }
         };

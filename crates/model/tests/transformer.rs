@@ -28,6 +28,10 @@ fn learned_p() -> Config {
     Config::LearnedP { temperature: 0.1, num_experts: 4, expert_hidden_size: 6, frozen: false, init_std: 0.5 }
 }
 
+fn forced() -> Config {
+    Config::Forced { k: 2, num_experts: 4, expert_hidden_size: 6, frozen: false, init_std: 0.5 }
+}
+
 fn config(kind: PositionKind, mixture: bool, router: Config) -> Model {
     let mut config = Model {
         hidden_size: 24,
@@ -152,7 +156,8 @@ fn every_parameter_that_serves_the_batch_gets_a_gradient() {
 
 #[test]
 fn cached_decoding_equals_the_full_pass() {
-    for model in all() {
+    let forced = Transformer::new(&config(PositionKind::Rope, false, forced()), VOCABULARY);
+    for model in all().into_iter().chain([forced]) {
         let params: Vec<f32> = params(&model).iter().map(|x| *x as f32).collect();
         let policies = model.policies();
         let weights = Weights {

@@ -155,6 +155,25 @@ pub enum Config {
         #[serde(default = "init_std")]
         init_std: f64,
     },
+    /// Experts in turn, whatever the scores: perfectly balanced, for timing and as a control. In training by the row of the batch, in evaluation by the
+    /// place in the document; the router only weighs.
+    Forced {
+        /// Experts per token.
+        #[serde(default = "two")]
+        k: usize,
+        /// Experts per layer.
+        #[serde(default = "num_experts")]
+        num_experts: usize,
+        /// Hidden width of each expert.
+        #[serde(default = "expert_hidden_size")]
+        expert_hidden_size: usize,
+        /// Keep the router weights at their initial values.
+        #[serde(default)]
+        frozen: bool,
+        /// Standard deviation of fresh router weights.
+        #[serde(default = "init_std")]
+        init_std: f64,
+    },
 }
 
 impl Default for Config {
@@ -180,7 +199,8 @@ impl Config {
             Config::TopP { num_experts, expert_hidden_size, frozen, init_std, .. }
             | Config::LearnedP { num_experts, expert_hidden_size, frozen, init_std, .. }
             | Config::TopK { num_experts, expert_hidden_size, frozen, init_std, .. }
-            | Config::ExpertChoice { num_experts, expert_hidden_size, frozen, init_std, .. } => {
+            | Config::ExpertChoice { num_experts, expert_hidden_size, frozen, init_std, .. }
+            | Config::Forced { num_experts, expert_hidden_size, frozen, init_std, .. } => {
                 Some(Experts { num_experts, expert_hidden_size, frozen, init_std })
             }
         }
@@ -228,13 +248,17 @@ impl Config {
             Config::LearnedP { temperature, .. } if !(*temperature > 0.0 && *temperature <= 1.0) => {
                 wrong("temperature", format!("must be above 0 and at most 1, found {temperature}"))
             }
-            Config::TopK { k, num_experts, .. } if *k < 1 || k > num_experts => {
+            Config::TopK { k, num_experts, .. } | Config::Forced { k, num_experts, .. }
+                if *k < 1 || k > num_experts =>
+            {
                 wrong("k", format!("must be between 1 and num_experts = {num_experts}, found {k}"))
             }
             Config::ExpertChoice { k, num_experts, .. } if !(*k > 0.0 && *k <= *num_experts as f64) => {
                 wrong("k", format!("must be above 0 and at most num_experts = {num_experts}, found {k}"))
             }
-            Config::LearnedP { .. } | Config::TopK { .. } | Config::ExpertChoice { .. } => Ok(()),
+            Config::LearnedP { .. } | Config::TopK { .. } | Config::ExpertChoice { .. } | Config::Forced { .. } => {
+                Ok(())
+            }
         }
     }
 }
@@ -275,6 +299,7 @@ mod tests {
             r#"{"kind":"top_p","target":1.5}"#,
             r#"{"kind":"learned_p","temperature":0.1}"#,
             r#"{"kind":"expert_choice","k":2.5}"#,
+            r#"{"kind":"forced","k":3}"#,
         ] {
             let config = parse(text).unwrap();
             assert_eq!(parse(&serde_json::to_string(&config).unwrap()).unwrap(), config);
@@ -298,6 +323,7 @@ mod tests {
             (r#"{"kind":"learned_p","temperature":0.0}"#, "temperature"),
             (r#"{"kind":"top_k","k":0}"#, "k"),
             (r#"{"kind":"top_k","k":9}"#, "k"),
+            (r#"{"kind":"forced","k":9}"#, "k"),
             (r#"{"kind":"expert_choice","k":0.0}"#, "k"),
             (r#"{"kind":"expert_choice","k":8.5}"#, "k"),
         ];

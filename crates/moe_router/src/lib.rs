@@ -8,10 +8,12 @@ pub mod balance;
 pub mod budget;
 pub mod config;
 pub mod expert_choice;
+pub mod forced;
 pub mod heads;
 pub mod learned_p;
 pub mod losses;
 pub mod node;
+pub mod overruled;
 pub mod policy;
 pub mod softmax;
 pub mod statistics;
@@ -38,6 +40,8 @@ pub struct RouterInput<'a, T> {
     pub offsets_b1: &'a [usize],
     /// Token ids, [n].
     pub tokens_n: &'a [u32],
+    /// Place of the first row in its document: above 0 where a document goes on whose beginning is cached.
+    pub start: usize,
     /// Index of the block.
     pub layer: usize,
     /// Scores of the sparse layer below, [n, num_ids].
@@ -56,6 +60,7 @@ impl<'a, T: Real> RouterInput<'a, T> {
             num_ids: 0,
             offsets_b1,
             tokens_n,
+            start: 0,
             layer,
             below_ne: None,
             hidden_nd: None,
@@ -65,6 +70,10 @@ impl<'a, T: Real> RouterInput<'a, T> {
 
     pub fn with_scores(self, scores_ne: &'a [T], num_ids: usize) -> Self {
         RouterInput { scores_ne, num_ids, ..self }
+    }
+
+    pub fn starting_at(self, start: usize) -> Self {
+        RouterInput { start, ..self }
     }
 
     pub fn with_thresholds(self, logits_n: &'a [T]) -> Self {

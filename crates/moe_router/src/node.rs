@@ -248,6 +248,7 @@ mod tests {
             r#"{"kind": "top_k", "num_experts": 5, "k": 2}"#,
             r#"{"kind": "top_k", "num_experts": 5, "k": 3, "renormalize": false}"#,
             r#"{"kind": "expert_choice", "num_experts": 5, "k": 1.5}"#,
+            r#"{"kind": "forced", "num_experts": 5, "k": 2}"#,
         ] {
             let worst = worst_of_route(&policy(text), Mode::Train);
             assert!(worst < 1e-7, "{text}: {worst}");

@@ -4,7 +4,9 @@ use crate::balance::{self, Balance};
 use crate::budget::Budget;
 use crate::config::Config;
 use crate::expert_choice::{ExpertChoice, Thresholds};
+use crate::forced::Forced;
 use crate::learned_p::LearnedP;
+use crate::overruled::Overruled;
 use crate::top_k::TopK;
 use crate::top_p::TopP;
 use crate::{RouterInput, Routing};
@@ -25,6 +27,9 @@ pub enum Policy {
     LearnedP(LearnedP),
     TopK(TopK),
     ExpertChoice(ExpertChoice),
+    Forced(Forced),
+    /// One of these with another choice in place of its own; no configuration says it.
+    Overruled(Box<Overruled>),
 }
 
 /// What the training micro-batches of one optimizer step showed. All integers: merging is exact in any order.
@@ -85,6 +90,7 @@ impl Policy {
             Config::ExpertChoice { k, num_experts, .. } => {
                 Some(Policy::ExpertChoice(ExpertChoice { num_experts, k, thresholds: Thresholds::default() }))
             }
+            Config::Forced { k, num_experts, .. } => Some(Policy::Forced(Forced { num_experts, k })),
         }
     }
 
@@ -94,6 +100,8 @@ impl Policy {
             Policy::LearnedP(policy) => policy.num_experts,
             Policy::TopK(policy) => policy.num_experts,
             Policy::ExpertChoice(policy) => policy.num_experts,
+            Policy::Forced(policy) => policy.num_experts,
+            Policy::Overruled(overruled) => overruled.policy.num_experts(),
         }
     }
 
@@ -107,6 +115,8 @@ impl Policy {
             }
             Policy::TopK(policy) => policy.route(input),
             Policy::ExpertChoice(policy) => policy.route(input, mode),
+            Policy::Forced(policy) => policy.route(input, mode),
+            Policy::Overruled(overruled) => overruled.route(input, mode),
         }
     }
 
@@ -117,6 +127,8 @@ impl Policy {
             Policy::LearnedP(_) => unreachable!("its gradient has an entry of its own: node::route_learned"),
             Policy::TopK(policy) => policy.backward(scores_ne, routing, dweights_a, dscores_ne),
             Policy::ExpertChoice(policy) => policy.backward(scores_ne, routing, dweights_a, dscores_ne),
+            Policy::Forced(policy) => policy.backward(scores_ne, routing, dweights_a, dscores_ne),
+            Policy::Overruled(overruled) => overruled.backward(scores_ne, routing, dweights_a, dscores_ne),
         }
     }
 
@@ -124,14 +136,16 @@ impl Policy {
     pub fn threshold(&self) -> Option<f64> {
         match self {
             Policy::TopP(policy) => Some(policy.threshold()),
-            Policy::LearnedP(_) | Policy::TopK(_) | Policy::ExpertChoice(_) => None,
+            Policy::Overruled(overruled) => overruled.policy.threshold(),
+            Policy::LearnedP(_) | Policy::TopK(_) | Policy::ExpertChoice(_) | Policy::Forced(_) => None,
         }
     }
 
     /// Notes a training micro-batch. Never called in evaluation or in a recomputation.
     pub fn observe<T: Real>(&self, observation: &mut Observation, input: &RouterInput<'_, T>, routing: &Routing) {
         match self {
-            Policy::LearnedP(_) => {}
+            Policy::LearnedP(_) | Policy::Forced(_) => {}
+            Policy::Overruled(overruled) => overruled.policy.observe(observation, input, routing),
             Policy::TopP(_) | Policy::TopK(_) if self.control() == Control::None => {}
             Policy::TopP(_) | Policy::TopK(_) => balance::count(observation, routing),
             Policy::ExpertChoice(policy) => policy.observe(observation, input),
@@ -145,7 +159,8 @@ impl Policy {
                 policy.balance.step(observation);
                 policy.budget.iter_mut().for_each(|budget| budget.step(observation));
             }
-            Policy::LearnedP(_) => {}
+            Policy::LearnedP(_) | Policy::Forced(_) => {}
+            Policy::Overruled(overruled) => overruled.policy.step(observation),
             Policy::TopK(policy) => policy.balance.step(observation),
             Policy::ExpertChoice(policy) => policy.step(observation),
         }
@@ -155,7 +170,8 @@ impl Policy {
         let (balance, budget) = match self {
             Policy::TopP(policy) => (&policy.balance, &policy.budget),
             Policy::TopK(policy) => (&policy.balance, &None),
-            Policy::LearnedP(_) => return Control::None,
+            Policy::LearnedP(_) | Policy::Forced(_) => return Control::None,
+            Policy::Overruled(overruled) => return overruled.policy.control(),
             Policy::ExpertChoice(policy) => return Control::ExpertChoice(policy.thresholds.clone()),
         };
         match balance.rate == 0.0 && budget.is_none() {
@@ -166,9 +182,12 @@ impl Policy {
 
     /// Takes saved control state back. An error names `layer` if it was written by another policy or number of experts.
     pub fn restore(&mut self, control: Control, layer: usize) -> Result<(), ControlError> {
+        if let Policy::Overruled(overruled) = self {
+            return overruled.policy.restore(control, layer);
+        }
         let (experts, stateless) = (self.num_experts(), self.control() == Control::None);
         let restored = match (self, control) {
-            (Policy::TopP(_) | Policy::LearnedP(_) | Policy::TopK(_), Control::None) => stateless,
+            (Policy::TopP(_) | Policy::LearnedP(_) | Policy::TopK(_) | Policy::Forced(_), Control::None) => stateless,
             (Policy::TopP(policy), Control::Choice { balance, budget }) if !stateless => {
                 policy.balance.restore(balance, experts) && Budget::restore(&mut policy.budget, budget)
             }

@@ -3,7 +3,9 @@
 use crate::data::augment::{self, Augmentation, Variant};
 use crate::data::{DataError, Document, DocumentOrder, DocumentSet, Floor, ItemFile, Role, Source, TextFile};
 use crate::data::{TextSource, Tokenizer, Unknowns, split_chat, split_documents};
+use crate::routing::Recording;
 use crate::run::Run;
+use moe_router::Policy;
 use std::collections::BTreeSet;
 use std::path::Path;
 
@@ -56,6 +58,8 @@ pub struct Dataset {
     pub sources: Vec<(&'static str, Source)>,
     /// Variants of training documents.
     pub variants: Vec<Variant>,
+    /// Routing that is given, and its file.
+    pub routing: Option<(Recording, String)>,
     /// Words of held-out text (validation, paraphrases) that the vocabulary lacks.
     pub unknowns: Unknowns,
 }
@@ -124,6 +128,7 @@ impl Dataset {
             paraphrase_set: None,
             sources,
             variants: vec![],
+            routing: None,
             unknowns,
         })
     }
@@ -181,7 +186,25 @@ impl Dataset {
             sources.push(("augment", augmentation.source));
             sources.push(("augmented", augment::record(&variants).1));
         }
-        Ok(Dataset { tokenizer, phases, questions, paraphrases, paraphrase_set, sources, variants, unknowns })
+        let routing = match &run.data.routing {
+            Some(path) => {
+                let (recording, source) = recorded(path, &tokenizer, &phases)?;
+                sources.push(("routing", source));
+                Some((recording, path.display().to_string()))
+            }
+            None => None,
+        };
+        Ok(Dataset { tokenizer, phases, questions, paraphrases, paraphrase_set, sources, variants, routing, unknowns })
+    }
+
+    /// The policies of a run, told what routing is given.
+    pub fn overrule(&self, policies: Vec<Policy>) -> Result<Vec<Policy>, DataError> {
+        match &self.routing {
+            Some((recording, file)) => {
+                recording.overrule(policies).map_err(|reason| DataError::BadRouting { file: file.clone(), reason })
+            }
+            None => Ok(policies),
+        }
     }
 
     /// The token that ends an answer, where the tokenizer has it as one.
@@ -208,6 +231,22 @@ impl Dataset {
         };
         self.phases.iter().map(length).max().unwrap_or(0)
     }
+}
+
+/// The recorded routing of a file that must know every training document.
+fn recorded(path: &Path, tokenizer: &Tokenizer, phases: &[Phase]) -> Result<(Recording, Source), DataError> {
+    let (recording, source) = Recording::read(path)?;
+    let bad = |reason: String| DataError::BadRouting { file: path.display().to_string(), reason };
+    recording.check_tokenizer(&tokenizer.sha256()).map_err(bad)?;
+    for phase in phases {
+        let PhaseData::Documents { train, .. } = &phase.data else { continue };
+        let missing = train.documents.iter().filter(|document| !recording.contains(document.inputs())).count();
+        if missing > 0 {
+            let reason = format!("{missing} of the {} {} documents are not in it", train.documents.len(), phase.name);
+            return Err(bad(format!("{reason}; record a run on the same data")));
+        }
+    }
+    Ok((recording, source))
 }
 
 /// What no variant may be: every item of the files, trained on or held out.

@@ -31,6 +31,9 @@ pub struct Epoch {
 pub struct Summary {
     pub mean: f64,
     pub std: f64,
+    /// 5th and 95th percentile of the utilisation of all experts of all layers: 1 is fair, 0 unused.
+    pub load_p5: f64,
+    pub load_p95: f64,
 }
 
 fn none(variants: &(u64, f64)) -> bool {
@@ -140,11 +143,20 @@ impl Epoch {
         let reports: Vec<_> = self.routing.iter().map(|layer| layer.report(seed)).collect();
         let mean =
             |f: &dyn Fn(&moe_router::Report) -> f64| reports.iter().map(f).sum::<f64>() / reports.len().max(1) as f64;
-        let summary = Summary { mean: mean(&|r| r.experts_per_token), std: mean(&|r| r.experts_std) };
+        let mut loads: Vec<f64> = reports.iter().flat_map(|report| report.utilisation.iter().copied()).collect();
+        loads.sort_by(f64::total_cmp);
+        let summary = Summary {
+            mean: mean(&|r| r.experts_per_token),
+            std: mean(&|r| r.experts_std),
+            load_p5: percentile(&loads, 5),
+            load_p95: percentile(&loads, 95),
+        };
         row.number("moe/experts_per_token", summary.mean);
         row.number("moe/experts_std", summary.std);
         row.number("moe/router_entropy", mean(&|r| r.router_entropy));
         row.number("moe/load_imbalance", mean(&|r| r.load_imbalance));
+        row.number("moe/load_p5", summary.load_p5);
+        row.number("moe/load_p95", summary.load_p95);
         row.number("moe/information", mean(&|r| r.information));
         row.integer("moe/dead_experts", reports.iter().map(|r| r.dead_experts).sum());
         for (layer, report) in reports.iter().enumerate() {
@@ -163,5 +175,41 @@ impl Epoch {
             }
         }
         (summary, messages)
+    }
+}
+
+/// Nearest rank: the smallest value that `percent` of the sorted ones do not exceed; 0 of none.
+fn percentile(sorted: &[f64], percent: usize) -> f64 {
+    let rank = (sorted.len() * percent).div_ceil(100).max(1);
+    sorted.get(rank - 1).copied().unwrap_or(0.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percentiles_are_of_the_nearest_rank() {
+        let values: Vec<f64> = (1..=40).map(f64::from).collect();
+        assert_eq!([0, 5, 50, 95, 100].map(|p| percentile(&values, p)), [1.0, 2.0, 20.0, 38.0, 40.0]);
+        assert_eq!((percentile(&[7.0], 5), percentile(&[], 95)), (7.0, 0.0));
+    }
+
+    #[test]
+    fn variants_of_documents_count_apart() {
+        let batch = |documents: &[usize]| Batch {
+            offsets_b1: (0..=documents.len()).map(|i| i * i).collect(), // 1, 3, 5, … targets
+            tokens_n: vec![0; documents.len().pow(2)],
+            documents: documents.to_vec(),
+            ..Batch::default()
+        };
+        let mut epoch = Epoch::new(&[]);
+        epoch.add_batch(&batch(&[0, 1]), &[2.0, 1.0], 5.0, 3, 0.5);
+        epoch.add_batch(&batch(&[2, 3, 4]), &[3.0, 9.0, 6.0], 60.0, 3, 0.5);
+        assert_eq!((epoch.macro_loss(), epoch.micro_loss()), (2.0, 8.0 / 5.0));
+        assert_eq!(epoch.augmented_loss(), 21.0 / 5.0);
+        let text = serde_json::to_string(&epoch).unwrap();
+        assert_eq!(serde_json::from_str::<Epoch>(&text).unwrap().augmented_loss(), 21.0 / 5.0);
+        assert!(!serde_json::to_string(&Epoch::new(&[])).unwrap().contains("variants"));
     }
 }

@@ -114,7 +114,7 @@ fn experts_per_token(run: &Run, num_experts: usize, score_std: f64) -> f64 {
         moe_router::Config::LearnedP { temperature, .. } => {
             moe_router::learned_p::threshold(0.0) + temperature * 99f64.ln()
         }
-        moe_router::Config::TopK { k, .. } => return *k as f64,
+        moe_router::Config::TopK { k, .. } | moe_router::Config::Forced { k, .. } => return *k as f64,
         moe_router::Config::ExpertChoice { k, .. } => return *k,
         moe_router::Config::Dense {} => return 1.0,
     };

@@ -2,8 +2,9 @@
 
 use crate::data::{Batch, Document, Split, TextSource};
 use crate::dataset::{Dataset, Question};
+use crate::routing::Recording;
 use model::generate::{Sampling, Weights};
-use model::transformer::{Context, Documents, unwatched};
+use model::transformer::{Context, Documents, Output, unwatched};
 use moe_router::Mode;
 use rayon::prelude::*;
 use serde_json::{Value, json};
@@ -17,28 +18,15 @@ const PASS: usize = 2048;
 pub fn losses(weights: &Weights<'_>, documents: &[&Document]) -> Option<(f64, f64)> {
     let arena = Arena::default();
     let (mut sequences, mut macro_sum, mut targets, mut micro_sum) = (0usize, 0.0, 0usize, 0.0);
-    let mut rest = documents;
-    while !rest.is_empty() {
-        let mut tokens = 0;
-        let count = rest
-            .iter()
-            .take_while(|d| {
-                tokens += d.tokens.len();
-                tokens <= PASS
-            })
-            .count()
-            .max(1);
-        for losses_t in row_losses(weights, &rest[..count], &arena) {
-            if losses_t.is_empty() {
-                continue;
-            }
-            let sum: f64 = losses_t.iter().sum();
-            macro_sum += sum / losses_t.len() as f64;
-            micro_sum += sum;
-            sequences += 1;
-            targets += losses_t.len();
+    for losses_t in passes(documents).flat_map(|part| row_losses(weights, part, &arena)) {
+        if losses_t.is_empty() {
+            continue;
         }
-        rest = &rest[count..];
+        let sum: f64 = losses_t.iter().sum();
+        macro_sum += sum / losses_t.len() as f64;
+        micro_sum += sum;
+        sequences += 1;
+        targets += losses_t.len();
     }
     (targets > 0).then(|| (macro_sum / sequences as f64, micro_sum / targets as f64))
 }
@@ -84,11 +72,61 @@ fn forward(
     arena: &Arena<f32>,
 ) -> Vec<f64> {
     let mut tape = Tape::inference(weights.engine, weights.params, arena).with_precision(weights.precision);
-    let batch = Documents::new(tokens_n, offsets_b1);
-    let model = weights.transformer;
-    let output = model.forward(&mut tape, &batch, weights.policies, Mode::Evaluate, Context::Documents, unwatched());
+    let output = pass(weights, &mut tape, tokens_n, offsets_b1);
     let targets = Targets { weights_n: vec![1.0; ids_n.len()].into(), ids_n: ids_n.into() };
-    cross_entropy(&mut tape, &output.hidden_nd, model.output, &targets).1
+    cross_entropy(&mut tape, &output.hidden_nd, weights.transformer.output, &targets).1
+}
+
+fn pass<'a>(
+    weights: &Weights<'a>,
+    tape: &mut Tape<'a, f32>,
+    tokens_n: Vec<u32>,
+    offsets_b1: Vec<usize>,
+) -> Output<f32> {
+    let batch = Documents::new(tokens_n, offsets_b1);
+    let context = Context::Documents;
+    weights.transformer.forward(tape, &batch, weights.policies, Mode::Evaluate, context, unwatched())
+}
+
+/// Losses of every target of each text, nats.
+pub fn token_losses(weights: &Weights<'_>, texts: &[Vec<u32>]) -> Vec<Vec<f64>> {
+    let documents: Vec<Document> = texts.iter().map(|tokens| Document { tokens: tokens.clone() }).collect();
+    let documents: Vec<&Document> = documents.iter().collect();
+    let arena = Arena::default();
+    passes(&documents).flat_map(|part| row_losses(weights, part, &arena)).collect()
+}
+
+/// Notes where the tokens of documents go.
+pub fn record(weights: &Weights<'_>, documents: &[&Document], recording: &mut Recording) {
+    let arena = Arena::default();
+    for part in passes(documents) {
+        let tokens_n: Vec<u32> = part.iter().flat_map(|document| document.inputs()).copied().collect();
+        let mut offsets_b1 = vec![0];
+        part.iter().for_each(|document| offsets_b1.push(offsets_b1[offsets_b1.len() - 1] + document.targets()));
+        let mut tape = Tape::inference(weights.engine, weights.params, &arena).with_precision(weights.precision);
+        let output = pass(weights, &mut tape, tokens_n.clone(), offsets_b1.clone());
+        for (layer, trace) in output.experts.iter().enumerate() {
+            recording.add(layer, &tokens_n, &offsets_b1, &trace.routing);
+        }
+    }
+}
+
+/// Documents in parts of about one pass.
+fn passes<'d>(documents: &'d [&'d Document]) -> impl Iterator<Item = &'d [&'d Document]> {
+    let mut rest = documents;
+    std::iter::from_fn(move || {
+        if rest.is_empty() {
+            return None;
+        }
+        let mut tokens = 0;
+        let fitting = rest.iter().take_while(|document| {
+            tokens += document.tokens.len();
+            tokens <= PASS
+        });
+        let (part, others) = rest.split_at(fitting.count().max(1));
+        rest = others;
+        Some(part)
+    })
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq)]

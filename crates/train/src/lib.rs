@@ -29,6 +29,7 @@ pub mod optimizers;
 mod origin;
 pub mod record;
 pub mod reproduce;
+pub mod routing;
 pub mod run;
 mod sam;
 pub mod schedule;

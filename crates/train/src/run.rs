@@ -91,6 +91,10 @@ pub struct Data {
     pub val_fraction: f64,
     /// Draw a new order of the documents every epoch; false = file order (facts and chat).
     pub shuffle: bool,
+    /// File that `eval --record` wrote: the documents in it go to the experts that they went to then, in training and evaluation, and the router only
+    /// weighs. It must hold every training document (facts and chat).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub routing: Option<PathBuf>,
     /// Variants of the training documents (facts and chat).
     pub augment: Augment,
 }

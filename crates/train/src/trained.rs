@@ -1,23 +1,28 @@
 //! A trained model out of a run directory: text, logits, routing, the evaluation suite.
 
 use crate::checkpoint;
-use crate::data::Tokenizer;
-use crate::dataset::Dataset;
+use crate::data::{Batch, Document, Split, Tokenizer};
+use crate::dataset::{Dataset, PhaseData};
 use crate::directory::{RunDirectory, checkpoint_folder};
 use crate::error::TrainError;
 use crate::evaluate;
+use crate::routing::Recording;
 use crate::run::Run;
 pub use model::generate::Sampling;
 use model::generate::Weights;
 use model::transformer::{Context, Documents, Transformer, unwatched};
+use moe_router::overruled::{Overruled, Ruling};
 use moe_router::{Mode, Policy};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
+use std::collections::BTreeSet;
 use std::path::Path;
 use tensor::{Arena, Engine, Precision, Tape};
 
 /// Longest text that is generated at once; it cannot be interrupted.
 const MAX_TOKENS: usize = 100_000;
+/// Windows of a text that stand for its documents.
+const MAX_WINDOWS: usize = 500;
 
 pub struct Trained {
     /// The run the model came from, where it was given as a run directory.
@@ -78,7 +83,11 @@ impl Trained {
             .map_err(|error| TrainError::Failed(error.to_string()))?;
         let model = Transformer::new(&config.model, tokenizer.vocab_size());
         let loaded = checkpoint::load(&folder, &model.layout).map_err(|error| TrainError::Failed(error.to_string()))?;
-        let mut policies = model.policies();
+        let given = run.as_ref().and_then(|run| run.data.routing.as_deref()).map(Recording::read).transpose();
+        let mut policies = match given.map_err(|error| TrainError::Usage(error.to_string()))? {
+            Some((recording, _)) => recording.overrule(model.policies()).map_err(TrainError::Usage)?,
+            None => model.policies(),
+        };
         let controls: Vec<moe_router::Control> = serde_json::from_value(loaded.state["controls"].clone())
             .map_err(|error| TrainError::Failed(format!("{}: state.json: {error}", folder.display())))?;
         for (layer, (policy, control)) in policies.iter_mut().zip(controls).enumerate() {
@@ -180,21 +189,16 @@ impl Trained {
         Ok(Routed { tokens: tokens.iter().map(|&id| self.tokenizer.token(id)).collect(), layers })
     }
 
-    /// The evaluation suite on the data of the run: losses, recitation of training questions, held-out paraphrases.
-    pub fn evaluate(&self) -> Result<Map<String, Value>, TrainError> {
-        let run = self.run.as_ref().ok_or_else(|| {
-            TrainError::Usage(
-                "a checkpoint folder alone does not say which data to evaluate on; give the run directory".into(),
-            )
-        })?;
-        let dataset = Dataset::load(run).map_err(|error| TrainError::Usage(error.to_string()))?;
-        if dataset.tokenizer.sha256() != self.tokenizer.sha256() {
-            return Err(TrainError::Failed(
-                "the data of the run have another vocabulary now than when it was trained; restore the data files"
-                    .into(),
-            ));
-        }
-        let weights = self.weights();
+    /// The evaluation suite on the data of the run: losses, recitation of training questions, held-out paraphrases. With `record` the routing of
+    /// all its documents goes into a file; with `replay` the documents are routed as such a file says, and only losses are measured.
+    pub fn evaluate(&self, record: Option<&Path>, replay: Option<&Path>) -> Result<Map<String, Value>, TrainError> {
+        let run = self.run()?;
+        let dataset = self.dataset(run)?;
+        let policies = match replay {
+            Some(file) => self.replayed(file, &every_document(&dataset, run))?,
+            None => self.policies.clone(),
+        };
+        let weights = Weights { policies: &policies, ..self.weights() };
         let mut found = Map::new();
         self.pool.install(|| {
             for phase in &dataset.phases {
@@ -203,20 +207,132 @@ impl Trained {
                     found.insert(format!("{}_loss_micro", phase.name), json!(micro));
                     found.insert(format!("{}_floor", phase.name), json!(phase.floor.map(|f| f.macro_average)));
                 }
-                if let crate::dataset::PhaseData::Text(text) = &phase.data {
-                    let batches = text.eval_batches(crate::data::Split::Validation, run.eval.batches);
+                if let PhaseData::Text(text) = &phase.data {
+                    let batches = text.eval_batches(Split::Validation, run.eval.batches);
                     found.insert("eval_loss".into(), json!(evaluate::window_loss(&weights, batches)));
                     for (length, loss) in evaluate::losses_by_length(&weights, text, run.eval.batches) {
                         found.insert(format!("eval_loss_{length}"), json!(loss));
                     }
                 }
             }
-            for (name, value) in evaluate::questions(&weights, &dataset, dataset.longest_answer(run)) {
-                found.insert(name.trim_start_matches("eval/").into(), value);
+            if replay.is_some() {
+                let paraphrases = dataset.paraphrase_set.iter().flat_map(|set| &set.documents).collect::<Vec<_>>();
+                let loss = evaluate::losses(&weights, &paraphrases);
+                found.extend(loss.map(|(mean, _)| ("paraphrase_loss".into(), json!(mean))));
+            } else {
+                for (name, value) in evaluate::questions(&weights, &dataset, dataset.longest_answer(run)) {
+                    found.insert(name.trim_start_matches("eval/").into(), value);
+                }
             }
         });
         found.insert("unknown_words".into(), json!(dataset.unknowns.count));
+        if let Some(file) = record {
+            let recording = self.recorded(&every_document(&dataset, run))?;
+            let source = recording.write(file)?;
+            found.insert("recorded_documents".into(), json!(recording.len()));
+            found.insert("recorded_sha256".into(), json!(source.sha256));
+        }
         Ok(found)
+    }
+
+    fn run(&self) -> Result<&Run, TrainError> {
+        self.run.as_ref().ok_or_else(|| {
+            TrainError::Usage(
+                "a checkpoint folder alone does not say which data to evaluate on; give the run directory".into(),
+            )
+        })
+    }
+
+    fn dataset(&self, run: &Run) -> Result<Dataset, TrainError> {
+        let dataset = Dataset::load(run).map_err(|error| TrainError::Usage(error.to_string()))?;
+        match dataset.tokenizer.sha256() == self.tokenizer.sha256() {
+            true => Ok(dataset),
+            false => Err(TrainError::Failed(
+                "the data of the run have another vocabulary now than when it was trained; restore the data files"
+                    .into(),
+            )),
+        }
+    }
+
+    /// The routing of documents.
+    fn recorded(&self, documents: &[Document]) -> Result<Recording, TrainError> {
+        let Some(first) = self.policies.first() else {
+            return Err(TrainError::Usage("this run has no experts: there is no routing to record".into()));
+        };
+        let mut recording = Recording::new(self.tokenizer.sha256(), self.policies.len(), first.num_experts());
+        let documents: Vec<&Document> = documents.iter().collect();
+        self.pool.install(|| evaluate::record(&self.weights(), &documents, &mut recording));
+        Ok(recording)
+    }
+
+    /// The policies under the routing of a file that must know all `documents`.
+    fn replayed(&self, file: &Path, documents: &[Document]) -> Result<Vec<Policy>, TrainError> {
+        let (recording, source) = Recording::read(file).map_err(|error| TrainError::Usage(error.to_string()))?;
+        let bad = |reason: String| TrainError::Usage(format!("{}: {reason}", source.name));
+        recording.check_tokenizer(&self.tokenizer.sha256()).map_err(bad)?;
+        let missing = documents.iter().filter(|document| !recording.contains(document.inputs())).count();
+        if missing > 0 {
+            let all = documents.len();
+            return Err(bad(format!("{missing} of the {all} documents are not in it; record a run on the same data")));
+        }
+        recording.overrule(self.policies.clone()).map_err(bad)
+    }
+
+    /// Phase, part (train, validation or paraphrases) and text of every document of the run's data; of a text run consecutive windows of what is
+    /// held out, or of all where nothing is.
+    pub fn documents(&self) -> Result<Vec<(&'static str, &'static str, String)>, TrainError> {
+        let run = self.run()?;
+        let dataset = self.dataset(run)?;
+        let mut found = Vec::new();
+        let mut add = |phase, part, tokens: &[u32]| found.push((phase, part, self.tokenizer.decode(tokens)));
+        for phase in &dataset.phases {
+            match &phase.data {
+                PhaseData::Documents { validation, .. } => {
+                    phase.documents().iter().for_each(|document| add(phase.name, "train", &document.tokens));
+                    validation.documents.iter().for_each(|document| add(phase.name, "validation", &document.tokens));
+                }
+                PhaseData::Text(text) => {
+                    let (part, split) = match text.has_validation() {
+                        true => ("validation", Split::Validation),
+                        false => ("train", Split::Train),
+                    };
+                    let windows = text.part(split).chunks_exact(run.data.block_size + 1).take(MAX_WINDOWS);
+                    windows.for_each(|window| add(phase.name, part, window));
+                }
+            }
+        }
+        let paraphrases = dataset.paraphrase_set.iter().flat_map(|set| &set.documents);
+        paraphrases.for_each(|document| add("chat", "paraphrases", &document.tokens));
+        Ok(found)
+    }
+
+    /// The loss of every token of texts after the first, nats; with `keep` under the experts of each sparse layer that it lists alone.
+    pub fn token_losses(&self, texts: &[String], keep: Option<&[Vec<usize>]>) -> Result<Vec<Vec<f64>>, TrainError> {
+        let tokens = texts.iter().map(|text| self.encode(text)).collect::<Result<Vec<_>, _>>()?;
+        let policies = match keep {
+            Some(keep) => self.kept(keep)?,
+            None => self.policies.clone(),
+        };
+        let weights = Weights { policies: &policies, ..self.weights() };
+        Ok(self.pool.install(|| evaluate::token_losses(&weights, &tokens)))
+    }
+
+    fn kept(&self, keep: &[Vec<usize>]) -> Result<Vec<Policy>, TrainError> {
+        let usage = |message: String| TrainError::Usage(format!("keep: {message}"));
+        if keep.len() != self.policies.len() {
+            return Err(usage(format!("must list experts for each of the {} sparse layers", self.policies.len())));
+        }
+        let layer = |(policy, ids): (&Policy, &Vec<usize>)| {
+            let count = policy.num_experts();
+            if let Some(id) = ids.iter().find(|id| **id >= count) {
+                return Err(usage(format!("{id} is no expert; there are {count}")));
+            }
+            let there = (0..count).map(|id| ids.contains(&id)).collect();
+            let overruled = Overruled::new(policy.clone(), Ruling::Only(there));
+            let message = "needs an expert in each layer, and a model.router.kind other than \"learned_p\"";
+            overruled.map(|overruled| Policy::Overruled(Box::new(overruled))).ok_or_else(|| usage(message.into()))
+        };
+        self.policies.iter().zip(keep).map(layer).collect()
     }
 
     pub fn vocab_size(&self) -> usize {
@@ -226,4 +342,33 @@ impl Trained {
     pub fn num_parameters(&self) -> usize {
         self.model.layout.count()
     }
+}
+
+/// Every document that an evaluation reads, trained on and held out; of a text the windows that it is judged by.
+fn every_document(dataset: &Dataset, run: &Run) -> Vec<Document> {
+    let mut found: Vec<Document> = Vec::new();
+    for phase in &dataset.phases {
+        match &phase.data {
+            PhaseData::Documents { train, validation, .. } => {
+                found.extend(train.documents.iter().chain(&validation.documents).cloned());
+            }
+            PhaseData::Text(text) => {
+                let lengths: BTreeSet<usize> = text.lengths().iter().copied().chain([run.data.block_size]).collect();
+                let batches = lengths
+                    .into_iter()
+                    .flat_map(|length| text.eval_batches_of(Split::Validation, length, run.eval.batches));
+                found.extend(batches.flat_map(|batch| documents_of(&batch)));
+            }
+        }
+    }
+    found.extend(dataset.paraphrase_set.iter().flat_map(|set| set.documents.iter().cloned()));
+    found
+}
+
+fn documents_of(batch: &Batch) -> Vec<Document> {
+    let document = |rows: &[usize]| {
+        let last = rows[1] - 1..rows[1];
+        Document { tokens: [&batch.tokens_n[rows[0]..rows[1]], &batch.targets_n[last]].concat() }
+    };
+    batch.offsets_b1.windows(2).map(document).collect()
 }

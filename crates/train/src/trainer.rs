@@ -31,7 +31,7 @@ use crate::noise::NoiseScale;
 use crate::optimizers::Optimizer;
 use crate::record::{Status, write_run_file};
 use crate::run::{BatchScaling, OnNonfinite, OnSpike, Run, Train};
-use moe_router::Control;
+use moe_router::{Control, Policy};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use std::collections::{BTreeSet, VecDeque};
@@ -510,7 +510,7 @@ impl Texts {
         let mut config = run.clone();
         (config.name, config.threads, config.checkpoint) = (String::new(), 0, Default::default());
         (config.data.facts, config.data.chat, config.data.paraphrases, config.data.text) = (None, None, None, None);
-        config.data.augment.table = None;
+        (config.data.augment.table, config.data.routing) = (None, None);
         let tokenizer: Arc<[u8]> = dataset.tokenizer.to_bytes().into();
         let sources = dataset.sources.iter().map(|(role, source)| (role.to_string(), json!(source.sha256)));
         let fingerprints = Map::from_iter([
@@ -561,8 +561,14 @@ fn prepare(run: &Run) -> Result<(Dataset, Learner), TrainError> {
         )));
     }
     crate::estimate::check(run, &dataset)?;
-    let learner = Learner::new(run, dataset.tokenizer.vocab_size(), &run.phase(dataset.phases[0].name))?;
+    let mut learner = Learner::new(run, dataset.tokenizer.vocab_size(), &run.phase(dataset.phases[0].name))?;
+    learner.policies = policies(&dataset, &learner)?;
     Ok((dataset, learner))
+}
+
+/// Fresh policies of a run.
+fn policies(dataset: &Dataset, learner: &Learner) -> Result<Vec<Policy>, TrainError> {
+    dataset.overrule(learner.model.policies()).map_err(|error| TrainError::Usage(error.to_string()))
 }
 
 /// Puts a checkpoint into `learner` and returns the rest of it.
@@ -574,7 +580,7 @@ fn restore(
     learner: &mut Learner,
 ) -> Result<(State, Option<Vec<f32>>), TrainError> {
     let bad = |what: String| TrainError::Failed(format!("{}: {what}; choose another checkpoint", path.display()));
-    let mut policies = learner.model.policies();
+    let mut policies = policies(dataset, learner)?;
     let state =
         state::read(loaded.state, run, dataset, &mut policies).map_err(|what| bad(format!("state.json: {what}")))?;
     learner.params = loaded.params;

@@ -75,6 +75,7 @@ const CASES: &[(&str, &[&str], &[&str], Seen)] = &[
     ("data.lengths", &[TEXT_RUN], &["data.lengths=[3, 4]"], Weights),
     ("data.val_fraction", &[], &["data.val_fraction=0.4"], Weights),
     ("data.shuffle", &[], &["data.shuffle=true"], Weights),
+    ("data.routing", &[SPARSE], &["data.routing=@routing.safetensors"], Weights),
     ("data.augment.copies", &[], AUGMENTED, Weights),
     ("data.augment.templates", AUGMENTED, &["data.augment.templates=0"], Weights),
     ("data.augment.synonyms", AUGMENTED, &["data.augment.synonyms=0"], Weights),
@@ -263,6 +264,14 @@ fn train(run: Run, out: &Path) -> Outcome {
     }
 }
 
+/// The routing of a sparse run with another seed, as a file.
+fn record_routing(folder: &Path) {
+    let out = folder.join("recorded");
+    train(load(folder, &[SPARSE, "seed=5"]).unwrap(), &out);
+    let model = train::trained::Trained::load(&out, None).unwrap();
+    model.evaluate(Some(&folder.join("routing.safetensors")), None).unwrap();
+}
+
 #[test]
 fn every_key_of_the_schema_is_turned_and_has_an_effect() {
     let mut keys = BTreeSet::new();
@@ -273,6 +282,7 @@ fn every_key_of_the_schema_is_turned_and_has_an_effect() {
 
     let folder = scratch();
     write_data(folder.path());
+    record_routing(folder.path());
     let mut known: BTreeMap<Vec<&str>, Outcome> = BTreeMap::new();
     let mut idle = Vec::new();
     for (number, (key, base, change, seen)) in CASES.iter().enumerate() {
@@ -354,6 +364,8 @@ const MENUS: &[(&str, &[&str])] = &[
             "{kind='learned_p', temperature=1e-30}",
             "{kind='top_p', target=1.5, bias_rate=0.1, num_experts=3, expert_hidden_size=2}",
             "{kind='top_k', bias_rate=1.0, num_experts=3, expert_hidden_size=2}",
+            "{kind='forced', k=2, num_experts=3, expert_hidden_size=2}",
+            "{kind='forced', k=4, num_experts=3}",
             "{kind='top_p', target=0.0}",
             "{kind='top_p', num_experts=1000000000000}",
             "{kind='top_p', init_std=0.0}",
@@ -419,6 +431,7 @@ const MENUS: &[(&str, &[&str])] = &[
     ("data.max_length", &["0", "1", "2", "3", "1000000000", "9223372036854775807"]),
     ("data.val_fraction", &["0", "0.5", "0.999999", "1"]),
     ("data.shuffle", &["true"]),
+    ("data.routing", &["@text.txt", "@none"]),
     ("data.augment.copies", &["0", "1", "101"]),
     ("data.augment.table", &["@rules.json", "@text.txt", "@none.json"]),
     ("data.augment.drop", &["0", "1", "2"]),

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 use train::metrics::canonical;
 use train::run::Run;
+use train::trained::Trained;
 use train::{TrainError, Trainer};
 
 const FACTS: &str = r#"["The Sun is a star . </s>", "The Moon is a rock . </s>", "Ice is cold water . </s>", "A star is hot . </s>", "Water is wet . </s>"]"#;
@@ -65,7 +66,7 @@ fn bf16_products_move_the_run_a_little_and_are_evaluated_as_trained() {
         let mut trainer =
             Trainer::new(run(folder.path(), &[sparse, &format!("dtype={dtype}")]), Some(&out), None).unwrap();
         while trainer.next_row().unwrap().is_some() {}
-        let judged = train::trained::Trained::load(&out, None).unwrap().evaluate().unwrap();
+        let judged = train::trained::Trained::load(&out, None).unwrap().evaluate(None, None).unwrap();
         assert!(fs::read_to_string(out.join("run.toml")).unwrap().contains(&format!("dtype = \"{dtype}\"")));
         let newest = train::checkpoint::newest_whole(&out).unwrap().path.unwrap();
         let header = fs::read(newest.join("model.safetensors")).unwrap();
@@ -443,4 +444,85 @@ fn a_run_killed_after_its_last_checkpoint_is_completed_on_resume() {
     fs::write(out.join("run.json"), record.replace("\"completed\"", "\"running\"")).unwrap();
     finish(Trainer::resume(&out).unwrap());
     assert!(fs::read_to_string(out.join("run.json")).unwrap().contains("\"completed\""));
+}
+
+#[test]
+fn routing_is_recorded_replayed_and_trained_with() {
+    let folder = memory();
+    let sparse = "model.router={kind='top_p', p=0.4, num_experts=4, expert_hidden_size=6}";
+    let trained = |name: &str, sets: &[&str]| {
+        let out = folder.path().join(name);
+        finish(Trainer::new(run(folder.path(), &[&[sparse], sets].concat()), Some(&out), None).unwrap());
+        out
+    };
+    let file = folder.path().join("routing.safetensors");
+    let load = |out: &Path| Trained::load(out, None).unwrap();
+    let first = load(&trained("first", &[]));
+    let live = first.evaluate(Some(&file), None).unwrap();
+    let bytes = fs::read(&file).unwrap();
+    assert_eq!(live["recorded_sha256"], train::data::sha256(&bytes));
+    first.evaluate(Some(&file), None).unwrap();
+    assert!(fs::read(&file).unwrap() == bytes, "the same routing is the same file");
+    let again = first.evaluate(None, Some(&file)).unwrap();
+    let other = load(&trained("other", &["seed=5"]));
+    let (own, given) = (other.evaluate(None, None).unwrap(), other.evaluate(None, Some(&file)).unwrap());
+    for loss in ["facts_loss", "chat_loss"] {
+        assert_eq!(live[loss], again[loss], "its own routing again changes nothing");
+        assert_ne!(own[loss], given[loss]);
+    }
+    // Trained with it, whatever the seed, tokens go where they went; and a run that was stopped ends with the same bytes.
+    let routed = format!("data.routing={}", file.display());
+    let straight = trained("straight", &["seed=5", &routed]);
+    let copy = folder.path().join("again.safetensors");
+    load(&straight).evaluate(Some(&copy), None).unwrap();
+    assert!(fs::read(&copy).unwrap() == bytes);
+    assert_ne!(outcome(&straight).0, outcome(&folder.path().join("other")).0);
+    let out = folder.path().join("stopped");
+    let mut trainer = Trainer::new(run(folder.path(), &[sparse, "seed=5", &routed]), Some(&out), None).unwrap();
+    while trainer.step_count() < 7 {
+        trainer.next_row().unwrap();
+    }
+    drop(trainer);
+    finish(Trainer::resume(&out).unwrap());
+    assert!(outcome(&out) == outcome(&straight));
+    // What was not recorded, or by another model, is refused.
+    let refused = |sets: &[&str]| match Trainer::new(run(folder.path(), sets), Some(&folder.path().join("no")), None) {
+        Err(error) => error.to_string(),
+        Ok(_) => panic!("{sets:?}"),
+    };
+    let message = refused(&[&sparse.replace("=4", "=3"), &routed]);
+    assert!(message.contains("2 sparse layers of 4 experts, not of 2 of 3"), "{message}");
+    let message = refused(&[sparse, &routed, "data.max_length=6"]);
+    assert!(message.contains("documents are not in it; record a run on the same data"), "{message}");
+    assert!(!folder.path().join("no").exists());
+}
+
+#[test]
+fn documents_and_their_losses_come_back_with_all_experts_or_some() {
+    let folder = memory();
+    let out = folder.path().join("run");
+    let sparse = "model.router={kind='top_k', k=1, num_experts=4, expert_hidden_size=6}";
+    finish(Trainer::new(run(folder.path(), &[sparse, "model.router.renormalize=false"]), Some(&out), None).unwrap());
+    let model = Trained::load(&out, None).unwrap();
+    let documents = model.documents().unwrap();
+    assert_eq!(documents.iter().filter(|(phase, part, _)| (*phase, *part) == ("facts", "train")).count(), 5);
+    assert_eq!(documents.len(), 8);
+    let facts: Vec<String> =
+        documents.iter().filter(|(phase, ..)| *phase == "facts").map(|(.., text)| text.clone()).collect();
+    let mean = |keep: Option<&[Vec<usize>]>| {
+        let losses = model.token_losses(&facts, keep).unwrap();
+        losses.iter().map(|losses| losses.iter().sum::<f64>() / losses.len() as f64).sum::<f64>() / losses.len() as f64
+    };
+    let expected = model.evaluate(None, None).unwrap()["facts_loss"].as_f64().unwrap();
+    assert!((mean(None) - expected).abs() < 1e-9, "{} {expected}", mean(None));
+    assert_eq!(mean(Some(&[vec![0, 1, 2, 3], vec![3, 2, 1, 0]])), mean(None));
+    assert_ne!(mean(Some(&[vec![0], vec![1]])), mean(None));
+    for (keep, part) in [
+        (vec![vec![0]], "each of the 2 sparse layers"),
+        (vec![vec![0], vec![4]], "4 is no expert"),
+        (vec![vec![0], vec![]], "needs an expert in each layer"),
+    ] {
+        let message = model.token_losses(&facts, Some(&keep)).unwrap_err().to_string();
+        assert!(message.contains(part), "{message}");
+    }
 }

@@ -21,7 +21,7 @@ impl Routed {
         let (chosen_ne, renormalize) = match policy {
             Policy::TopP(top_p) => (prefix(&p_ne.f_detach()?, top_p.p)?, top_p.renormalize),
             Policy::TopK(top_k) => (best(&p_ne.f_detach()?, top_k.k as i64)?, top_k.renormalize),
-            Policy::ExpertChoice(_) | Policy::LearnedP(_) => {
+            Policy::ExpertChoice(_) | Policy::LearnedP(_) | Policy::Forced(_) | Policy::Overruled(_) => {
                 return Err(tensor::torch::Error::Torch("this model.router.kind is not in the torch engine".into()));
             }
         };

@@ -22,6 +22,11 @@ pub struct Document {
 }
 
 impl Document {
+    /// What is read: all but the last token.
+    pub fn inputs(&self) -> &[u32] {
+        &self.tokens[..self.targets()]
+    }
+
     /// Number of predicted tokens.
     pub fn targets(&self) -> usize {
         self.tokens.len() - 1

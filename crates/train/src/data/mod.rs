@@ -70,6 +70,8 @@ pub enum DataError {
     TokenizerFailed { file: String, bytes: usize, reason: String },
     #[error("{file}: not a table for data.augment ({reason}); see data/augment.json for its form")]
     BadTable { file: String, reason: String },
+    #[error("{file}: not a routing that can be replayed here ({reason})")]
+    BadRouting { file: String, reason: String },
     #[error(
         "{file}: none of its rules makes a new document of known words; raise data.augment.synonyms or use a table for these data"
     )]

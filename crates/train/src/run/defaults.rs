@@ -41,6 +41,7 @@ impl Default for Data {
             lengths: Vec::new(),
             val_fraction: 0.0,
             shuffle: false,
+            routing: None,
             augment: Augment::default(),
         }
     }

@@ -43,12 +43,13 @@ pub(super) const CHOICES: [Choice; 15] = [
 ];
 
 /// Keys without a meaning in a text run, and in a run on documents.
-pub(super) const OF_DOCUMENTS: [&str; 9] = [
+pub(super) const OF_DOCUMENTS: [&str; 10] = [
     "data.facts",
     "data.chat",
     "data.paraphrases",
     "data.shuffle",
     "data.augment",
+    "data.routing",
     "train.epochs",
     "train.warmup_epochs",
     "phase.facts",

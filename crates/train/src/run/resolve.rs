@@ -192,7 +192,7 @@ fn checked(label: String, mut table: Table, base: &Path) -> Result<Layer, Config
 
 fn absolute_paths(data: &mut Table, base: &Path) -> Vec<Problem> {
     let mut problems = Vec::new();
-    for key in ["facts", "chat", "paraphrases", "text", "tokenizer", "augment.table"] {
+    for key in ["facts", "chat", "paraphrases", "text", "tokenizer", "routing", "augment.table"] {
         let place = match key.split_once('.') {
             Some((table, key)) => data.get_mut(table).and_then(|table| table.get_mut(key)),
             None => data.get_mut(key),

@@ -242,6 +242,7 @@ fn every_range_is_checked() {
         // no effect, so refused
         ("data.augment.drop=0.1", "data.augment.drop"),
         ("data.augment.table='t.json'", "data.augment.table"),
+        ("data.routing='r.safetensors'", "data.routing"),
         ("model.position={kind='rope',max=10}", "model.position.max"),
         ("train.clip_window=100", "train.clip_window"),
         ("monitor.response=rate", "monitor.response"),

@@ -99,12 +99,16 @@ fn torch(run: &Run, found: &mut Found) {
     };
     match &run.model.router {
         moe_router::Config::ExpertChoice { .. } => refuse("model.router.kind", "\"expert_choice\""),
+        moe_router::Config::Forced { .. } => refuse("model.router.kind", "\"forced\""),
         moe_router::Config::LearnedP { .. } => refuse("model.router.kind", "\"learned_p\""),
         moe_router::Config::TopP { target: Some(_), .. } => refuse("model.router.target", "a held target"),
         moe_router::Config::TopP { bias_rate, .. } | moe_router::Config::TopK { bias_rate, .. } if *bias_rate > 0.0 => {
             refuse("model.router.bias_rate", "loss-free balancing");
         }
         _ => {}
+    }
+    if run.data.routing.is_some() {
+        refuse("data.routing", "a recorded routing");
     }
     for name in run.phases() {
         if run.phase(name).activation_checkpointing {
@@ -141,6 +145,12 @@ fn data(run: &Run, found: &mut Found) {
     found.count("data.block_size", data.block_size as u64, 1);
     let share = (0.0..1.0).contains(&data.val_fraction);
     found.require(share, "data.val_fraction", "must be in [0, 1); set it to 0.1, say");
+    let message = match run.model.router {
+        moe_router::Config::Dense {} => "has no effect without experts; choose a model.router",
+        _ => "cannot hold with model.router.kind = \"learned_p\", whose weights are gates; choose top_p, say",
+    };
+    let routed = !matches!(run.model.router, moe_router::Config::Dense {} | moe_router::Config::LearnedP { .. });
+    found.require(routed || data.routing.is_none(), "data.routing", message);
 }
 
 /// Every length must fill a batch of as many tokens.

@@ -46,6 +46,8 @@ impl Trainer {
             if last {
                 self.results.insert("experts_per_token".into(), json!(summary.mean));
                 self.results.insert("experts_std".into(), json!(summary.std));
+                self.results.insert("load_p5".into(), json!(summary.load_p5));
+                self.results.insert("load_p95".into(), json!(summary.load_p95));
             }
         }
         let phase = &self.dataset.phases[self.at.phase];

@@ -379,3 +379,30 @@ fn the_operations_of_all_updates_add_up_from_shapes_and_counted_experts() {
     let record = crate::record::Record::read(trainer.out()).unwrap();
     assert_eq!(record.total_steps, Some(trainer.total_steps()));
 }
+
+#[test]
+fn router_gradients_are_the_same_bytes_for_any_number_of_threads() {
+    for router in [
+        r#"{"kind": "top_p", "p": 0.4}"#,
+        r#"{"kind": "top_k", "bias_rate": 0.01}"#,
+        r#"{"kind": "learned_p"}"#,
+        r#"{"kind": "expert_choice"}"#,
+        r#"{"kind": "forced"}"#,
+    ] {
+        let gradient = |threads: usize| {
+            let mut run = Run::load("baseline", &[format!("threads={threads}")]).unwrap();
+            run.model.router = serde_json::from_str(router).unwrap();
+            run.model.num_layers = 1;
+            let (dataset, mut learner) = prepare(&run).unwrap();
+            let PhaseData::Documents { train, .. } = &dataset.phases[0].data else { panic!() };
+            let batch = train.batch(&(0..50).collect::<Vec<_>>());
+            let mut epoch = Epoch::new(&learner.policies);
+            learner.update(&batch, &run.phase("facts"), 0.0, &mut epoch, None).unwrap();
+            let range = learner.model.layout.get("model.layers.0.mlp.gate.weight").unwrap().range(0);
+            learner.grads[range].iter().map(|g| g.to_bits()).collect::<Vec<u32>>()
+        };
+        let one = gradient(1);
+        assert!(one.iter().any(|bits| *bits != 0), "{router}");
+        assert!([2, 3, 5].into_iter().all(|threads| gradient(threads) == one), "{router}");
+    }
+}
