@@ -401,14 +401,22 @@ def generate(
 
 
 @app.command("eval")
-def evaluate(run: RunPath, checkpoint: Checkpoint = None, as_json: Json = False) -> int:
+def evaluate(
+    run: RunPath,
+    checkpoint: Checkpoint = None,
+    record: Annotated[str | None, typer.Option(metavar="FILE", help="Write the routing of every document.")] = None,
+    replay: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Route as a recorded file says; losses alone.")
+    ] = None,
+    as_json: Json = False,
+) -> int:
     """Evaluate a run on its data.
 
     Losses, recitation of the training questions, held-out paraphrases.
     """
     from moe_lab.train import Model
 
-    results = Model.load(run, checkpoint).evaluate()
+    results = Model.load(run, checkpoint).evaluate(record, replay)
     if as_json:
         _print_json(results)
     else:

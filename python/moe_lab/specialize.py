@@ -1,30 +1,30 @@
-"""Which experts take which tokens: shares by class of token, pairs of experts, experts per token, information.
+"""Which experts take which tokens: by class, word, pair and surprise; their load, and how early all this settles.
 
 Definitions: OLMoE (2409.02060), with co-activation over all pairs of a token's experts.
 """
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import polars as pl
 
-from moe_lab import frames, plots
+from moe_lab import plots
+from moe_lab.token_classes import VIEWS, class_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+__all__ = ["Routed", "class_of", "collect", "save"]
+
 PERMUTATIONS = 200
-WORDS = """
-a an the this that these those and or but nor so yet if because as than when while where why how what who which
-of in on at by for with from to into out up down over under about between through is are was were be been being am
-do does did has have had can could will would shall should may might must not no it its he she they we you i him
-her them us me my your his our their there here all each every some any more most many much very too also
-"""
-FUNCTION_WORDS = frozenset(WORDS.split())
+OCCURRENCES = 10  # a word seen once goes to one expert by definition
+BINS = 5
+TEXTS = 1000
 
 
 class Routes(Protocol):
@@ -33,82 +33,83 @@ class Routes(Protocol):
     def route(self, text: str) -> dict[str, Any]: ...
 
 
+class Reads(Routes, Protocol):
+    """What is needed of a model that is also asked for its own texts and its losses on them."""
+
+    def documents(self) -> list[tuple[str, str, str]]: ...
+    def token_losses(self, texts: list[str], keep: list[list[int]] | None = None) -> list["NDArray[np.float64]"]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Routed:
     """Tokens of many texts with their classes, and who took them: layers[l] is [tokens, experts]."""
 
     tokens: tuple[str, ...]
-    classes: tuple[str, ...]
     layers: dict[int, "NDArray[np.bool_]"]
+    views: dict[str, tuple[str, ...]]
+    sizes: tuple[int, ...]
+    # Loss of the token that follows, nats; NaN after the last of a text.
+    surprise: "NDArray[np.float64]" = field(default_factory=lambda: np.empty(0))
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.views["form"]
 
 
-def class_of(token: str, position: int) -> str:
-    """The class of a token by its form; `position` 0 begins a text."""
-    if token.startswith("<") and token.endswith(">"):
-        return "special"
-    if token in ("User", "Assistant"):
-        return "role"
-    if not any(letter.isalnum() for letter in token):
-        return "punctuation"
-    if any(letter.isdigit() for letter in token):
-        return "digit"
-    if token.lower() in FUNCTION_WORDS:
-        return "function word"
-    return "name" if token[0].isupper() and position else "content word"
-
-
-def collect(model: Routes, texts: Sequence[str]) -> Routed:
-    """Routes every text. Raises ValueError for a model without experts."""
+def collect(model: Routes, texts: Sequence[str], losses: "Sequence[NDArray[np.float64]] | None" = None) -> Routed:
+    """Routes every text; `losses` are of its tokens after the first. Raises ValueError for a model without experts."""
     tokens: list[str] = []
-    classes: list[str] = []
+    views: dict[str, list[str]] = {name: [] for name in VIEWS}
     parts: dict[int, list[NDArray[np.bool_]]] = {}
+    sizes = []
     for text in texts:
         routed = model.route(text)
         names = [str(token) for token in routed["tokens"]]
         if not routed["layers"]:
             raise ValueError("this run has no experts: nothing to specialise")
         tokens += names
-        classes += [class_of(name, position) for position, name in enumerate(names)]
+        sizes.append(len(names))
+        for name, classes in VIEWS.items():
+            views[name] += classes(names)
         for layer in routed["layers"]:
             taken = np.zeros((len(names), np.asarray(layer["probabilities"]).shape[1]), dtype=bool)
             for row, experts in enumerate(layer["experts"]):
                 taken[row, list(experts)] = True
             parts.setdefault(int(layer["layer"]), []).append(taken)
-    return Routed(tuple(tokens), tuple(classes), {layer: np.concatenate(part) for layer, part in parts.items()})
+    surprise = np.concatenate([np.append(each, np.nan) for each in losses]) if losses else np.empty(0)
+    if losses and len(surprise) != len(tokens):
+        raise ValueError("the losses are of other texts: one for every token after the first is needed")
+    layers = {layer: np.concatenate(part) for layer, part in parts.items()}
+    return Routed(tuple(tokens), layers, {name: tuple(v) for name, v in views.items()}, tuple(sizes), surprise)
 
 
 def by_class(routed: Routed) -> pl.DataFrame:
-    """Per layer, class and expert: tokens taken, their share of the class, lift = share over that of all."""
+    """Per view, layer, class and expert: tokens taken, their share of the class, lift = share over that of all."""
     rows = []
-    labels = np.asarray(routed.classes)
-    for layer, taken in routed.layers.items():
-        overall = taken.mean(axis=0)
-        for name in sorted(set(routed.classes)):
-            own = taken[labels == name]
-            for expert, share in enumerate(own.mean(axis=0)):
-                lift = float(share / overall[expert]) if overall[expert] else None
-                rows.append((layer, name, expert, int(own[:, expert].sum()), len(own), float(share), lift))
-    columns = ["layer", "class", "expert", "taken", "tokens", "share", "lift"]
+    for view, classes in _informative(routed).items():
+        labels = np.asarray(classes)
+        for layer, taken in routed.layers.items():
+            overall = taken.mean(axis=0)
+            for name in sorted(set(classes)):
+                own = taken[labels == name]
+                for expert, share in enumerate(own.mean(axis=0)):
+                    lift = float(share / overall[expert]) if overall[expert] else None
+                    rows.append((view, layer, name, expert, int(own[:, expert].sum()), len(own), float(share), lift))
+    columns = ["view", "layer", "class", "expert", "taken", "tokens", "share", "lift"]
     return pl.DataFrame(rows, schema=columns, orient="row", infer_schema_length=None)
 
 
 def experts_per_token(routed: Routed) -> pl.DataFrame:
-    """Per layer and class: mean and standard deviation of the experts that a token uses."""
-    labels = np.asarray(routed.classes)
-    rows = [
-        (
-            layer,
-            name,
-            int((labels == name).sum()),
-            float(used[labels == name].mean()),
-            float(used[labels == name].std()),
-        )
-        for layer, taken in routed.layers.items()
-        for used in (taken.sum(axis=1),)
-        for name in sorted(set(routed.classes))
-        for own in (used[labels == name],)
-    ]
-    return pl.DataFrame(rows, schema=["layer", "class", "tokens", "mean", "std"], orient="row")
+    """Per view, layer and class: mean and standard deviation of the experts that a token uses."""
+    rows = []
+    for view, classes in _informative(routed).items():
+        labels = np.asarray(classes)
+        for layer, taken in routed.layers.items():
+            used = taken.sum(axis=1)
+            for name in sorted(set(classes)):
+                own = used[labels == name]
+                rows.append((view, layer, name, len(own), float(own.mean()), float(own.std())))
+    return pl.DataFrame(rows, schema=["view", "layer", "class", "tokens", "mean", "std"], orient="row")
 
 
 def coactivation(routed: Routed) -> pl.DataFrame:
@@ -123,48 +124,178 @@ def coactivation(routed: Routed) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=["layer", "a", "b", "both", "share"], orient="row")
 
 
-def information(routed: Routed, permutations: int = PERMUTATIONS) -> pl.DataFrame:
-    """Per layer: mutual information of expert and class, nats; its mean and 95th percentile with shuffled classes; p.
+def information(routed: Routed, permutations: int = PERMUTATIONS, views: Sequence[str] = ("form",)) -> pl.DataFrame:
+    """Per view and layer: mutual information of expert and class, nats; mean and 95th percentile of shuffles; p.
 
     p = (1 + shuffles at least as informative) / (1 + shuffles); tokens keep their experts.
     """
-    names = sorted(set(routed.classes))
-    codes = np.searchsorted(names, routed.classes)
     draw = np.random.default_rng(0)
     rows = []
-    for layer, taken in routed.layers.items():
-        found = _mutual(codes, len(names), taken)
-        shuffled = np.array([_mutual(draw.permutation(codes), len(names), taken) for _ in range(permutations)])
-        p = (1 + int((shuffled >= found).sum())) / (1 + permutations)
-        rows.append((layer, found, float(shuffled.mean()), float(np.quantile(shuffled, 0.95)), p))
-    return pl.DataFrame(rows, schema=["layer", "information", "shuffled", "shuffled_p95", "p"], orient="row")
+    for view in views:
+        names = sorted(set(routed.views[view]))
+        codes = np.searchsorted(names, routed.views[view])
+        for layer, taken in routed.layers.items():
+            found = _mutual(codes, len(names), taken)
+            shuffled = np.array([_mutual(draw.permutation(codes), len(names), taken) for _ in range(permutations)])
+            p = (1 + int((shuffled >= found).sum())) / (1 + permutations)
+            rows.append((view, layer, found, float(shuffled.mean()), float(np.quantile(shuffled, 0.95)), p))
+    columns = ["view", "layer", "information", "shuffled", "shuffled_p95", "p"]
+    return pl.DataFrame(rows, schema=columns, orient="row")
+
+
+def _informative(routed: Routed) -> dict[str, tuple[str, ...]]:
+    """Views that tell tokens apart at all: characters have no sentence, facts no question."""
+    return {name: classes for name, classes in routed.views.items() if len(set(classes)) > 1}
 
 
 def _mutual(codes: "NDArray[np.intp]", classes: int, taken: "NDArray[np.bool_]") -> float:
     """Plug-in mutual information of class and expert over all assignments of tokens to experts."""
-    counts = np.stack([taken[codes == code].sum(axis=0) for code in range(classes)]).astype(float)
+    experts = taken.shape[1]
+    rows, columns = np.nonzero(taken)
+    counts = np.bincount(codes[rows] * experts + columns, minlength=classes * experts).reshape(classes, experts)
     joint = counts / counts.sum()
     apart = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
     there = joint > 0
     return float((joint[there] * np.log(joint[there] / apart[there])).sum())
 
 
+def vocabulary(routed: Routed) -> pl.DataFrame:
+    """Per layer and word seen ten times or more: how often, its commonest expert, the share of it that goes there."""
+    ids, counts, codes = _words(routed)
+    rows = []
+    for layer, taken in routed.layers.items():
+        shares = _shares(codes, len(ids), taken)
+        for word in np.flatnonzero(counts >= OCCURRENCES):
+            expert = int(shares[word].argmax())
+            rows.append((layer, str(ids[word]), int(counts[word]), expert, float(shares[word, expert])))
+    table = pl.DataFrame(rows, schema=["layer", "word", "count", "expert", "share"], orient="row")
+    return table.sort("layer", "share", "count", "word", descending=[False, True, True, False])
+
+
+def vocabulary_score(routed: Routed, permutations: int = 20) -> pl.DataFrame:
+    """Per layer: the unweighted mean of those shares over words, beside the mean of shuffled tokens."""
+    ids, counts, codes = _words(routed)
+    often = counts >= OCCURRENCES
+    draw = np.random.default_rng(0)
+    rows = []
+    for layer, taken in routed.layers.items():
+
+        def score(order: "NDArray[np.intp]", taken: "NDArray[np.bool_]" = taken) -> float:
+            found = _shares(codes[order], len(ids), taken)[often].max(axis=1)
+            return float(found.mean()) if len(found) else 0.0
+
+        shuffled = [score(draw.permutation(len(codes))) for _ in range(permutations)]
+        rows.append((layer, int(often.sum()), score(np.arange(len(codes))), float(np.mean(shuffled))))
+    return pl.DataFrame(rows, schema=["layer", "words", "score", "shuffled"], orient="row")
+
+
+def _words(routed: Routed) -> "tuple[NDArray[np.str_], NDArray[np.intp], NDArray[np.intp]]":
+    ids, codes, counts = np.unique(np.asarray(routed.tokens), return_inverse=True, return_counts=True)
+    return ids, counts, codes
+
+
+def _shares(codes: "NDArray[np.intp]", ids: int, taken: "NDArray[np.bool_]") -> "NDArray[np.float64]":
+    """Share of the occurrences of each id that each expert takes."""
+    experts = taken.shape[1]
+    rows, columns = np.nonzero(taken)
+    counts = np.bincount(codes[rows] * experts + columns, minlength=ids * experts).reshape(ids, experts)
+    return counts / np.maximum(1, np.bincount(codes, minlength=ids))[:, None]
+
+
+def surprise(routed: Routed) -> pl.DataFrame:
+    """Per layer and fifth of the tokens by the loss of what follows them: tokens, mean loss, experts used."""
+    known = np.flatnonzero(~np.isnan(routed.surprise))
+    order = known[np.argsort(routed.surprise[known], kind="stable")]
+    rows = []
+    for layer, taken in routed.layers.items():
+        used = taken.sum(axis=1)
+        for fifth, part in enumerate(np.array_split(order, BINS), start=1):
+            if len(part):
+                loss = float(routed.surprise[part].mean())
+                rows.append((layer, fifth, len(part), loss, float(used[part].mean()), float(used[part].std())))
+    columns = {"layer": pl.Int64, "fifth": pl.Int64, "tokens": pl.Int64, "loss": pl.Float64}
+    return pl.DataFrame(rows, schema={**columns, "mean": pl.Float64, "std": pl.Float64}, orient="row")
+
+
+def load(routed: Routed) -> pl.DataFrame:
+    """Per layer, and over all layers: percentiles over experts of the load as a multiple of the fair one."""
+    loads = {
+        str(layer): taken.sum(axis=0) / max(1, taken.sum()) * taken.shape[1] for layer, taken in routed.layers.items()
+    }
+    loads["all"] = np.concatenate(list(loads.values()))
+    percents = (5, 25, 50, 75, 95)
+    rows = [
+        (layer, *(float(x) for x in np.percentile(each, percents, method="inverted_cdf")), float(each.max()))
+        for layer, each in loads.items()
+    ]
+    return pl.DataFrame(rows, schema=["layer", *(f"p{percent}" for percent in percents), "max"], orient="row")
+
+
+def products(routed: Routed, batch: int, width: int, hidden: int) -> pl.DataFrame:
+    """Per layer and expert: rows of its matrix products over batches of `batch` texts, their shapes, and utilisation.
+
+    Utilisation is that of a layer: mean rows of its experts over the most rows of one, 1 where the load is even.
+    """
+    ends = np.cumsum(routed.sizes)
+    cuts = [0, *(int(ends[min(last, len(ends)) - 1]) for last in range(batch, len(ends) + batch, batch))]
+    rows = []
+    for layer, taken in routed.layers.items():
+        counts = np.stack([taken[a:b].sum(axis=0) for a, b in pairwise(cuts)])
+        busy = float(np.mean(counts.mean(axis=1) / np.maximum(1, counts.max(axis=1))))
+        for expert in range(counts.shape[1]):
+            own = counts[:, expert]
+            typical = int(np.median(own))
+            shapes = (f"{typical}x{width} · {width}x{2 * hidden}", f"{typical}x{hidden} · {hidden}x{width}")
+            rows.append(
+                (layer, expert, float(own.mean()), typical, int(own.max()), int((own == 0).sum()), *shapes, busy)
+            )
+    columns = ["layer", "expert", "rows_mean", "rows_p50", "rows_max", "idle_batches", "in", "out", "utilisation"]
+    return pl.DataFrame(rows, schema=columns, orient="row")
+
+
+def saturation(models: Sequence[tuple[int, Routes]], texts: Sequence[str]) -> pl.DataFrame:
+    """Per step and layer: how many of a token's experts are those of the last model; chance shuffles tokens.
+
+    |A ∩ B| / |A ∪ B| where the number of experts varies, |A ∩ B| / k where it does not.
+    """
+    routed = [(step, collect(model, texts)) for step, model in models]
+    draw = np.random.default_rng(0)
+    rows = []
+    for step, then in routed:
+        for layer, now in routed[-1][1].layers.items():
+            shuffled = draw.permutation(len(now))
+            before = then.layers[layer]
+            rows.append((step, layer, _agreement(before, now), _agreement(before[shuffled], now)))
+    return pl.DataFrame(rows, schema=["step", "layer", "agreement", "chance"], orient="row")
+
+
+def _agreement(a: "NDArray[np.bool_]", b: "NDArray[np.bool_]") -> float:
+    both, either = (a & b).sum(axis=1), (a | b).sum(axis=1)
+    sizes = np.unique(np.concatenate([a.sum(axis=1), b.sum(axis=1)]))
+    whole = np.full(len(a), sizes[0]) if len(sizes) == 1 else either
+    return float(np.mean(np.where(whole > 0, both / np.maximum(1, whole), 1.0)))
+
+
+def _all_information(routed: Routed) -> pl.DataFrame:
+    return information(routed, views=tuple(_informative(routed)))
+
+
 TABLES: dict[str, Callable[[Routed], pl.DataFrame]] = {
     "by_class": by_class,
     "experts_per_token": experts_per_token,
     "coactivation": coactivation,
-    "information": information,
+    "information": _all_information,
+    "vocabulary": vocabulary,
+    "vocabulary_score": vocabulary_score,
+    "surprise": surprise,
+    "load": load,
 }
 
 
-def texts_of(run: frames.Place, files: Sequence[str]) -> list[str]:
-    """Documents of JSON lists of strings, or of text files, one a line; the run's own files where none are named."""
-    data = frames.settings(run).get("data", {})
-    named = list(files) or [str(data[role]) for role in ("facts", "chat") if data.get(role)]
-    if not named:
-        raise ValueError(f"'{run}' was trained on shipped data: name the texts to route with --texts FILE")
+def texts_of(files: Sequence[str]) -> list[str]:
+    """Documents of JSON lists of strings, or of text files, one a line."""
     texts: list[str] = []
-    for name in named:
+    for name in files:
         content = Path(name).read_text()
         try:
             listed = json.loads(content)
@@ -174,21 +305,36 @@ def texts_of(run: frames.Place, files: Sequence[str]) -> list[str]:
             raise ValueError(f"{name} is neither a JSON list of strings nor a text file")
         texts += listed
     if not texts:
-        raise ValueError(f"there are no texts in {', '.join(named)}")
+        raise ValueError(f"there are no texts in {', '.join(files)}")
     return texts
 
 
-def save(routed: Routed, folder: Path) -> list[Path]:
+def own_texts(model: Reads, most: int = TEXTS) -> list[str]:
+    """The texts that a run was trained on, or windows of its text; every so many where there are more than `most`."""
+    texts = [text for phase, part, text in model.documents() if part == "train" or phase == "text"]
+    return texts[:: -(-len(texts) // most)] if texts else []
+
+
+def checkpoints(run: str | Path) -> list[tuple[int, str]]:
+    """Steps and names of the whole checkpoints of a run, oldest first."""
+    found = (path.parent.name for path in Path(run).glob("checkpoints/checkpoint-*/MANIFEST.json"))
+    return sorted((int(name.rpartition("-")[2]), name) for name in found if name.rpartition("-")[2].isdigit())
+
+
+def save(routed: Routed, folder: Path, more: dict[str, pl.DataFrame] | None = None) -> list[Path]:
     """Writes every table as parquet and CSV, and the heat maps. Returns the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    tables = {name: make(routed) for name, make in TABLES.items()}
+    tables = {name: make(routed) for name, make in TABLES.items()} | (more or {})
     for name, table in tables.items():
         paths += [folder / f"{name}.parquet", folder / f"{name}.csv"]
         table.write_parquet(paths[-2])
         table.write_csv(paths[-1])
     figures = {
-        "lift": plots.heat(tables["by_class"], "class", "expert", "lift", "Share of a class over that of all tokens"),
-        "coactivation": plots.heat(tables["coactivation"], "a", "b", "share", "Share of a's tokens that b takes too"),
+        "coactivation": plots.heat(tables["coactivation"], "a", "b", "share", "Share of a's tokens that b takes too")
     }
+    for view, table in tables["by_class"].group_by("view", maintain_order=True):
+        title = f"Share of a class over that of all tokens, by {view[0]}"
+        name = "lift" if view[0] == "form" else f"lift_{view[0]}"
+        figures[name] = plots.heat(table, "class", "expert", "lift", title)
     return [*paths, *plots.save(figures, folder)]

@@ -50,6 +50,7 @@ MEASURES = (
     Measure("facts_loss_after", "facts loss after chat", _digits(4)),
     Measure("experts_per_token", "experts/token", _digits(3), f"{gates.BAND[0]}-{gates.BAND[1]}"),
     Measure("experts_std", "  its spread over tokens", _digits(3), f"> {gates.SPREAD}"),
+    Measure("load_p95", "  load of an expert, p95 (1 = fair)", _digits(2)),
     Measure("l0", "L0", _digits(2), f"≤ {gates.L0:g}"),
     Measure("params", "parameters", _count),
     Measure("active_params", "active parameters", _count),

@@ -3,9 +3,10 @@
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.table import Table
 
 from moe_lab.cli import (
     DONE,
@@ -24,6 +25,9 @@ from moe_lab.cli import (
     app,
     trains,
 )
+
+if TYPE_CHECKING:
+    import polars as pl
 
 
 @app.command()
@@ -218,24 +222,48 @@ def watch(
 def specialize(
     run: RunPath,
     texts: Annotated[
-        list[str] | None, typer.Option(metavar="FILE", help="A JSON list of texts, or a text a line. Repeatable.")
+        list[str] | None,
+        typer.Option(metavar="FILE", help="A JSON list of texts, or a text a line; the run's own without. Repeatable."),
     ] = None,
+    subsets: Annotated[
+        bool, typer.Option("--subsets", help="Also the loss of each domain with some of the experts alone.")
+    ] = False,
     checkpoint: Checkpoint = None,
     as_json: Json = False,
 ) -> int:
     """Which experts take which tokens.
 
-    Shares by class of token, co-activation, experts per token, information with a permutation test: parquet, CSV, maps.
+    Shares by class of token, words, pairs, load, surprise, information with a permutation test, and how early the
+    choice settled: parquet, CSV, heat maps.
     """
+    from moe_lab import frames
     from moe_lab import specialize as study
+    from moe_lab import subsets as some
     from moe_lab.train import Model
 
-    listed = study.texts_of(run, texts or [])
-    routed = study.collect(Model.load(run, checkpoint), listed)
-    paths = study.save(routed, Path(run) / "specialization")
+    model = Model.load(run, checkpoint)
+    listed = study.texts_of(texts) if texts else study.own_texts(model)
+    routed = study.collect(model, listed, model.token_losses(listed))
+    settings = frames.settings(run)
+    shape = settings["model"]
+    width, hidden = int(shape["hidden_size"]), int(shape["router"]["expert_hidden_size"])
+    more = {"products": study.products(routed, int(settings["train"]["batch_size"]), width, hidden)}
+    steps = study.checkpoints(run)
+    if checkpoint is None and len(steps) > 1:
+        models = [(step, Model.load(run, name)) for step, name in steps]
+        more["saturation"] = study.saturation(models, listed[:: -(-len(listed) // some.TEXTS)])
+    if subsets:
+        more["subsets"] = some.losses(model, some.domains_of(model))
+    paths = study.save(routed, Path(run) / "specialization", more)
     told = study.information(routed).to_dicts()
+    busy = more["products"].group_by("layer", maintain_order=True).first().select("layer", "utilisation")
     if as_json:
-        _print_json({"tokens": len(routed.tokens), "information": told, "files": [str(path) for path in paths]})
+        tables = {name: table.to_dicts() for name, table in more.items() if name != "products"}
+        files = [str(path) for path in paths]
+        utilisation = dict(busy.iter_rows())
+        _print_json(
+            {"tokens": len(routed.tokens), "information": told, "utilisation": utilisation, **tables, "files": files}
+        )
         return DONE
     print(f"{len(routed.tokens):,} tokens of {len(listed)} texts")
     for row in told:
@@ -243,8 +271,23 @@ def specialize(
             f"block {row['layer']}: {row['information']:.4f} nats about the class of a token, "
             f"{row['shuffled']:.4f} by chance, p = {row['p']:.3f}"
         )
+    for layer, utilisation in busy.iter_rows():
+        print(f"block {layer}: utilisation {utilisation:.3f} (mean rows of an expert over the most of one)")
+    for name in ("saturation", "subsets"):
+        if name in more:
+            _console().print(_table(name, more[name]))
     print("\n".join(str(path) for path in paths))
     return DONE
+
+
+def _table(title: str, rows: "pl.DataFrame") -> Table:
+    """A frame for the terminal."""
+    table = Table(*rows.columns, title=title)
+    for row in rows.iter_rows():
+        table.add_row(
+            *("" if cell is None else f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row)
+        )
+    return table
 
 
 @app.command()
