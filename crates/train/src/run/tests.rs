@@ -85,7 +85,7 @@ fn an_unknown_key_is_refused_in_every_table() {
         let expected = format!("--set: {key}: unknown key");
         assert_eq!(error("", &[&format!("{key}=1")]), expected);
     }
-    for kind in ["dense", "top_p", "top_k", "expert_choice"] {
+    for kind in ["dense", "top_p", "top_k", "expert_choice", "forced"] {
         let text = format!("[model.router]\nkind = {kind:?}\nzzz = 1");
         assert_eq!(error(&text, &[]), "model.router.zzz: unknown key");
     }
@@ -146,7 +146,7 @@ fn a_wrong_type_names_the_key_and_what_is_expected() {
         ("model.window = \"none\"", "model.window = \"none\": expected a whole number, 0 or more"),
         (
             "model.router = { kind = \"top-p\" }",
-            "model.router.kind = \"top-p\": expected one of \"dense\", \"top_p\", \"learned_p\", \"top_k\", \"expert_choice\"; did you mean top_p?",
+            "model.router.kind = \"top-p\": expected one of \"dense\", \"top_p\", \"learned_p\", \"top_k\", \"expert_choice\", \"forced\"; did you mean top_p?",
         ),
         (
             "model.router = { kind = \"top_p\", p = \"0.4\" }",
@@ -154,7 +154,7 @@ fn a_wrong_type_names_the_key_and_what_is_expected() {
         ),
         (
             "model.router = { p = 0.4 }",
-            "model.router.kind: is missing; set it to one of \"dense\", \"top_p\", \"learned_p\", \"top_k\", \"expert_choice\"",
+            "model.router.kind: is missing; set it to one of \"dense\", \"top_p\", \"learned_p\", \"top_k\", \"expert_choice\", \"forced\"",
         ),
         ("extends = 1", "extends: expected a text, the path of a run file or the name of a standard run"),
         ("losses.z = nan", "losses.z = nan: must be a finite number"),
@@ -424,7 +424,7 @@ fn a_new_kind_drops_the_parents_keys_and_refuses_the_childs() {
     );
     assert_eq!(
         error("extends = \"stage1\"", &["model.router.k=2"]),
-        "--set: model.router.k = 2: does not belong to kind = \"top_p\", only to \"top_k\" and \"expert_choice\""
+        "--set: model.router.k = 2: does not belong to kind = \"top_p\", only to \"top_k\" and \"expert_choice\" and \"forced\""
     );
     assert_eq!(router(&good("extends = \"stage1\"", &["model.router.kind=dense"])), json!({ "kind": "dense" }));
     let frozen = good(
