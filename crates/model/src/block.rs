@@ -157,7 +157,8 @@ impl Block {
         (pass.watch)(tape, first + 2, &x);
         let normed = rms_norm(tape, &x, self.feed_forward_norm, self.epsilon);
         (pass.watch)(tape, first + 3, &normed);
-        let input = RouterInput::new(&pass.documents.offsets_b1, &pass.documents.tokens_n, self.index).starting_at(start);
+        let input =
+            RouterInput::new(&pass.documents.offsets_b1, &pass.documents.tokens_n, self.index).starting_at(start);
         let (fed, experts) = self.feed_forward(tape, &normed, &input, policy, pass.mode);
         (add(tape, &x, &fed), Trace { experts, heads })
     }
