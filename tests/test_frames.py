@@ -145,20 +145,44 @@ def test_the_fast_reader_and_the_plain_one_agree(run: Path) -> None:
 
 
 @pytest.mark.full
-def test_a_hundred_thousand_steps_are_read_in_seconds(tmp_path: Path) -> None:
-    """60 measures a step, 2 kB a line, 200 MB. The best of five: other programs may be at work.
-
-    The goal is one second; two Zen 3 cores miss it.
+def test_a_hundred_thousand_steps_are_read_in_a_second_or_two(tmp_path: Path) -> None:
+    """62 measures a step, 2 kB a line, 200 MB, and an epoch's end every 60 steps. The best of five: other programs may
+    be at work.
     """
     names = [f"grad/layer_{layer:02}/{norm}" for layer in range(15) for norm in ("param_norm", "activation_norm")]
-    names += [f"update/layer_{layer:02}/ratio" for layer in range(15)] + [f"losses/some_{i}" for i in range(8)]
-    row = {"step": 1, "ts": 1795259707.067972, "tokens": 95, "kind": "train", "phase": "text", "epoch": 1}
+    names += [f"update/layer_{layer:02}/ratio" for layer in range(15)] + [f"losses/some_{i}" for i in range(11)]
+    place = {"step": 1, "ts": 1795259707.067972, "tokens": 95}
+    row = {**place, "kind": "train", "phase": "text", "epoch": 1}
     row |= {name: 0.0123456 * (index + 1) for index, name in enumerate(names)}
-    (tmp_path / "metrics.jsonl").write_text((json.dumps(row) + "\n") * 100_000)
+    end = {**place, "kind": "moe", "phase": "text", "epoch": 1, "moe/layer_00/load": [0.0625] * 16}
+    step, last = (json.dumps(line, separators=(",", ":")) + "\n" for line in (row, end))
+    (tmp_path / "metrics.jsonl").write_text((step * 60 + last) * 1667)
     seconds = []
     for _ in range(5):
+        frames._frame.cache_clear()
         start = time.perf_counter()
-        assert frames.read_metrics(tmp_path).height == 100_000
+        assert frames.read_metrics(tmp_path).height == 61 * 1667
         seconds.append(time.perf_counter() - start)
     print(f"100,000 steps: {min(seconds):.2f} s")
-    assert min(seconds) < 10.0
+    assert min(seconds) < 2.5
+
+
+def test_a_stream_that_has_grown_is_read_anew(run: Path) -> None:
+    before = frames.read_metrics(run).height
+    with (run / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 99, "kind": "event", "event": "spike"}\n')
+    assert frames.read_metrics(run).height == before + 1
+
+
+def test_compact_lines_of_the_engine_are_read_by_columns_and_odd_ones_singly(run: Path) -> None:
+    rows = lines(run)
+    steps = [row for row in rows if row["kind"] == "train"]
+    steps[3]["train/loss"] = None
+    steps[4]["phase"] = 'a "quoted", odd\\ phase'
+    steps[5] = {**steps[5], "train/l0": 3}
+    rows.insert(0, {"step": 0, "kind": "train"})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows))
+    frame = frames.read_metrics(run)
+    assert frame.height == len(rows)
+    for row, read in zip(rows, frame.iter_rows(named=True), strict=True):
+        assert {name: read[name] for name in row} == row

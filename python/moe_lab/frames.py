@@ -4,6 +4,7 @@ import json
 import re
 import tomllib
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,56 +30,107 @@ def read_metrics(run: Place, kind: str | None = None) -> pl.DataFrame:
     path = Path(run) / "metrics.jsonl" if Path(run).is_dir() else Path(run)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: is '{run}' the directory of a run?")
-    frame = _frame(path)
-    return frame if kind is None else of_kind(frame, kind)
+    told = path.stat()
+    frame = _frame(path.resolve(), told.st_size, told.st_mtime_ns)
+    return frame.clone() if kind is None else of_kind(frame, kind)
 
 
-def _frame(path: Path) -> pl.DataFrame:
-    """Steps are nearly all lines and alike: polars reads them by the first one's names, the others are read singly.
-
-    Where a step has other names than the first, the colons of the file do not add up, and all lines are read singly.
+@lru_cache(maxsize=8)
+def _frame(path: Path, _size: int, _changed: int) -> pl.DataFrame:
+    """Steps are nearly all lines and alike: they are cut at their commas as CSV is, each field after the name that the
+    first step has there; every other line is read singly, as JSON.
     """
     text = path.read_bytes()
-    ends, colons = _marks(np.frombuffer(text, dtype=np.uint8))
+    ends = _line_ends(np.frombuffer(text, dtype=np.uint8))
     if not ends.size:
         return frame_of([])
+    found = _steps(text, ends)
+    if found is None:
+        return frame_of(_rows(path))
+    steps, others = found
     starts = np.concatenate([[0], ends[:-1] + 1])
-    step = np.fromiter((b'"kind":"train"' in text[at : at + 160] for at in starts.tolist()), bool, starts.size)
-    others = np.flatnonzero(~step).tolist()
     rows = [_row(path, index + 1, text[starts[index] : ends[index]]) for index in others]
-    if len(others) == starts.size:
-        return frame_of(rows)
-    at = int(np.argmax(step))
-    first = _row(path, at + 1, text[starts[at] : ends[at]])
-    plain = all(isinstance(value, int | float | str) and not isinstance(value, bool) for value in first.values())
-    alike = colons == len(first) * int(step.sum()) + sum(text[starts[i] : ends[i]].count(b":") for i in others)
-    if not plain or not alike:
-        return frame_of(_rows(path))
-    try:
-        steps = pl.read_ndjson(text[: ends[-1] + 1], schema={name: _type(first[name]) for name in first})
-    except pl.exceptions.ComputeError:
-        return frame_of(_rows(path))  # which names the damaged line
-    steps = steps.filter(pl.Series(step)).with_columns(pl.Series("row", np.flatnonzero(step)))
-    if any(count for name, count in zip(steps.columns, steps.null_count().row(0), strict=True)):
-        return frame_of(_rows(path))
     return _join(rows, others, steps)
 
 
-def _marks(data: "NDArray[np.uint8]") -> tuple["NDArray[np.intp]", int]:
-    """Places of all line ends, and the number of colons; in pieces that stay in the cache."""
-    ends, colons, piece = [], 0, 1 << 20
-    for start in range(0, data.size, piece):
-        part = data[start : start + piece]
-        ends.append(np.flatnonzero(part == ord("\n")) + start)
-        colons += int(np.count_nonzero(part == ord(":")))
-    torn = data[int(ends[-1][-1]) + 1 :] if ends and ends[-1].size else data[:0]
-    return np.concatenate(ends) if ends else np.empty(0, np.intp), colons - int(np.count_nonzero(torn == ord(":")))
+def _line_ends(data: "NDArray[np.uint8]") -> "NDArray[np.intp]":
+    """Places of all line ends; in pieces that stay in the cache."""
+    piece = 1 << 20
+    parts = [np.flatnonzero(data[at : at + piece] == ord("\n")) + at for at in range(0, data.size, piece)]
+    return np.concatenate(parts) if parts else np.empty(0, np.intp)
 
 
-def _type(value: object) -> type[pl.DataType]:
-    if isinstance(value, str):
-        return pl.String
-    return pl.Int64 if isinstance(value, int) else pl.Float64
+_STEP = re.compile(rb'"kind": *"train"')
+_FIELD = re.compile(rb'[{ ]*"([^"\\:,]+)" *: *')
+
+
+def _steps(text: bytes, ends: "NDArray[np.intp]") -> tuple[pl.DataFrame, list[int]] | None:
+    """The rows of kind train with their places in a column "row", and the places of all other lines.
+
+    A step that has other names, a null, or a list stands among the others. None where no step is plain.
+    """
+    found = _STEP.search(text, 0, int(ends[-1]))
+    if found is None:
+        return None
+    start = text.rfind(b"\n", 0, found.start()) + 1
+    before = int(np.searchsorted(ends, start))  # lines before the first step
+    line = text[start : int(ends[before])]
+    first, fields = _values(line), line.removesuffix(b"}").split(b",")
+    heads = [match.group().decode() for field in fields if (match := _FIELD.match(field))]
+    if first is None or not len(heads) == len(fields) == len(first):
+        return None
+    columns = [f"column_{index}" for index in range(len(fields))]
+    try:
+        cut = pl.read_csv(
+            text,
+            has_header=False,
+            schema=dict.fromkeys(columns, pl.String),
+            skip_lines=before,
+            n_rows=ends.size - before,
+            quote_char=None,
+            truncate_ragged_lines=True,
+        )
+    except pl.exceptions.PolarsError:
+        return None
+    if cut.height != ends.size - before:
+        return None
+    last = pl.col(columns[-1])
+    bare = [*map(pl.col, columns[:-1]), last.str.strip_suffix("}")]
+    measures = [
+        _measure(field, head, value).alias(name)
+        for field, head, (name, value) in zip(bare, heads, first.items(), strict=True)
+    ]
+    whole = last.str.ends_with("}").alias(_WHOLE)  # a step with further names ends in another field
+    frame = cut.select(*measures, whole).with_row_index("row", offset=before)
+    good = frame.select(pl.all_horizontal(_WHOLE, pl.col("kind") == "train", pl.all().is_not_null())).to_series()
+    good = good.fill_null(False)
+    steps = frame.drop(_WHOLE).filter(good).with_columns(pl.col("row").cast(pl.Int64))
+    others = [*range(before), *((~good).arg_true() + before).to_list()]
+    return (steps, others) if steps.height else None
+
+
+_WHOLE = "\0whole"  # no measure has this name
+
+
+def _values(line: bytes) -> dict[str, Any] | None:
+    """The measures of a step whose values are all plain; None for any other line."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    plain = isinstance(row, dict) and all(
+        isinstance(v, int | float | str) and not isinstance(v, bool) for v in row.values()
+    )
+    return row if plain else None
+
+
+def _measure(field: pl.Expr, head: str, value: object) -> pl.Expr:
+    """The value of a field that begins with `head`; null where it does not, or is of another type."""
+    if not isinstance(value, str):
+        return field.str.strip_prefix(head).cast(pl.Int64 if isinstance(value, int) else pl.Float64, strict=False)
+    text = field.str.strip_prefix(head + '"').str.strip_suffix('"')
+    plain = field.str.starts_with(head + '"') & field.str.ends_with('"') & ~field.str.contains("\\", literal=True)
+    return pl.when(plain).then(text)
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -245,6 +297,11 @@ def is_stage(path: Place) -> bool:
 
 def is_roadmap(path: Place) -> bool:
     return (Path(path) / "roadmap.json").is_file()
+
+
+def holds_seeds(path: Place) -> bool:
+    """Whether a directory holds runs of one model with several seeds."""
+    return is_stage(path) or is_roadmap(path)
 
 
 def find_runs(folder: Place) -> list[Path]:
