@@ -76,7 +76,7 @@ enum Form {
 
 #[derive(Args)]
 struct TrainArgs {
-    /// A run file, or the name of a shipped one (baseline, stage1, stage1_top2).
+    /// A run file, or the name of a shipped one (baseline, stage1, stage2c, …; a wrong name lists them).
     #[arg(default_value = "baseline")]
     run: String,
     /// Set a key of the run file, dotted: --set train.learning_rate=3e-4 (repeatable).

@@ -75,7 +75,7 @@ pub struct Data {
     /// Held-out rewordings of the chat questions, same form; absent = the shipped file, only with the shipped chat.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub paraphrases: Option<PathBuf>,
-    /// Plain text for one phase `text` in place of facts and chat.
+    /// Plain text for one phase `text` in place of facts and chat; "tinyshakespeare" is the shipped one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub text: Option<PathBuf>,
     /// How text is cut: "word", "char", "byte" or the path of a tokenizer.json; "char" where a text run does not say. Facts and chat are words.

@@ -18,6 +18,10 @@ const BOM: &[u8] = b"\xEF\xBB\xBF";
 const SHIPPED_FACTS: &str = include_str!("../../../../data/facts.json");
 const SHIPPED_CHAT: &str = include_str!("../../../../data/chat.json");
 const SHIPPED_PARAPHRASES: &str = include_str!("../../../../data/paraphrases.json");
+const TINYSHAKESPEARE: &str = include_str!("../../../../data/tinyshakespeare.txt");
+
+/// What `data.text` says for the text that is shipped inside the program.
+pub const SHIPPED_TEXT: &str = "tinyshakespeare";
 
 /// What a list of items is used for; it decides which form the items must have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -117,8 +121,11 @@ pub struct TextFile {
 }
 
 impl TextFile {
-    /// Reads the text at `path`.
+    /// Reads the text at `path`, or the shipped one by its name (a path of a loaded run is absolute).
     pub fn read(path: &Path) -> Result<Self, DataError> {
+        if path == Path::new(SHIPPED_TEXT) {
+            return Self::parse("shipped tinyshakespeare.txt", TINYSHAKESPEARE.as_bytes());
+        }
         Self::parse(&path.display().to_string(), &read_bytes(path, MAX_FILE_BYTES)?)
     }
 

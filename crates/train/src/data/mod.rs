@@ -10,7 +10,7 @@ pub mod statistics;
 pub mod tokenizer;
 
 pub use batch::{Batch, Document, DocumentOrder, DocumentSet, Split, TextSource, split_documents};
-pub use corpus::{Exchange, ItemFile, Role, Source, TextFile, split_chat};
+pub use corpus::{Exchange, ItemFile, Role, SHIPPED_TEXT, Source, TextFile, split_chat};
 pub use floor::Floor;
 pub use statistics::DataReport;
 pub use tokenizer::{Tokenizer, Unknowns};

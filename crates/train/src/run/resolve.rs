@@ -8,10 +8,26 @@ use std::path::{Path, PathBuf};
 use toml::{Table, Value};
 
 /// The runs that are built in, by name.
-pub(super) const STANDARD: [(&str, &str); 3] = [
+pub(super) const STANDARD: &[(&str, &str)] = &[
     ("baseline", include_str!("../../../../experiments/baseline.toml")),
     ("stage1", include_str!("../../../../experiments/stage1.toml")),
     ("stage1_top2", include_str!("../../../../experiments/stage1_top2.toml")),
+    ("text", include_str!("../../../../experiments/text.toml")),
+    ("stage2a", include_str!("../../../../experiments/stage2a.toml")),
+    ("stage2b", include_str!("../../../../experiments/stage2b.toml")),
+    ("stage2c", include_str!("../../../../experiments/stage2c.toml")),
+    ("stage2c_exponential", include_str!("../../../../experiments/stage2c_exponential.toml")),
+    ("stage3a", include_str!("../../../../experiments/stage3a.toml")),
+    ("stage3a_peak", include_str!("../../../../experiments/stage3a_peak.toml")),
+    ("stage3a_sgdr", include_str!("../../../../experiments/stage3a_sgdr.toml")),
+    ("stage3b", include_str!("../../../../experiments/stage3b.toml")),
+    ("stage3b_linear", include_str!("../../../../experiments/stage3b_linear.toml")),
+    ("stage3b_updates", include_str!("../../../../experiments/stage3b_updates.toml")),
+    ("stage3c", include_str!("../../../../experiments/stage3c.toml")),
+    ("stage5a", include_str!("../../../../experiments/stage5a.toml")),
+    ("stage5a_roadmap", include_str!("../../../../experiments/stage5a_roadmap.toml")),
+    ("stage5b", include_str!("../../../../experiments/stage5b.toml")),
+    ("stage5c", include_str!("../../../../experiments/stage5c.toml")),
 ];
 
 /// How messages call the values that come after the file.
@@ -198,7 +214,12 @@ fn absolute_paths(data: &mut Table, base: &Path) -> Vec<Problem> {
             None => data.get_mut(key),
         };
         let Some(Value::String(path)) = place else { continue };
-        if key == "tokenizer" && ["word", "char", "byte"].contains(&path.as_str()) {
+        let named = match key {
+            "tokenizer" => &["word", "char", "byte"][..],
+            "text" => &[crate::data::SHIPPED_TEXT],
+            _ => &[],
+        };
+        if named.contains(&path.as_str()) {
             continue;
         }
         let message = match absolute(&base.join(&path)) {

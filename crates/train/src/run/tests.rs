@@ -59,6 +59,43 @@ fn the_standard_runs_hold_what_their_stages_say() {
 }
 
 #[test]
+fn the_shipped_text_is_named_from_any_folder() {
+    let run = Run::load("text", &[]).unwrap();
+    assert_eq!(run.data.text.as_deref(), Some(Path::new("tinyshakespeare")));
+    assert_eq!(good(&run.to_toml(), &[]), run);
+    let sources = crate::dataset::Dataset::load(&run).unwrap().sources;
+    let published = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed";
+    assert_eq!((sources[0].0, sources[0].1.sha256.as_str()), ("text", published));
+}
+
+#[test]
+fn an_option_changes_what_its_name_says_and_nothing_else() {
+    let changed = |name: &str, parent: &str| -> Vec<String> {
+        let [parent, run] = [parent, name].map(|name| Run::load(name, &[]).unwrap());
+        Run::diff(&parent, &run).into_iter().map(|change| change.key).filter(|key| key != "name").collect()
+    };
+    let rates = ["phase.chat.train.learning_rate", "phase.facts.train.learning_rate"];
+    for (name, keys) in [
+        ("stage2c", &["train.warmup_epochs"][..]),
+        ("stage2c_exponential", &["train.warmup"]),
+        ("stage3a", &["train.min_lr_ratio"]),
+        ("stage3a_peak", &rates),
+        ("stage3a_sgdr", &["train.restart_every", "train.restart_growth", "train.schedule"]),
+        ("stage5a", &["model.router.p"]),
+        ("stage2a", &["train.activation_checkpointing"]),
+        ("stage3c", &["data.augment.copies"]),
+    ] {
+        assert_eq!(changed(name, "stage1"), keys, "{name}");
+    }
+    assert_eq!(changed("stage3b_linear", "stage3b"), ["train.batch_scaling"]);
+    assert_eq!(changed("stage3b_updates", "stage3b"), ["train.epochs"]);
+    assert_eq!(changed("stage5c", "text"), ["data.lengths"]);
+    let rate = |name: &str, phase: &str| Run::load(name, &[]).unwrap().phase(phase).peak_rate();
+    assert_eq!([rate("stage3b", "facts"), rate("stage3b_linear", "chat")], [1e-4 * 2f64.sqrt(), 2e-4]);
+    assert_eq!(router(&Run::load("stage5b", &[]).unwrap())["num_experts"], 16);
+}
+
+#[test]
 fn the_shakespeare_files_are_good() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../experiments/shakespeare");
     let load = |name: &str| Run::load(folder.join(name).to_str().unwrap(), &[]).unwrap();
