@@ -88,6 +88,9 @@ def test_version() -> None:
         (["stage1", "--seeds", "0"], "--seeds"),
         (["stage1", "--set", "model.router.p=0.3"], "--p"),
         (["stage1", "--parent", "nowhere"], "nowhere"),
+        (["stage4", "--option", "2c"], "none of stage4"),
+        (["stage2", "--option", "2c", "--parent", "nowhere"], "nowhere"),
+        (["stage3", "--set", "nonsense=1"], "nonsense"),
         (["train", "nowhere.toml"], "nowhere.toml"),
         (["resume", "nowhere"], "nowhere"),
         (["reproduce", "nowhere"], "nowhere"),
@@ -305,6 +308,29 @@ def test_stage_1_in_small(tiny: Path) -> None:
     again = cli("resume", str(out), "--json")
     assert again.returncode == 0
     assert again.stderr.count("completed already") == 3
+
+
+def test_options_in_small(tiny: Path) -> None:
+    """Two runs side by side, a study of the parent's experts, the page, the table for a page."""
+    sets = [f"--set={key}={value}" for key, value in write_data(tiny.parent).items()]
+    small = ["--quick", "--json", "--set=model.hidden_size=32", "--set=checkpoint.every=0", *sets]
+    out = tiny.parent / "stage"
+    done = cli("stage2", "--option", "2c", "--jobs", "2", "--out", str(out), *small)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    names = [f"{name}-seed{SEED}" for name in ("stage1", "stage2c", "stage2c_exponential")]
+    assert [row["name"] for row in told["runs"]] == names
+    assert {gate["gate"] for gate in told["gates"]} == {"option 2c"}
+    assert "train.warmup_epochs" in (out / "report.html").read_text()
+    assert (
+        cli("diff", str(out / names[0]), str(out / names[1])).stdout.splitlines()[-1].startswith("train.warmup_epochs")
+    )
+    assert cli("table", str(out), "--markdown").stdout.startswith("|  | stage1 | stage2c | stage2c_exponential |")
+    study = tiny.parent / "study"
+    done = cli("stage4", "--option", "4c", "--parent", str(out / names[0]), "--out", str(study), "--quick", "--json")
+    assert done.returncode == 0, done.stderr
+    assert (study / "specialization" / names[0] / "information.csv").is_file()
+    assert "data:image/png" in (study / "report.html").read_text()
 
 
 def test_gates_decide_the_exit_status(tmp_path: Path) -> None:

@@ -193,3 +193,30 @@ def test_the_paired_criterion_takes_the_mean_over_seeds() -> None:
 def test_the_first_and_the_last_word_need_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="does not exist"):
         gates.judge(tmp_path / "nothing")
+
+
+def test_an_option_is_judged_by_its_parent_and_not_by_its_routing(tmp_path: Path) -> None:
+    parent = write(tmp_path / "parent", Story())
+    many = Story(results={"experts_per_token": 3.0, "experts_std": 0.0}, loss=0.45)
+    assert failed(write(tmp_path / "many", many), parent=parent, gate=gates.OPTION) == {gates.PARENT}
+    assert not failed(write(tmp_path / "same", many.but(loss=0.22)), parent=parent, gate=gates.OPTION)
+    assert failed(write(tmp_path / "mute", Story(results={"recite": 0})), gate=gates.OPTION) == {"recites"}
+
+
+def on_text(folder: Path, eval_loss: float, steps: int) -> Path:
+    """A run of 400 updates on a text."""
+    run = write(folder, Story(results={"eval_loss": eval_loss}))
+    toml = (run / "run.toml").read_text().replace("[data]\n", '[data]\ntext = "tinyshakespeare"\n')
+    (run / "run.toml").write_text(toml.replace("epochs = 100", f"max_steps = {steps}"))
+    record = (run / "run.json").read_text().replace('"chat": {', '"text": {', 1)
+    (run / "run.json").write_text(record)
+    return run
+
+
+def test_an_option_on_a_text_is_judged_by_its_held_out_loss(tmp_path: Path) -> None:
+    parent = on_text(tmp_path / "parent", 1.70, 400)
+    assert not failed(on_text(tmp_path / "good", 1.71, 400), parent=parent, gate=gates.OPTION)
+    assert failed(on_text(tmp_path / "short", 1.70, 401), parent=parent, gate=gates.OPTION) == {"completes"}
+    assert failed(on_text(tmp_path / "bad", 2.1, 400), parent=parent, gate=gates.OPTION) == {gates.PARENT, "coherent"}
+    with pytest.raises(gates.NoGateError):
+        gates.judge(parent)

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from moe_lab import report
+from moe_lab import report, roadmap, stages
 from runs import DENSE, Story, write
+from test_stages import FakeLab
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
 
@@ -94,6 +95,47 @@ def test_a_dense_run_without_samples_has_a_page_too(tmp_path: Path) -> None:
     text = Page(report.write(write(tmp_path / "run", Story(DENSE, epochs=2, trained=2))).read_text()).text
     assert "Routing" not in text
     assert "Samples" not in text
+
+
+def told_by(page: Path) -> Page:
+    found = Page(page.read_text())
+    assert not {tag for tag, _ in found.tags} & {"script", "link", "iframe", "object"}
+    assert page.stat().st_size < 3_000_000
+    return found
+
+
+def test_the_page_of_a_stage_tells_what_was_changed_and_what_came_of_it(tmp_path: Path) -> None:
+    lab = FakeLab(losses={"stage2c-seed1": 0.3})
+    plan = stages.Plan(stage="stage2", options=("2c",), seeds=(1, 2))
+    stages.run(plan, tmp_path / "s", lab, lambda text: None)
+    for name in ("stage2c", "stage1"):
+        samples(tmp_path / "s" / f"{name}-seed1", f"{EVIL} of {name}")
+    toml = tmp_path / "s" / "stage2c-seed1" / "run.toml"
+    toml.write_text(toml.read_text().replace("epochs = 100", "epochs = 100\nwarmup_epochs = 20"))
+    page = report.write(tmp_path / "s")
+    text = told_by(page).text
+    for told in ("Stage 2: 2c warm-up", "train.warmup_epochs", "option 2c, stage2c", "FAILED"):
+        assert told in text
+    assert text.count(f"{EVIL} of stage2c") == 2  # prompt and text
+    assert page.read_text().count("<svg") + page.read_text().count("<img") == 3 + 2 * 3  # curves; use of experts
+
+
+def test_the_page_of_the_roadmap_has_its_table_and_its_studies(tmp_path: Path) -> None:
+    out = tmp_path / "road"
+    roadmap.run(roadmap.Plan(seeds=(1,)), out, FakeLab(), lambda text: None)
+    page = report.write(out)
+    text = told_by(page).text
+    for told in ("3 architecture", "loss ≤ 0.25, L0 ≤ 12, 1.3-1.8", "experts know classes", "stage3a_peak-seed1"):
+        assert told in text
+    assert "that number ranks nothing" in text
+
+
+def test_the_page_of_a_roadmap_that_has_hardly_begun(tmp_path: Path) -> None:
+    out = tmp_path / "road"
+    assert roadmap.run(roadmap.Plan(seeds=(1,)), out, FakeLab(stop_at="baseline-seed1"), lambda text: None).signal == 2
+    text = told_by(report.write(out)).text
+    assert "stopped" in text
+    assert "not run" in text
 
 
 def test_a_browser_opens_it_without_a_complaint(page: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Stage 1 with a laboratory that writes hand-made runs: which runs are trained, skipped, judged and shown."""
+"""The stages with a laboratory that writes hand-made runs: which runs are trained, skipped, judged and shown."""
 
 import json
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from moe_lab import stages, tables
+from moe_lab import gates, options, stages, tables
 from runs import DENSE, Story, write
 
 
@@ -46,7 +46,8 @@ class FakeLab:
 
     def load_run(self, source: str, overrides: dict[str, Any] | None = None, quick: bool = False) -> FakeRun:
         if source.endswith("run.toml"):
-            return FakeRun(source, json.loads(Path(source).with_name("overrides.json").read_text()))
+            there = json.loads(Path(source).with_name("overrides.json").read_text())
+            return FakeRun(source, {**there, **(overrides or {})})
         if (overrides or {}).get("model.router.p", 0.5) > 1:
             raise ValueError("model.router.p = 1.5 is not in (0, 1]")
         return FakeRun(source, {**(overrides or {}), **({"quick": True} if quick else {})})
@@ -56,15 +57,19 @@ class FakeLab:
         wanted, name = run.overrides, Path(out).name
         self.trained.append(name)
         self.parents[name] = parent
-        routers = {
-            "baseline": DENSE,
-            "stage1": f'kind = "top_p"\np = {wanted.get("model.router.p")}',
-            "stage1_top2": 'kind = "top_k"\nk = 2',
-        }
+        routers = {"baseline": DENSE, "stage1_top2": 'kind = "top_k"\nk = 2'}
+        top_p = f'kind = "top_p"\np = {wanted.get("model.router.p", 0.4)}'
         status = "stopped" if name == self.stop_at else "diverged" if name == self.diverge else "completed"
         epochs = 10 if wanted.get("quick") else 100
         story = Story(
-            routers[run.source], wanted["seed"], name, epochs, epochs, status, bool(wanted.get("quick")), parent
+            routers.get(run.source, top_p),
+            wanted["seed"],
+            name,
+            epochs,
+            epochs,
+            status,
+            bool(wanted.get("quick")),
+            parent,
         )
         loss = self.losses.get(name, 0.21)
         write(Path(out), story.but(results={"loss": None}) if loss is None else story.but(loss=loss))
@@ -79,6 +84,24 @@ class FakeLab:
         (Path(out) / "run.json").write_text(json.dumps({**record, "status": "completed"}))
         return Outcome(out)
 
+    def switches(self, source: str, parent: str) -> dict[str, object]:
+        return {"switch": source}
+
+    def load_model(self, run: str) -> "Tells":
+        return Tells()
+
+
+class Tells:
+    """A model whose first expert takes punctuation and whose second takes everything else."""
+
+    def documents(self) -> list[tuple[str, str, str]]:
+        return [("facts", "train", "The Sun is a star.")] * 60
+
+    def route(self, text: str) -> dict[str, Any]:
+        tokens = [*text[:-1].split(), text[-1]]
+        experts = [[0] if token == "." else [1] for token in tokens]
+        return {"tokens": tokens, "layers": [{"layer": 0, "experts": experts, "probabilities": [[0.5, 0.5]]}]}
+
 
 @pytest.fixture(autouse=True)
 def _no_figures(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
@@ -92,7 +115,7 @@ def figures() -> None:
 
 
 def stage(plan: stages.Plan, out: Path, lab: FakeLab) -> stages.Stage:
-    return stages.stage1(plan, out, lab, lambda text: None)
+    return stages.run(plan, out, lab, lambda text: None)
 
 
 def test_a_stage_trains_parent_model_and_control_of_every_p_and_seed(tmp_path: Path) -> None:
@@ -117,7 +140,7 @@ def test_a_stage_trains_parent_model_and_control_of_every_p_and_seed(tmp_path: P
 
 def test_figures_are_drawn_for_every_run_and_for_the_stage(tmp_path: Path, figures: None) -> None:
     stage(stages.Plan(p=(0.3, 0.4), quick=True), tmp_path / "s", FakeLab())
-    assert {path.stem for path in (tmp_path / "s" / "plots").iterdir()} == {"loss", "experts", "sweep"}
+    assert {path.stem for path in (tmp_path / "s" / "plots").iterdir()} == {"loss", "experts", "l0", "sweep"}
     assert (tmp_path / "s" / "top_p-0.3-seed1" / "plots" / "routing.png").exists()
 
 
@@ -199,7 +222,7 @@ def test_a_folder_with_something_else_is_not_written_into(tmp_path: Path) -> Non
 
 def test_router_keys_go_to_the_models_that_have_them() -> None:
     wanted = {"model.router.num_experts": 4, "model.router.k": 1, "train.epochs": 5}
-    parent, studied, control = stages.cells(stages.Plan(overrides=wanted))
+    parent, studied, control = stages.cells(stages.Plan(overrides=wanted), FakeLab())
     assert parent.overrides == {"train.epochs": 5, "seed": 1, "name": "parent-seed1"}
     assert studied.overrides.items() >= {"model.router.num_experts": 4, "model.router.p": 0.4}.items()
     assert "model.router.k" not in studied.overrides
@@ -242,3 +265,114 @@ def test_the_table_joins_seeds_as_mean_and_deviation(tmp_path: Path) -> None:
     assert "top_p 0.4" in text
     assert "passed" in text
     console.file.close()
+
+
+WARMUP = stages.Plan(stage="stage2", options=("2c",), seeds=(1, 2))
+
+
+def test_an_option_is_its_parent_with_the_switches_of_each_of_its_run_files(tmp_path: Path) -> None:
+    lab = FakeLab()
+    result = stage(WARMUP, tmp_path / "s", lab)
+    models = ["stage1", "stage2c", "stage2c_exponential"]
+    assert lab.trained == [f"{model}-seed{seed}" for seed in (1, 2) for model in models]
+    assert lab.parents["stage2c-seed2"] == "stage1-seed2"
+    wanted = json.loads((tmp_path / "s" / "stage2c-seed1" / "overrides.json").read_text())
+    assert wanted == {"switch": "stage2c", "seed": 1, "name": "stage2c-seed1"}
+    assert result.passed
+    assert [(each.gate, each.run) for each in result.verdicts] == [("option 2c", name) for name in models[1:]]
+    assert [each.name for each in result.verdicts[0].criteria] == [
+        "completes",
+        "stays finite",
+        "recites",
+        "L0",
+        "no worse than parent",
+    ]
+    assert result.title == "stage 2: 2c warm-up length and shape"
+    assert stages.rejudge(tmp_path / "s") == result
+
+
+def test_one_arm_of_every_option_must_pass(tmp_path: Path) -> None:
+    worse = {f"stage2c-seed{seed}": 0.25 for seed in (1, 2)}
+    assert stage(WARMUP, tmp_path / "one", FakeLab(losses=worse)).passed
+    both = {**worse, "stage2c_exponential-seed1": 0.23, "stage2c_exponential-seed2": 0.22}
+    result = stage(WARMUP, tmp_path / "none", FakeLab(losses=both))
+    assert not result.passed
+    missed = [[each.name for each in verdict.criteria if not each.passed] for verdict in result.verdicts]
+    assert missed == [["no worse than parent"]] * 2
+    plan = stages.Plan(stage="stage5", options=("5a", "5b"))
+    assert not stage(plan, tmp_path / "half", FakeLab(losses={"stage5b-seed1": 0.3})).passed
+
+
+def test_thresholds_are_compared_at_equal_mean_experts(tmp_path: Path) -> None:
+    plan = stages.Plan(stage="stage5", options=("5a",))
+    result = stage(plan, tmp_path / "s", FakeLab())
+    same = result.verdicts[0].criteria[-1]
+    assert (same.name, same.passed) == ("equal mean experts", True)
+    assert not gates.same_experts([(2.0, 1.7), (1.8, 1.7)]).passed
+    assert not gates.same_experts([(1.7, 1.7), (None, 1.7)]).passed
+
+
+def test_a_given_parent_is_what_the_options_change(tmp_path: Path) -> None:
+    parent = write(tmp_path / "mine", Story(loss=0.2))
+    (parent / "overrides.json").write_text(json.dumps({"train.epochs": 100}))
+    lab = FakeLab()
+    plan = stages.Plan(stage="stage2", options=("2c",), parents=(str(parent),))
+    assert stage(plan, tmp_path / "s", lab).passed
+    assert lab.trained == ["stage2c-seed1", "stage2c_exponential-seed1"]
+    there = json.loads((tmp_path / "s" / "stage2c-seed1" / "overrides.json").read_text())
+    assert there["train.epochs"] == 100
+    other = stages.Plan(stage="stage2", options=("2c",), parents=(str(parent),), overrides={"train.clip": 1.0})
+    with pytest.raises(ValueError, match=r"trained with train\.clip = None, now 1\.0 is asked for; leave out"):
+        stage(other, tmp_path / "t", FakeLab())
+
+
+def test_keys_of_documents_stay_away_from_the_parent_that_reads_a_text() -> None:
+    plan = stages.Plan(stage="stage5", options=("5b", "5c"), overrides={"train.epochs": 5, "threads": 1})
+    found = {cell.name: cell for cell in stages.cells(plan, FakeLab())}
+    assert list(found) == [f"{name}-seed1" for name in ("stage1", "text", "stage5b", "stage5c")]
+    assert found["stage5b-seed1"].overrides["train.epochs"] == 5
+    assert found["stage5c-seed1"].overrides == {
+        "threads": 1,
+        "switch": "stage5c",
+        "seed": 1,
+        "name": "stage5c-seed1",
+    }
+    assert found["stage5c-seed1"].parent == "text-seed1"
+
+
+def test_a_study_looks_at_the_parents_experts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, plan = tmp_path / "s", stages.Plan(stage="stage4", options=("4c",))
+    lab = FakeLab()
+    result = stage(plan, out, lab)
+    assert lab.trained == ["stage1-seed1"]
+    last = result.verdicts[0].criteria[-1]
+    assert (last.name, last.passed) == ("experts know classes", True)
+    assert (out / "specialization" / "stage1-seed1" / "lift.png").exists()
+    monkeypatch.setattr(FakeLab, "load_model", lambda lab, run: pytest.fail("a study is made once"))
+    assert stage(plan, out, FakeLab()).passed
+    (out / "specialization" / "stage1-seed1" / "information.csv").unlink()
+    assert not stages.rejudge(out).passed
+
+
+def test_options_are_named_or_all_that_are_there() -> None:
+    assert [option.name for option in options.chosen("stage5", None)][:2] == ["5a", "5b"]
+    assert options.chosen("stage2", "2C")[0].runs == ("stage2c", "stage2c_exponential")
+    with pytest.raises(ValueError, match=r"--option '3a' is none of stage2; it has .*2c"):
+        options.chosen("stage2", "3a")
+    missing = [option for option in options.OPTIONS if not option.ready]
+    for option in missing:
+        with pytest.raises(ValueError, match="has no run file yet"):
+            options.chosen(option.stage, option.name)
+
+
+def test_a_stage_written_before_there_were_options_is_judged_as_it_was(tmp_path: Path) -> None:
+    result = stage(stages.Plan(), tmp_path / "s", FakeLab())
+    file = tmp_path / "s" / "stage.json"
+    record = json.loads(file.read_text())
+    for key in ("stage", "options"):
+        del record["plan"][key]
+    for entry in record["runs"]:
+        for key in ("arm", "option", "parent"):
+            del entry[key]
+    file.write_text(json.dumps(record))
+    assert stages.rejudge(tmp_path / "s").verdicts == result.verdicts

@@ -2,8 +2,7 @@
 
 import sys
 
-from moe_lab import verbs  # noqa: F401 (puts its verbs beside those of cli)
-from moe_lab.cli import main
+from moe_lab import cli, verbs  # noqa: F401 (verbs puts its own behind those of cli)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.main())

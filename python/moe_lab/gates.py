@@ -3,7 +3,7 @@
 Pure functions over frames and dicts. The bounds are the roadmap's, except where a line says otherwise.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import polars as pl
 
 from moe_lab import frames
 
-VERSION = 1  # of the criteria and bounds below; written beside every verdict
+VERSION = 2  # of the criteria and bounds below; written beside every verdict
 
 EPOCHS = 100
 LOSS = 0.40
@@ -25,6 +25,10 @@ MOVEMENT = 0.01  # experts or nats; what a router that learns passes within its 
 L0 = 15.0
 PARENT = "no worse than parent"  # the criterion that compares two runs
 TOLERANCE = 0.013  # how much the roadmap lets a stage lose: 0.40 "maintains" 0.387
+TEXT_LOSS = 2.0  # nats a character of the shipped text: a bigram model has about 2.5
+OPTION = "option"  # the gate of every option of stages 2 to 5
+SAME_EXPERTS = 0.15  # about a tenth: mean experts per token may differ by so much where two thresholds are compared
+CHANCE = 0.05  # largest p of the permutation test that counts as knowledge
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +90,10 @@ class Evidence:
         value = (self.run.get("results") or {}).get(name)
         return None if value is None else float(value)
 
+    @property
+    def on_text(self) -> bool:
+        return bool(self.config.get("data", {}).get("text"))
+
     def layers(self) -> list[int]:
         return frames.sparse_layers(self.frame)
 
@@ -93,14 +101,20 @@ class Evidence:
         return frames.last_epoch(self.frame)
 
 
-def judge(run: frames.Place, parent: frames.Place | None = None, bounds: Bounds | None = None) -> Verdict:
-    """The gate of a run, chosen by its router: dense -> baseline, top_k -> control, else stage1.
+def judge(
+    run: frames.Place,
+    parent: frames.Place | None = None,
+    bounds: Bounds | None = None,
+    gate: str | None = None,
+) -> Verdict:
+    """The gate of a run, chosen by its router if not named: dense -> baseline, top_k -> control, else stage1.
 
     `parent` is the run whose loss must be kept; without it the parent that run.json names, if it is still there.
-    Raises NoGateError for a run on a plain text, ValueError for a parent that is unfinished or has other data.
+    Raises NoGateError for a run on a plain text where no gate is named, ValueError for a parent that is unfinished or
+    has other data.
     """
     record, config = frames.read_run(run), frames.settings(run)
-    gate = gate_of(config)
+    gate = gate or gate_of(config)
     if is_quick(config):
         return Verdict(gate, str(run), judged=False, criteria=())
     named = parent or named_parent(run, record)
@@ -155,11 +169,14 @@ def finished(run: frames.Place, role: str = "parent") -> dict[str, Any]:
 
 
 def loss_of(record: dict[str, Any]) -> float | None:
-    loss = (record.get("results") or {}).get("loss")
+    """The loss that is compared: on the chat training set, of a run on a text the held-out one."""
+    loss = (record.get("results") or {}).get("eval_loss" if "text" in record.get("data", {}) else "loss")
     return None if loss is None else float(loss)
 
 
 def completes(evidence: Evidence) -> Criterion:
+    if evidence.on_text:
+        return _completes_text(evidence)
     rows = frames.epochs(evidence.frame)
     wanted = frames.phase_epochs(evidence.config)
     done = {phase: rows.filter(pl.col("phase") == phase).height for phase in wanted}
@@ -168,6 +185,15 @@ def completes(evidence: Evidence) -> Criterion:
     passed = status == "completed" and all(done[phase] >= max(wanted[phase], EPOCHS) for phase in wanted)
     why = "a run that stopped early, or that was given fewer epochs, has not met the protocol"
     return Criterion("completes", f"{status}, {counts}", f"completed, {EPOCHS} epochs a phase", passed, why)
+
+
+def _completes_text(evidence: Evidence) -> Criterion:
+    wanted = int(evidence.config.get("train", {}).get("max_steps", 0))
+    done = int(evidence.frame["step"].max() or 0) if evidence.frame.height else 0  # type: ignore[arg-type]
+    status = evidence.run.get("status")
+    why = "a run that stopped early has not met the protocol"
+    passed = status == "completed" and done >= wanted
+    return Criterion("completes", f"{status}, {done} of {wanted} updates", "completed", passed, why)
 
 
 def stays_finite(evidence: Evidence) -> Criterion:
@@ -187,6 +213,14 @@ def reaches_loss(evidence: Evidence) -> Criterion:
     return at_most("loss", evidence.result("loss"), evidence.bounds.loss, why)
 
 
+def coherent(evidence: Evidence) -> Criterion:
+    """What a run of documents recites; a run on a text has no answers, and is judged by its held-out loss."""
+    if not evidence.on_text:
+        return recites(evidence)
+    why = "held-out loss, nats a token; a bigram model of the shipped text has about 2.5, so below it are words"
+    return at_most("coherent", evidence.result("eval_loss"), TEXT_LOSS, why)
+
+
 def recites(evidence: Evidence) -> Criterion:
     good, total = evidence.result("recite"), evidence.result("recite_total")
     share = good / total if good is not None and total else None
@@ -201,7 +235,7 @@ def keeps_l0(evidence: Evidence) -> Criterion:
 
 
 def keeps_parent_loss(evidence: Evidence) -> Criterion:
-    loss, parent = evidence.result("loss"), evidence.parent_loss
+    loss, parent = loss_of(evidence.run), evidence.parent_loss
     difference = None if loss is None or parent is None else loss - parent
     return at_most(PARENT, difference, TOLERANCE, f"loss minus the parent's {show(parent)}")
 
@@ -269,6 +303,7 @@ def _series(rows: pl.DataFrame, phase: str, name: str) -> list[float]:
 GATES: dict[str, tuple[Callable[[Evidence], Criterion], ...]] = {
     "baseline": (completes, stays_finite, reaches_loss, recites),
     "control": (completes, stays_finite, reaches_loss, recites, keeps_l0, keeps_parent_loss),
+    OPTION: (completes, stays_finite, keeps_parent_loss, coherent, keeps_l0),
     "stage1": (
         completes,
         stays_finite,
@@ -313,3 +348,23 @@ def paired(losses: list[tuple[float | None, float | None]]) -> Criterion:
     mean = sum(known) / len(known) if known and len(known) == len(losses) else None
     each = ", ".join(f"{difference:+.4f}" for difference in known)
     return at_most(PARENT, mean, TOLERANCE, f"mean over seeds of loss minus the parent's: {each}")
+
+
+def same_experts(used: Sequence[tuple[float | None, float | None]]) -> Criterion:
+    """Whether runs use as many experts per token as their parents, mean over seeds: else the losses do not compare."""
+    known = [own - parent for own, parent in used if own is not None and parent is not None]
+    mean = sum(known) / len(known) if known and len(known) == len(used) else None
+    passed = mean is not None and abs(mean) <= SAME_EXPERTS
+    each = ", ".join(f"{difference:+.3f}" for difference in known)
+    why = f"mean over seeds of experts per token minus the parent's: {each}; thresholds compare at equal mean experts"
+    return Criterion("equal mean experts", mean, f"-{SAME_EXPERTS} to {SAME_EXPERTS}", passed, why)
+
+
+def knows_classes(studies: Sequence[Path]) -> Criterion:
+    """The permutation test of `specialize` in every block of every run: experts tell about the class of a token."""
+    tables = [pl.read_csv(study / "information.csv") for study in studies if (study / "information.csv").exists()]
+    rows = pl.concat(tables).filter(pl.col("view") == "form") if tables and len(tables) == len(studies) else None
+    worst = None if rows is None or not rows.height else float(rows["p"].max())  # type: ignore[arg-type]
+    least = "" if rows is None else f"; least: {show(float((rows['information'] - rows['shuffled']).min()))} nats"  # type: ignore[arg-type]
+    why = f"largest p over blocks and seeds, experts against shuffled classes of tokens{least} above chance"
+    return at_most("experts know classes", worst, CHANCE, why)

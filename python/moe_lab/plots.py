@@ -149,7 +149,7 @@ def learning_rate(frame: pl.DataFrame) -> Figure:
 
 
 def compare(
-    runs: Mapping[str, pl.DataFrame],
+    runs: Mapping[str, pl.DataFrame | Sequence[pl.DataFrame]],
     name: str,
     title: str,
     unit: str,
@@ -157,12 +157,18 @@ def compare(
     floor: str | None = None,
     target: float | None = None,
 ) -> Figure:
-    """One measure of several runs over their epochs, each line named at its end; their common floor and a target."""
+    """One measure of several models over their epochs, each line named at its end; their common floor and a target.
+
+    Of a model with several runs (seeds) the mean is drawn, and a band from the least to the most.
+    """
     figure = Chart(figsize=(9, 4.6), dpi=120, layout="constrained")
     axes = figure.subplots()
     _dress(axes, title, unit)
-    every = {label: _rows(frame) for label, frame in runs.items()}
+    several = {label: [each] if isinstance(each, pl.DataFrame) else each for label, each in runs.items()}
+    every = {label: _over_seeds(each, name) for label, each in several.items()}
     for order, (label, (rows, x)) in enumerate(every.items()):
+        if {"low", "high"} <= set(rows.columns):
+            axes.fill_between(rows[x], rows["low"], rows["high"], color=_colour(order), alpha=0.2, lw=0)
         _line(axes, rows, x, name, label, _colour(order))
     rows, x = max(every.values(), key=lambda pair: pair[0].height)
     if floor is not None:
@@ -172,6 +178,32 @@ def compare(
     if log_scale:
         _log_scale(axes)
     return _finish(figure, axes, rows, x)
+
+
+def _over_seeds(runs: Sequence[pl.DataFrame], name: str) -> tuple[pl.DataFrame, str]:
+    """The rows of the longest run with the mean of the measure over all runs, and its least and most."""
+    every = [_rows(frame) for frame in runs]
+    rows, x = max(every, key=lambda pair: pair[0].height)
+    parts = [part.select(x, name) for part, axis in every if axis == x and name in part.columns]
+    if len(parts) < 2:
+        return rows, x
+    value = pl.col(name)
+    joined = pl.concat(parts).group_by(x).agg(value.mean(), value.min().alias("low"), value.max().alias("high"))
+    return rows.drop(name, strict=False).join(joined, on=x, how="left", maintain_order="left"), x
+
+
+def comparisons(models: Mapping[str, Sequence[pl.DataFrame]]) -> dict[str, Figure]:
+    """Models in one figure a measure, each the mean of its runs (one a seed)."""
+    sparse = {name: runs for name, runs in models.items() if any(map(frames.sparse_layers, runs))}
+    unit = "nats, mean over sequences"
+    loss = compare(models, "epoch/loss", "Training loss", unit, True, "epoch/floor", gates.LOSS)
+    figures = {"loss": loss}
+    if sparse:
+        experts = compare(sparse, "moe/experts_per_token", "Experts per token", "mean over tokens and layers")
+        experts.axes[0].axhspan(*gates.BAND, color=COLOURS[2], alpha=0.12, lw=0)
+        figures["experts"] = experts
+    figures["l0"] = compare(models, "epoch/l0_mean", "L0: gradient norm at the embedding output", "per sequence")
+    return figures
 
 
 def sweep(summaries: Sequence[Mapping[str, Any]]) -> Figure:
@@ -191,6 +223,33 @@ def sweep(summaries: Sequence[Mapping[str, Any]]) -> Figure:
         _frame(axes)
     panels[1].axhspan(*gates.BAND, color=COLOURS[2], alpha=0.12, lw=0)
     _bound(panels[0], gates.LOSS, f"target {gates.LOSS:g}")
+    return figure
+
+
+def ladder(steps: Sequence[Mapping[str, Any]]) -> Figure:
+    """The loss of every step of the roadmap, a point a seed and a bar at the mean, beside its target and the floor.
+
+    `steps`: {step, measured: {loss, floor}, targets: {loss}}.
+    """
+    figure = Chart(figsize=(9, 4.6), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    _dress(axes, "Loss by step", "nats, mean over sequences")
+    for place, step in enumerate(steps):
+        losses, target = step["measured"]["loss"], step["targets"]["loss"]
+        axes.plot([place] * len(losses), losses, "o", color=COLOURS[0], alpha=0.6, ms=5)
+        if losses:
+            axes.plot([place - 0.2, place + 0.2], [sum(losses) / len(losses)] * 2, color=COLOURS[0], lw=2)
+        axes.plot([place - 0.35, place + 0.35], [target, target], ":", color=INK, lw=1.2)
+    floors = [value for step in steps for value in step["measured"]["floor"]]
+    if floors:
+        axes.axhline(min(floors), color=INK, lw=1, ls="--")
+        at = axes.get_yaxis_transform()
+        axes.annotate(
+            "entropy floor", (0.995, min(floors)), xycoords=at, va="bottom", ha="right", fontsize=9, color=INK
+        )
+    axes.set_xticks(range(len(steps)), [str(step["step"]) for step in steps], rotation=20, ha="right")
+    axes.set_ylim(bottom=0)
+    _frame(axes)
     return figure
 
 

@@ -1,11 +1,12 @@
-"""A run or stage as one HTML page that holds all it shows: results, gates, curves, samples, configuration, provenance.
+"""A run, a stage or the roadmap as one HTML page that holds all it shows: results, gates, curves, samples,
+configuration, provenance.
 
 Everything that came out of a run directory is escaped; the page has no script and loads nothing.
 """
 
 import json
 from base64 import b64encode
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from jinja2 import Environment
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from moe_lab import frames, gates, plots, stages, tables
+from moe_lab import frames, gates, plots, roadmap, stages, tables
 
 PROMPTS, TEXTS = 4, 4  # how many prompts are shown, and how many of each one's texts
 EVENTS = 40
+STUDIES, MAPS = 2, 4  # of how many runs the maps of specialisation are shown, and how many of each
+OWN = {"id", "argv", "cwd", "parent", "started", "finished", "seed"}  # of every run its own
 SVG_BYTES = 250_000  # a larger drawing is embedded as a picture
 SECTIONS = (
     ("Loss", ("loss",)),
@@ -32,8 +35,11 @@ QUIET = {"run_started", "phase_started", "checkpoint"}  # events that say that a
 
 
 def write(run: frames.Place) -> Path:
-    """Writes report.html into the directory of a run or stage, in one step. Returns its path."""
-    page = of_stage(Path(run)) if frames.is_stage(run) else of_run(run)
+    """Writes report.html into the directory of a run, stage or roadmap, in one step. Returns its path."""
+    if frames.is_stage(run):
+        page = of_stage(Path(run))
+    else:
+        page = of_roadmap(Path(run)) if frames.is_roadmap(run) else of_run(run)
     path = Path(run) / "report.html"
     half = path.with_suffix(".tmp")
     half.write_text(page, encoding="utf-8")
@@ -70,21 +76,118 @@ def of_run(run: frames.Place) -> str:
     )
 
 
+MEASURED = ("loss", "floor", "excess", "recited", "facts_loss_after", "experts_per_token", "l0", "active_params")
+
+
 def of_stage(out: Path) -> str:
     stage = stages.rejudge(out)
-    streams = {str(row["name"]): frames.read_metrics(row["run"]) for row in stage.rows}
-    drawn = [embed(name, figure) for name, figure in stages.comparisons(stage, streams).items()]
-    shown = ("loss", "floor", "recited", "facts_loss_after", "experts_per_token", "l0", "active_params", "verdict")
-    rows = [("run", *(key.replace("_", " ") for key in shown))]
-    rows += [(str(row["name"]), *(_number(row.get(key)) for key in shown)) for row in stage.rows]
+    models = stages.by_model(stage.rows)
+    paths = {row["name"]: row["run"] for row in stage.rows}
+    parents = {name: _parent_of(stage.rows, name, paths) for name in models}
+    head = ("run", *(key.replace("_", " ") for key in MEASURED), "gate")
+    listed = [[str(row["name"]), *(_number(row.get(key)) for key in MEASURED), row["verdict"]] for row in stage.rows]
     word = "passed" if stage.passed else "not judged (quick)" if not stage.judged else "FAILED"
     return _page(
-        title=f"Stage {out.name}",
-        lead=f"{len(stage.rows)} runs; gate: {word}",
-        rows=rows,
+        title=stage.title[0].upper() + stage.title[1:],
+        lead=f"{out.name} · {len(stage.rows)} runs · gate: {word}",
+        tables=[("Runs", head, listed, ()), _differences(models, parents)],
         verdicts=stage.verdicts,
-        sections=[("Curves", drawn)],
+        sections=_sections(stages.comparisons(stage), models, out),
+        samples=_last_samples(models),
+        provenance=_shared_provenance(models),
     )
+
+
+def _parent_of(rows: Sequence[Mapping[str, Any]], name: str, paths: Mapping[str, str]) -> str | None:
+    """The first run that the model is compared with."""
+    kept = next((row["parent"] for row in rows if str(row["name"]).rpartition("-seed")[0] == name), None)
+    return None if kept is None else paths.get(kept)
+
+
+def of_roadmap(out: Path) -> str:
+    plan, listed = roadmap.plan_of(out), roadmap.rows(out)
+    record = frames.json_object(out / "roadmap.json")
+    every = [(milestone, step) for milestone in roadmap.MILESTONES for step in milestone.steps]
+    there = {
+        step.name: runs for _, step in every if step.role != "study" and (runs := roadmap.runs_of(step, plan, out))
+    }
+    parents = {step.name: there[step.parent][0] if step.parent in there else None for _, step in every}
+    verdicts = [roadmap.verdict_of(step, milestone, plan, out) for milestone, step in every]
+    curves = roadmap.figures(out) if there else {}
+    steps = [row for row in listed if row["step"] in there]
+    why = f" at {record['failed']}: {record.get('why')}" if record.get("failed") else ""
+    return _page(
+        title="The roadmap",
+        lead=f"{out.name} · seeds {', '.join(map(str, plan.seeds))} · {record.get('status')}{why}",
+        tables=[
+            ("Milestones", roadmap.HEAD, roadmap.cells(listed), roadmap.notes(listed)),
+            _differences(there, parents),
+        ],
+        verdicts=[verdict for verdict in verdicts if verdict is not None],
+        sections=_sections(({"ladder": plots.ladder(steps)} if steps else {}) | curves, there, out),
+        samples=_last_samples(there),
+        provenance=_shared_provenance(there),
+    )
+
+
+def _differences(
+    models: Mapping[str, Sequence[str]], parents: Mapping[str, str | None]
+) -> tuple[str, tuple[str, ...], list[list[str]], tuple[str, ...]]:
+    """What each model's configuration changes in its parent's, by the first seed's run.toml."""
+    rows = []
+    for name, runs in models.items():
+        parent = parents.get(name)
+        if parent is None:
+            continue
+        new, old = (frames.flatten(frames.settings(run)) for run in (runs[0], parent))
+        keys = sorted((new.keys() | old.keys()) - {"name", "seed", "threads"})
+        told = [[key, _number(old.get(key)), _number(new.get(key))] for key in keys if new.get(key) != old.get(key)]
+        rows += [[name if number == 0 else "", *row] for number, row in enumerate(told)]
+    return "What was changed", ("model", "key", "parent", "model's"), rows, ()
+
+
+def _sections(
+    curves: Mapping[str, Figure], models: Mapping[str, Sequence[str]], out: Path
+) -> list[tuple[str, list[Markup]]]:
+    """Curves over all seeds, the experts' use by the first seed of every sparse model, the studies of experts."""
+    streams = {name: frames.read_metrics(runs[0]) for name, runs in models.items()}
+    use = [
+        _titled(embed(f"{name} {figure}", plots.FIGURES[figure](frame)), name)
+        for name, frame in streams.items()
+        if frames.sparse_layers(frame)
+        for figure in ("routing", "utilisation")
+    ]
+    maps = [
+        _titled(picture, folder.name)
+        for folder in sorted((out / "specialization").glob("*"))[:STUDIES]
+        for picture in _pictures(folder)[:MAPS]
+    ]
+    sections = [("Curves", [embed(name, figure) for name, figure in curves.items()])]
+    return [each for each in [*sections, ("Routing, first seed", use), ("Specialisation", maps)] if each[1]]
+
+
+def _titled(figure: Markup, title: str) -> Markup:
+    return Markup("<figcaption>{}</figcaption>{}").format(title, figure)
+
+
+def _last_samples(models: Mapping[str, Sequence[str]]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """The first prompts, and what the first seed of every model makes of them at its end."""
+    by_prompt: dict[str, dict[str, str]] = {}
+    for name, runs in models.items():
+        for row in frames.samples(runs[0]):
+            by_prompt.setdefault(str(row.get("prompt")), {})[name] = str(row.get("text"))
+    return [(prompt, list(texts.items())) for prompt, texts in list(by_prompt.items())[:PROMPTS]]
+
+
+def _shared_provenance(models: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
+    """What all runs have in common; where runs differ, that they do."""
+    every = [dict(_provenance(frames.read_run(run))) for runs in models.values() for run in runs]
+    keys = dict.fromkeys(key for told in every for key in told if key not in OWN)
+    found = []
+    for key in keys:
+        values = list(dict.fromkeys(told.get(key, "-") for told in every))
+        found.append((key, values[0] if len(values) == 1 else f"{len(values)} values: {', '.join(values[:3])}"))
+    return found
 
 
 def _page(**values: Any) -> str:
@@ -138,6 +241,8 @@ def _number(value: Any) -> str:
         return "-"
     if isinstance(value, float):
         return f"{value:.4g}"
+    if isinstance(value, list):
+        return ", ".join(map(_number, value))
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 

@@ -1,6 +1,6 @@
 """The stage table: what each run measured, runs of one model joined over seeds as mean ± standard deviation."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from statistics import mean, stdev
@@ -43,6 +43,7 @@ MEASURES = (
     Measure("loss", "loss", _digits(4), f"≤ {gates.LOSS:.2f}"),
     Measure("floor", "entropy floor", _digits(4)),
     Measure("excess", "excess over floor", _digits(4)),
+    Measure("eval_loss", "held-out loss", _digits(4)),
     Measure("epochs_to_target", f"chat epochs to {gates.LOSS:.2f}", _count),
     Measure("recited", "recites", _percent, f"≥ {100 * gates.RECITE:.0f} %"),
     Measure("paraphrase_f1", "held-out paraphrases, F1", _digits(3)),
@@ -56,6 +57,7 @@ MEASURES = (
     Measure("active_params", "active parameters", _count),
     Measure("tokens_per_second", "tokens/s", _count),
     Measure("seconds", "seconds", _digits(1)),
+    Measure("peak_memory_bytes", "peak memory, MB", lambda value: f"{value / 1e6:,.0f}"),
 )
 
 
@@ -104,31 +106,50 @@ def epochs_to(frame: Any, loss: float, phase: str = "chat") -> int | None:
 
 def render(summaries: Iterable[dict[str, Any]], console: Console, title: str = "", by: str = "model") -> None:
     """Measures down, models (or single runs, `by="run"`) across, the roadmap's targets last; as many across as fit."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for entry in summaries:
-        groups.setdefault(str(entry[by]), []).append(entry)
+    groups = _groups(summaries, by)
     names = list(groups)
     fitting = max(1, (console.width - 42) // 20)
     for start in range(0, len(names), fitting):
         some = {name: groups[name] for name in names[start : start + fitting]}
-        console.print(_table(some, title if start == 0 else ""))
+        table = Table(title=title if start == 0 and title else None, box=box.SIMPLE_HEAD, title_justify="left")
+        table.title_style = "bold"
+        table.add_column("")
+        for name in some:
+            table.add_column(_plain(name), justify="right", overflow="fold")
+        table.add_column("roadmap", justify="right", style="dim")
+        for row in _lines(some):
+            table.add_row(*map(_plain, row))
+        console.print(table)
 
 
-def _table(groups: dict[str, list[dict[str, Any]]], title: str) -> Table:
-    table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
-    table.add_column("")
-    for name in groups:
-        table.add_column(_plain(name), justify="right", overflow="fold")
-    table.add_column("roadmap", justify="right", style="dim")
-    table.add_row(
-        "seeds", *(_plain(", ".join(str(entry["seed"]) for entry in entries)) for entries in groups.values()), ""
-    )
+def markdown_of(summaries: Iterable[dict[str, Any]], by: str = "model") -> str:
+    """The same table for a page."""
+    groups = _groups(summaries, by)
+    return markdown(("", *groups, "roadmap"), _lines(groups), ("",))
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], left: Sequence[str] = ()) -> str:
+    """Rows as a table in Markdown; the columns in `left` are aligned to the left."""
+    marks = ["---" if column in left else "---:" for column in head]
+    lines = ((shown(cell).replace("|", "\\|").strip() for cell in line) for line in (head, marks, *rows))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _groups(summaries: Iterable[dict[str, Any]], by: str) -> dict[str, list[dict[str, Any]]]:
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for entry in summaries:
+        groups.setdefault(str(entry[by]), []).append(entry)
+    return groups
+
+
+def _lines(groups: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
+    """Seeds, every measure that some model has, the gate: name, a cell for each model, the roadmap's target."""
+    lines = [["seeds", *(", ".join(str(entry["seed"]) for entry in entries) for entries in groups.values()), ""]]
     for measure in MEASURES:
         cells = [_cell(measure, entries) for entries in groups.values()]
         if any(cell != "-" for cell in cells):
-            table.add_row(measure.label, *cells, measure.target)
-    table.add_row("gate", *(_words(entries) for entries in groups.values()), "")
-    return table
+            lines.append([measure.label, *cells, measure.target])
+    return [*lines, ["gate", *(_words(entries) for entries in groups.values()), ""]]
 
 
 def _plain(text: str) -> str:

@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -73,12 +74,14 @@ __all__ = [
     "config_schema",
     "data_stats",
     "doctor",
+    "load_model",
     "load_run",
     "loss_and_gradients",
     "lr_find",
     "reproduction",
     "resume_training",
     "run_training",
+    "switches",
 ]
 
 # Events that a person should see.
@@ -101,6 +104,17 @@ class Outcome:
 def load_run(source: str, overrides: dict[str, object] | None = None, quick: bool = False) -> Run:
     run = Run.load(source, overrides)
     return run.quick() if quick else run
+
+
+def switches(source: str, parent: str) -> dict[str, object]:
+    """The values in which a run file differs from its parent, by dotted key; None where it has no such key."""
+    changes = load_run(parent).diff(load_run(source))
+    values = {key: None if new == "absent" else tomllib.loads(f"value = {new}")["value"] for key, _, new in changes}
+    return {key: value for key, value in values.items() if key != "name"}
+
+
+def load_model(run: str) -> Model:
+    return Model.load(run)
 
 
 def run_training(run: Run, out: str | None = None, parent: str | None = None) -> Outcome:

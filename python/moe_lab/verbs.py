@@ -1,33 +1,106 @@
-"""Verbs over many runs, and over runs already trained: compare, roadmap, rerun, sweep, lr-find, watch, report, ..."""
+"""Verbs over runs already trained: judge, tabulate, compare, draw, watch, use them, and train one once more."""
 
 import os
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from moe_lab.cli import (
+from moe_lab.outcomes import report_run
+from moe_lab.terminal import (
     DONE,
     FAILED,
     Checkpoint,
     Json,
     RunPath,
     Training,
-    _assignment,
-    _console,
-    _print_json,
-    _print_plans,
-    _progress,
-    _report_roadmap,
-    _report_run,
     app,
+    console,
+    interrupted,
+    print_fields,
+    print_json,
+    print_plans,
+    progress,
     trains,
 )
+from moe_lab.text import shown
 
 if TYPE_CHECKING:
     import polars as pl
+
+
+@app.command()
+def gate(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run or stage directory.")],
+    parent: Annotated[str | None, typer.Option(metavar="RUN", help="The run whose loss must be kept.")] = None,
+    as_json: Json = False,
+) -> int:
+    """Judge a run or a stage, criterion by criterion.
+
+    Exit status 1 when one fails.
+    """
+    from moe_lab import frames, gates, stages, tables
+
+    if frames.is_stage(run):
+        if parent is not None:
+            raise ValueError("a stage has parents of its own; --parent is for the gate of a single run")
+        stage = stages.rejudge(Path(run))
+        verdicts, good = stage.verdicts, stage.passed or not stage.judged
+    else:
+        verdicts = (gates.judge(run, parent),)
+        good = verdicts[0].passed or not verdicts[0].judged
+    if as_json:
+        print_json({"run": run, "gates": [verdict.as_dict() for verdict in verdicts]})
+    else:
+        for verdict in verdicts:
+            tables.render_verdict(verdict, console())
+    return DONE if good else FAILED
+
+
+@app.command()
+def table(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run, stage or roadmap directories.")],
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print it for a Markdown page.")] = False,
+    as_json: Json = False,
+) -> int:
+    """Runs side by side, with the roadmap's targets.
+
+    Loss, entropy floor, recitation, experts per token, forgetting, speed; mean ± sd over the seeds of a stage.
+    """
+    from moe_lab import frames, roadmap, tables
+
+    if len(runs) == 1 and frames.is_roadmap(runs[0]):
+        if as_json:
+            print_json({"rows": roadmap.rows(Path(runs[0]))})
+        elif markdown:
+            print(roadmap.markdown(Path(runs[0])))
+        else:
+            roadmap.render(Path(runs[0]), console())
+        return DONE
+    rows = [row for run in runs for row in _summaries(run)]
+    by = "model" if any(map(frames.holds_seeds, runs)) else "run"
+    if as_json:
+        print_json({"runs": rows})
+    elif markdown:
+        print(tables.markdown_of(rows, by))
+    else:
+        tables.render(rows, console(), by=by)
+    return DONE
+
+
+def _summaries(path: str) -> list[dict[str, Any]]:
+    """A row for a run, or for each run of a stage or roadmap."""
+    from moe_lab import frames, stages, tables
+
+    if frames.is_stage(path) and stages.is_complete(Path(path)):
+        rows = stages.rejudge(Path(path)).rows
+    else:
+        runs = frames.find_runs(path) if frames.holds_seeds(path) else [Path(path)]
+        for run in runs:
+            frames.read_run(run)  # a run that is not there is named before anything is printed
+        rows = tuple(tables.summary(run) for run in runs)
+    return [{**row, "run": os.path.relpath(row["run"])} for row in rows]
 
 
 @app.command()
@@ -49,36 +122,36 @@ def compare(
         raise ValueError(f"there are no runs in {', '.join(runs)}")
     found = comparison.compare(paths, target)
     if as_json:
-        _print_json({"comparisons": [comparison.as_dict(each) for each in found]})
+        print_json({"comparisons": [comparison.as_dict(each) for each in found]})
     else:
         for each in found:
-            comparison.render(each, _console())
+            comparison.render(each, console())
     return DONE
 
 
 @app.command()
-@trains
-def roadmap(
-    options: Training,
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds, counted on from --seed.")] = 1,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs side by side, one thread each if more than one.")] = 1,
+def reproduce(
+    run: RunPath,
+    out: Annotated[
+        str | None, typer.Option(metavar="DIR", help="The directory of the new run; runs/<time>-<name> if absent.")
+    ] = None,
+    as_json: Json = False,
 ) -> int:
-    """Run the roadmap's milestones in order.
+    """Train a completed run again and compare every byte.
 
-    Each is judged; the first failed gate stops it. With --out of an earlier one it goes on; finished runs are kept.
+    Exit status 1 where a byte differs; then the inputs that differ are named.
     """
-    from moe_lab import roadmap as road
-    from moe_lab import stages
     from moe_lab import train as lab
 
-    overrides = options.overrides()
-    first = int(str(overrides.pop("seed", lab.load_run("baseline").seed)))
-    plan = road.Plan(tuple(range(first, first + seeds)), stages.anchored(overrides), options.quick)
-    if options.check:
-        prepared = road.prepare(plan, lab)
-        return _print_plans({cell.name: run.check() for step in prepared.values() for cell, run in step}, options.json)
-    out = Path(options.out) if options.out else lab.default_out("roadmap")
-    return _report_roadmap(road.run(plan, out, lab, _progress, jobs), options.json)
+    outcome = lab.run_training(lab.reproduction(run), out)
+    if outcome.signal is not None:
+        return interrupted(outcome.out, outcome.signal)
+    report, text = lab.compare_runs(run, outcome.out)
+    if as_json:
+        print_json(report)
+    else:
+        print(shown(text))
+    return DONE if report["identical"] else FAILED
 
 
 @app.command()
@@ -95,100 +168,41 @@ def rerun(run: RunPath, options: Training) -> int:
     record = frames.read_run(run)
     overrides = options.overrides()
     if frames.failure(run):
-        _progress(road.explain(run))
+        progress(road.explain(run))
         if not overrides:
             raise ValueError("the same run fails the same way: change something with --set KEY=VALUE")
     source = str(Path(run) / "run.toml")
     loaded = lab.load_run(source, overrides, options.quick)
     if options.check:
-        return _print_plans({loaded.name: loaded.check()}, options.json)
+        return print_plans({loaded.name: loaded.check()}, options.json)
     parent = record.get("parent")
-    return _report_run(lab.run_training(loaded, options.out, parent if isinstance(parent, str) else None), options.json)
+    return report_run(lab.run_training(loaded, options.out, parent if isinstance(parent, str) else None), options.json)
 
 
 @app.command()
-@trains
-def sweep(
-    options: Training,
-    run: Annotated[
-        str, typer.Argument(metavar="RUN.toml", help="A run file, or the name of a shipped one.")
-    ] = "stage1",
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds a configuration is trained with.")] = 1,
-    sampler: Annotated[str, typer.Option(help="grid, random or tpe.")] = "grid",
-    trials: Annotated[int | None, typer.Option(min=1, help="How many configurations at most.")] = None,
-    metric: Annotated[str, typer.Option(help="The result to make small (or large, as recite).")] = "loss",
-    prune: Annotated[bool, typer.Option("--prune", help="Give up what is worse than the median after a seed.")] = False,
-    jobs: Annotated[int, typer.Option(min=1, help="Processes that share the work, one thread each.")] = 1,
-) -> int:
-    """Train a run file with many values of its keys.
+def plot(run: RunPath, as_json: Json = False) -> int:
+    """Draw a run, a stage or a roadmap into its plots/."""
+    from moe_lab import frames, plots, roadmap, stages
 
-    --set KEY=A,B,C lists values, --set KEY=LOW..HIGH[:log] gives a range. With --out of an earlier one it goes on.
-    """
-    from moe_lab import stages
-    from moe_lab import sweep as study
-    from moe_lab import train as lab
-
-    space, fixed = study.split(options.set_ or [], _assignment)
-    flags = replace(options, set_=None).overrides()
-    first = int(str(flags.pop("seed", lab.load_run(run).seed)))
-    source = str(Path(run).resolve()) if Path(run).is_file() else run
-    fixed = stages.anchored({**fixed, **flags})
-    plan = study.Plan(
-        source, space, fixed, tuple(range(first, first + seeds)), sampler, trials, metric, prune, options.quick
-    )
-    out = Path(options.out) if options.out else lab.default_out("sweep")
-    wanted = study.Sweep(plan, out, lab, _assignment, _progress)
-    if options.check:
-        wanted.check()
-        return _print_plans({"sweep": {"configurations": wanted.total(), "seeds": seeds}}, options.json)
-    stopped = study.run(wanted, jobs)
-    if stopped is not None:
-        _progress(f"stopped, everything is saved; go on with the same command and --out {out}")
-        return 128 + stopped
-    rows = study.rows(wanted)
-    if options.json:
-        _print_json({"sweep": str(out), "rows": rows})
+    if frames.is_stage(run):
+        paths = stages.save_plots(stages.rejudge(Path(run)))
+    elif frames.is_roadmap(run):
+        paths = plots.save(roadmap.figures(Path(run)), Path(run) / "plots")
     else:
-        study.render(wanted, _console())
-        print(f"sweep directory: {out}")
-    return DONE if any(row["state"] == "complete" for row in rows) else FAILED
-
-
-@app.command("lr-find")
-@trains
-def lr_find(
-    options: Training,
-    run: Annotated[
-        str, typer.Argument(metavar="RUN.toml", help="A run file, or the name of a shipped one.")
-    ] = "baseline",
-) -> int:
-    """Find a learning rate: a range test on the first phase.
-
-    100 updates from 1e-7 to 1, stopped at 5 times the lowest loss; a table, a picture, a suggestion put to the test.
-    """
-    from moe_lab import lr_find as study
-    from moe_lab import train as lab
-
-    loaded = lab.load_run(run, options.overrides(), options.quick)
-    if options.check:
-        return _print_plans({loaded.name: loaded.check()}, options.json)
-    out = Path(options.out) if options.out else lab.default_out(f"{loaded.name}-lr-find")
-    study.refuse_occupied(out)
-    found = lab.lr_find(loaded)
-    paths = study.save(found, out)
-    if options.json:
-        _print_json({**found, "files": [str(path) for path in paths]})
+        paths = plots.save_all(run)
+    if as_json:
+        print_json({"plots": [str(path) for path in paths]})
     else:
-        study.render(found, _console())
         print("\n".join(str(path) for path in paths))
     return DONE
 
 
 @app.command()
 def report(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run or stage directory.")], as_json: Json = False
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run, stage or roadmap directory.")],
+    as_json: Json = False,
 ) -> int:
-    """Write report.html into a run or stage directory.
+    """Write report.html into a run, stage or roadmap directory.
 
     One page that holds all it shows: results, gates, curves, samples, configuration, provenance.
     """
@@ -196,7 +210,7 @@ def report(
 
     path = page.write(run)
     if as_json:
-        _print_json({"report": str(path), "bytes": path.stat().st_size})
+        print_json({"report": str(path), "bytes": path.stat().st_size})
     else:
         print(path)
     return DONE
@@ -214,7 +228,7 @@ def watch(
     """
     from moe_lab.watch import watch as show
 
-    show(run, _console(), interval, once)
+    show(run, console(), interval, once)
     return DONE
 
 
@@ -261,7 +275,7 @@ def specialize(
         tables = {name: table.to_dicts() for name, table in more.items() if name != "products"}
         files = [str(path) for path in paths]
         utilisation = dict(busy.iter_rows())
-        _print_json(
+        print_json(
             {"tokens": len(routed.tokens), "information": told, "utilisation": utilisation, **tables, "files": files}
         )
         return DONE
@@ -275,7 +289,7 @@ def specialize(
         print(f"block {layer}: utilisation {utilisation:.3f} (mean rows of an expert over the most of one)")
     for name in ("saturation", "subsets"):
         if name in more:
-            _console().print(_table(name, more[name]))
+            console().print(_table(name, more[name]))
     print("\n".join(str(path) for path in paths))
     return DONE
 
@@ -297,7 +311,120 @@ def tensorboard(run: RunPath, as_json: Json = False) -> int:
 
     folder, count = export(run)
     if as_json:
-        _print_json({"tensorboard": str(folder), "values": count})
+        print_json({"tensorboard": str(folder), "values": count})
     else:
         print(f"{folder}: {count:,} values")
     return DONE
+
+
+@app.command()
+def generate(
+    run: RunPath,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help='As in the data: "User: ... Assistant:".')],
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens at most.")] = 80,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this mass.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample from this many tokens; 0 from all.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+    checkpoint: Checkpoint = None,
+    as_json: Json = False,
+) -> int:
+    """Continue a prompt."""
+    from moe_lab.train import Model
+
+    text = Model.load(run, checkpoint).generate(
+        prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
+    )
+    if as_json:
+        print_json({"prompt": prompt, "text": text})
+    else:
+        print(shown(text))
+    return DONE
+
+
+@app.command("eval")
+def evaluate(
+    run: RunPath,
+    checkpoint: Checkpoint = None,
+    record: Annotated[str | None, typer.Option(metavar="FILE", help="Write the routing of every document.")] = None,
+    replay: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Route as a recorded file says; losses alone.")
+    ] = None,
+    as_json: Json = False,
+) -> int:
+    """Evaluate a run on its data.
+
+    Losses, recitation of the training questions, held-out paraphrases.
+    """
+    from moe_lab.train import Model
+
+    results = Model.load(run, checkpoint).evaluate(record, replay)
+    if as_json:
+        print_json(results)
+    else:
+        print_fields(results)
+    return DONE
+
+
+@app.command()
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="A run file, a shipped name or a run directory.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="The same, to compare with.")],
+    as_json: Json = False,
+) -> int:
+    """The keys in which two runs differ."""
+    from moe_lab import train as lab
+
+    first, second = (lab.load_run(_source(path)) for path in (a, b))
+    changes = first.diff(second)
+    if as_json:
+        print_json({"changes": [{"key": key, "a": old, "b": new} for key, old, new in changes]})
+    else:
+        print(shown("\n".join(f"{key}: {old} -> {new}" for key, old, new in changes) or "no difference"))
+    return DONE
+
+
+def _source(path: str) -> str:
+    return str(Path(path) / "run.toml") if Path(path).is_dir() else path
+
+
+@app.command()
+def runs(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Where the run directories lie.")] = "runs",
+    as_json: Json = False,
+) -> int:
+    """List the runs in a folder, those of stages too."""
+    from moe_lab import frames
+
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"'{folder}' is no folder: train a run first, or name the folder that holds them")
+    listed = [_listed(path) for path in frames.find_runs(folder)]
+    if as_json:
+        print_json({"runs": listed})
+    else:
+        _print_listed(listed)
+    return DONE
+
+
+def _listed(path: Path) -> dict[str, Any]:
+    from moe_lab import frames
+
+    record = frames.read_run(path)
+    results = record.get("results") or {}
+    shown = {key: results.get(key) for key in ("loss", "excess", "experts_per_token", "seconds")}
+    return {"run": str(path), "id": record.get("id"), "status": record.get("status"), **shown}
+
+
+def _print_listed(listed: list[dict[str, Any]]) -> None:
+    from rich import box
+    from rich.table import Table
+
+    from moe_lab.gates import show
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("run", "status", "loss", "excess", "experts/token", "seconds"):
+        table.add_column(column, justify="left" if column in ("run", "status") else "right", overflow="fold")
+    for entry in listed:
+        numbers = (entry[key] for key in ("loss", "excess", "experts_per_token", "seconds"))
+        table.add_row(entry["run"], str(entry["status"]), *("-" if value is None else show(value) for value in numbers))
+    console().print(table)

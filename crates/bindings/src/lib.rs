@@ -96,12 +96,6 @@ mod _native {
         to_dict(py, &find.report())
     }
 
-    /// The documents of a shipped file: "facts", "chat" or "paraphrases".
-    #[pyfunction]
-    fn shipped(py: Python<'_>, role: String) -> PyResult<Vec<String>> {
-        enter(py, move || train::inspect::shipped(&role))
-    }
-
     /// JSON Schema of the run file.
     #[pyfunction]
     fn config_schema() -> String {

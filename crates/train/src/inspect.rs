@@ -2,7 +2,7 @@
 
 use crate::checkpoint;
 use crate::data::statistics::training_texts;
-use crate::data::{DataReport, ItemFile, Role, TextFile, Tokenizer};
+use crate::data::{DataReport, ItemFile, Role, Tokenizer};
 use crate::error::TrainError;
 use crate::loss::{self, Share};
 use crate::run::Run;
@@ -41,20 +41,6 @@ pub fn data_stats(
     let report = DataReport::new(&files, &tokenizer, Run::default().data.max_length).map_err(usage)?;
     let json = serde_json::to_string(&report).map_err(|error| TrainError::Failed(error.to_string()))?;
     Ok((json, report.to_string()))
-}
-
-/// The documents of the shipped file of a role: "facts", "chat" or "paraphrases"; or the lines of the shipped "text".
-pub fn shipped(role: &str) -> Result<Vec<String>, TrainError> {
-    if role == "text" {
-        let text =
-            TextFile::read(Path::new(crate::data::SHIPPED_TEXT)).map_err(|e| TrainError::Usage(e.to_string()))?;
-        return Ok(text.text.lines().filter(|line| !line.trim().is_empty()).map(str::to_owned).collect());
-    }
-    let known = [Role::Facts, Role::Chat, Role::Paraphrases].into_iter().find(|known| known.name() == role);
-    let known = known.ok_or_else(|| {
-        TrainError::Usage(format!("no data are shipped as {role:?}; there are facts, chat, paraphrases and text"))
-    })?;
-    ItemFile::shipped(known).map(|file| file.items).map_err(|error| TrainError::Usage(error.to_string()))
 }
 
 /// A tensor by name, in f64 whatever it was computed in.

@@ -1,0 +1,61 @@
+"""The options of stages 2 to 5: each is one named change to its parent run, made by one or more shipped run files.
+
+A new option is a line here and a run file in experiments/; nothing else.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """`runs` are shipped run files, each of which is trained and judged against `parent`; one that passes is enough."""
+
+    name: str  # "2c"
+    title: str
+    runs: tuple[str, ...] = ()
+    parent: str = "stage1"  # shipped run file that the runs extend
+    same_experts: bool = False  # the comparison counts only where parent and run use as many experts per token
+    specializes: bool = False  # has no runs: the parent's experts are studied
+
+    @property
+    def stage(self) -> str:
+        return f"stage{self.name[0]}"
+
+    @property
+    def ready(self) -> bool:
+        return bool(self.runs) or self.specializes
+
+
+OPTIONS = (
+    Option("2a", "activation checkpointing", ("stage2a",)),
+    Option("2b", "gradient monitoring and response", ("stage2b",)),
+    Option("2c", "warm-up length and shape", ("stage2c", "stage2c_exponential")),
+    Option("3a", "learning-rate schedule: floor, peak, restarts", ("stage3a", "stage3a_peak", "stage3a_sgdr")),
+    Option("3b", "batch size with the rate that goes with it", ("stage3b", "stage3b_linear", "stage3b_updates")),
+    Option("3c", "augmentation of the facts and dialogues", ("stage3c",)),
+    Option("4a", "depth per token"),
+    Option("4b", "window per token"),
+    Option("4c", "specialisation of the experts", specializes=True),
+    Option("5a", "threshold per layer", ("stage5a", "stage5a_roadmap"), same_experts=True),
+    Option("5b", "threshold per token, learned", ("stage5b",)),
+    Option("5c", "several lengths of text", ("stage5c",), parent="text"),
+)
+
+
+def chosen(stage: str, name: str | None) -> tuple[Option, ...]:
+    """The option of that name, or all of the stage that have a run file. Raises ValueError in one sentence."""
+    own = [option for option in OPTIONS if option.stage == stage]
+    ready = [option for option in own if option.ready]
+    if name is None:
+        return tuple(ready)
+    found = next((option for option in own if option.name == name.lower()), None)
+    names = ", ".join(option.name for option in ready)
+    if found is None:
+        raise ValueError(f"--option '{name}' is none of {stage}; it has {names}")
+    if not found.ready:
+        raise ValueError(f"option {found.name} ({found.title}) has no run file yet; {stage} has {names}")
+    return (found,)
+
+
+def named(name: str) -> Option:
+    return next(option for option in OPTIONS if option.name == name)
