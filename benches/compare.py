@@ -216,12 +216,10 @@ def save(name: str, results: object, options: argparse.Namespace) -> None:
 def run_sweep(options: argparse.Namespace, clock: Clock) -> None:
     results = []
     narrow = multiplies_bf16()
-    if not narrow:
-        console.print("f32 alone: this machine has no instruction for bf16")
     for i, row in enumerate(SWEEP):
         case = sweep_case(*row)
         kinds = [kind for kind in variants(case, compiled=i in COMPILED_IN_SWEEP) if narrow or not kind.bf16]
-        result = compare(case, kinds, options.dtypes if narrow else ["f32"], options, clock)
+        result = compare(case, kinds, options.dtypes, options, clock)
         results.append(result)
         single = f", f32 against f32 {result['ratio_f32']:.2f}x" if "ratio_f32" in result else ""
         wins = [entry["variant"] for entry in result["torch"] if entry.get("win")]
@@ -239,7 +237,7 @@ def run_presets(options: argparse.Namespace, clock: Clock) -> None:
     if options.quick:
         cases = [SEED, DENSE_SMALL]
     for i, case in enumerate(cases):
-        kinds = variants(case, compiled=not options.quick)
+        kinds = sorted(variants(case, compiled=not options.quick), key=lambda kind: kind.bf16)
         if options.quick:
             kinds = [kind for kind in kinds if kind.moe != "dense"]
         share = Clock(clock.left() * (0.4 if len(cases) - i == 3 else 0.5 if len(cases) - i == 2 else 1.0))
@@ -253,7 +251,9 @@ def main() -> None:
     for flag in ("quick", "sweep", "recipe", "adaptivity"):
         parser.add_argument(f"--{flag}", action="store_true")
     parser.add_argument("--cases", nargs="*", choices=list(PRESETS))
-    parser.add_argument("--dtypes", nargs="*", choices=["f32", "bf16"], help="ours; both where the build has both")
+    parser.add_argument(
+        "--dtypes", nargs="*", choices=["f32", "bf16"], help="ours; both where the machine has an instruction for bf16"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--seconds", type=float, default=2.0, help="of each side in a round")
     parser.add_argument("--rounds", type=int, default=3)
@@ -263,7 +263,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file (benches/results/<machine>.json)")
     options = parser.parse_args()
     options.limit = int(0.85 * psutil.virtual_memory().available)
-    options.dtypes = options.dtypes or dtypes()
+    options.dtypes = options.dtypes or (dtypes() if multiplies_bf16() else ["f32"])
     if options.quick:
         options.rounds, options.seconds = min(options.rounds, 2), min(options.seconds, 1.0)
     if options.sweep:
@@ -271,6 +271,8 @@ def main() -> None:
     clock = Clock(60 * (options.minutes or (2 if options.quick else 60 if options.sweep else 10)))
     kind = machine()
     console.print(f"{kind['cpu']} ({kind['family']}), {', '.join(kind['instruction_sets'])}, {options.threads} threads")
+    if not multiplies_bf16():
+        console.print("no instruction here multiplies bf16: ours runs in f32, PyTorch's bf16 comes last or is left out")
     if options.sweep:
         run_sweep(options, clock)
     elif options.recipe:

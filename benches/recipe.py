@@ -40,7 +40,7 @@ def shakespeare(options: argparse.Namespace, console: Console, narrow: bool) -> 
     """2,000 updates on both sides; compile time is left out of PyTorch's, evaluation of both. bf16 only where `narrow`."""
     results: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
-        for dtype in options.dtypes if narrow else ["f32"]:
+        for dtype in options.dtypes:
             sets = {"dtype": dtype, "threads": options.threads}
             ours = train(FOLDER / "nanogpt.toml", Path(folder) / dtype, sets)
             results.append({"side": f"moe_lab {dtype}", "seconds": ours["wall_seconds"], "loss": ours["eval_loss"]})
