@@ -184,7 +184,7 @@ def machine() -> dict:
 
 
 def multiplies_bf16() -> bool:
-    """Whether this machine has an instruction for bf16: without one both sides only lose by it (the presets show how much)."""
+    """Whether an instruction here multiplies bf16: without one both sides only lose by it."""
     return any(name in machine()["instruction_sets"] for name in ("avx512_bf16", "amx_bf16"))
 
 

@@ -37,7 +37,7 @@ def train(run: Path, out: Path, sets: dict[str, object]) -> dict:
 
 
 def shakespeare(options: argparse.Namespace, console: Console, narrow: bool) -> list[dict]:
-    """2,000 updates on both sides; compile time is left out of PyTorch's, evaluation of both. bf16 only where `narrow`."""
+    """2,000 updates on both sides, without PyTorch's compile time and any evaluation. bf16 only where `narrow`."""
     results: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
         for dtype in options.dtypes:
