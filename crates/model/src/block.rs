@@ -1,6 +1,8 @@
-//! One block: x += attention(norm(x)); x += feed_forward(norm(x)). It owns what it needs to run, so that the walk back can run it again.
+//! One block: x += attention(norm(x)); x += feed_forward(norm(x)). It owns what it needs to run, so that the walk back can run it again. A routed
+//! block (mixture of depths) takes some tokens only: x += r · (both sublayers of the taken ones), r their score, which is how it learns.
 
 use crate::transformer::{Documents, Watch};
+use moe_router::depths::{self, Selection};
 use moe_router::{Mode, Policy, RouterInput, Routing, node};
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -9,8 +11,10 @@ use tensor::ops::attention::{Attention, Mixture, Position, attention, decode};
 use tensor::ops::{
     combine::add,
     experts::experts,
+    gather::{gather, scatter},
     linear::{linear, linears},
     rms_norm::rms_norm,
+    rope::rope,
     swiglu::swiglu,
 };
 use tensor::{Param, Precision, Real, Tape, Value};
@@ -29,9 +33,17 @@ pub(crate) enum FeedForward {
     Sparse { router: Param, threshold: Option<(Param, Param)>, gate_up: Param, down: Param },
 }
 
+/// How a routed block chooses its tokens.
+#[derive(Clone)]
+pub(crate) struct Depth {
+    pub(crate) router: Param,
+    pub(crate) capacity: f64,
+}
+
 #[derive(Clone)]
 pub(crate) struct Block {
     pub(crate) index: usize,
+    pub(crate) depth: Option<Depth>,
     /// Added to the mean square inside its norms.
     pub(crate) epsilon: f64,
     pub(crate) attention_norm: Param,
@@ -45,23 +57,33 @@ pub(crate) struct Block {
     pub(crate) feed_forward: FeedForward,
 }
 
-/// Keys and values of one layer for decoding, one row per past token.
+/// Keys and values of one layer for decoding, one row per past token that the layer took.
 #[derive(Clone, Debug)]
 pub struct LayerCache<T> {
     keys: Vec<T>,
     values: Vec<T>,
+    /// Past tokens, taken or not, and how many of them came before the newest.
+    pub(crate) past: usize,
+    before: usize,
 }
 
 impl<T> Default for LayerCache<T> {
     fn default() -> Self {
-        LayerCache { keys: Vec::new(), values: Vec::new() }
+        LayerCache { keys: Vec::new(), values: Vec::new(), past: 0, before: 0 }
     }
 }
 
 impl<T> LayerCache<T> {
-    /// Past tokens.
-    pub(crate) fn past(&self, block: &Block) -> usize {
-        self.keys.len() / block.key.rows
+    /// Counts further tokens, taken or not; returns how many came before them.
+    fn go_on(&mut self, tokens: usize) -> usize {
+        self.before = self.past;
+        self.past += tokens;
+        self.before
+    }
+
+    /// Numbers of the keys, which are as many as those of the values.
+    pub fn numbers(&self) -> usize {
+        self.keys.len()
     }
 }
 
@@ -74,6 +96,16 @@ pub struct ExpertTrace<T: Real> {
     /// Mean over tokens of the sum of soft gates, [1, 1], where the threshold is learned.
     pub gates: Option<Value<T>>,
     pub routing: Arc<Routing>,
+    /// The tokens it was given: all of the batch, or those that a routed block took.
+    pub documents: Documents,
+    pub taken: Option<Arc<Selection>>,
+}
+
+impl<T: Real> ExpertTrace<T> {
+    /// The row of the batch's token t in scores and routing; none if the block did not take it.
+    pub fn row(&self, t: usize) -> Option<usize> {
+        self.taken.as_ref().map_or(Some(t), |taken| taken.row(t))
+    }
 }
 
 /// What the mixture of heads of a layer decided.
@@ -84,8 +116,17 @@ pub struct HeadTrace<T: Real> {
     pub selection: Arc<moe_router::heads::Selection>,
 }
 
+/// Which tokens a routed block took, and the scores [n, 1] that said so.
+#[derive(Clone, Debug)]
+pub struct DepthTrace<T: Real> {
+    pub layer: usize,
+    pub scores_n1: Value<T>,
+    pub selection: Arc<Selection>,
+}
+
 /// What one block decided.
 pub(crate) struct Trace<T: Real> {
+    pub(crate) depths: Option<DepthTrace<T>>,
     pub(crate) experts: Option<ExpertTrace<T>>,
     pub(crate) heads: Option<HeadTrace<T>>,
 }
@@ -98,6 +139,7 @@ impl<T: Real> Trace<T> {
             values.extend([&mut experts.scores_ne, &mut experts.weights_a]);
             values.extend(&mut experts.gates);
         }
+        values.extend(self.depths.as_mut().map(|depths| &mut depths.scores_n1));
         values.extend(self.heads.as_mut().map(|heads| &mut heads.routed_nh));
         values
     }
@@ -145,29 +187,62 @@ impl Block {
         x: &Value<T>,
         pass: &Pass<'a, T>,
         policy: Option<&Policy>,
-        cache: Option<&mut LayerCache<T>>,
+        mut cache: Option<&mut LayerCache<T>>,
     ) -> (Value<T>, Trace<T>) {
-        let first = 4 * self.index + 1;
-        (pass.watch)(tape, first, x);
+        (pass.watch)(tape, 4 * self.index + 1, x, &pass.documents.offsets_b1);
+        let past = cache.as_deref_mut().map_or(0, |cache| cache.go_on(x.rows()));
+        let Some(depth) = &self.depth else {
+            let (_, middle, fed, trace) = self.sublayers(tape, x, pass, policy, cache, None);
+            return (add(tape, &middle, &fed), trace);
+        };
+        let (taken, trace) = depth.choose(tape, x, pass, self.index);
+        let selection = trace.selection.clone();
+        if selection.rows_m.is_empty() {
+            return (x.clone(), Trace { depths: Some(trace), experts: None, heads: None });
+        }
+        let positions_m = pass.documents.positions();
+        let positions_m = selection.rows_m.iter().map(|&t| positions_m[t as usize] + past as u32).collect();
+        let x_md = gather(tape, x, &selection.rows_m);
+        let factor_m1 = gather(tape, &trace.scores_n1, &selection.rows_m);
+        let part = Part { selection: selection.clone(), positions_m };
+        let (attended, _, fed, inside) = self.sublayers(tape, &x_md, &taken, policy, cache, Some(&part));
+        let increment = add(tape, &attended, &fed);
+        let y = scatter(tape, x, &increment, &factor_m1, &selection.rows_m);
+        (y, Trace { depths: Some(trace), ..inside })
+    }
+
+    /// What attention adds to the stream, the stream behind it, and what the feed-forward adds to that.
+    fn sublayers<'a, T: Real>(
+        &self,
+        tape: &mut Tape<'a, T>,
+        x: &Value<T>,
+        pass: &Pass<'a, T>,
+        policy: Option<&Policy>,
+        cache: Option<&mut LayerCache<T>>,
+        part: Option<&Part>,
+    ) -> (Value<T>, Value<T>, Value<T>, Trace<T>) {
+        let (first, offsets_b1) = (4 * self.index + 1, &pass.documents.offsets_b1);
         let normed = rms_norm(tape, x, self.attention_norm, self.epsilon);
-        (pass.watch)(tape, first + 1, &normed);
-        let start = cache.as_ref().map_or(0, |cache| cache.past(self)); // attention adds to it
-        let (attended, heads) = self.attention(tape, &normed, &pass.documents, cache);
-        let x = add(tape, x, &attended);
-        (pass.watch)(tape, first + 2, &x);
-        let normed = rms_norm(tape, &x, self.feed_forward_norm, self.epsilon);
-        (pass.watch)(tape, first + 3, &normed);
-        let input =
-            RouterInput::new(&pass.documents.offsets_b1, &pass.documents.tokens_n, self.index).starting_at(start);
-        let (fed, experts) = self.feed_forward(tape, &normed, &input, policy, pass.mode);
-        (add(tape, &x, &fed), Trace { experts, heads })
+        (pass.watch)(tape, first + 1, &normed, offsets_b1);
+        let start = cache.as_ref().map_or(0, |cache| cache.before);
+        let (attended, heads) = self.attention(tape, &normed, offsets_b1, cache, part);
+        let middle = add(tape, x, &attended);
+        (pass.watch)(tape, first + 2, &middle, offsets_b1);
+        let normed = rms_norm(tape, &middle, self.feed_forward_norm, self.epsilon);
+        (pass.watch)(tape, first + 3, &normed, offsets_b1);
+        let (fed, mut experts) = self.feed_forward(tape, &normed, &pass.documents, start, policy, pass.mode);
+        if let Some(trace) = &mut experts {
+            trace.taken = part.map(|part| part.selection.clone());
+        }
+        (attended, middle, fed, Trace { depths: None, experts, heads })
     }
 
     fn feed_forward<'a, T: Real>(
         &self,
         tape: &mut Tape<'a, T>,
         x: &Value<T>,
-        input: &RouterInput<'_, T>,
+        documents: &Documents,
+        start: usize,
         policy: Option<&Policy>,
         mode: Mode,
     ) -> (Value<T>, Option<ExpertTrace<T>>) {
@@ -180,6 +255,7 @@ impl Block {
         routers.extend(threshold.map(|(weight, _)| (weight, Precision::F32)));
         let mut scored = linears(tape, x, &routers);
         let (scores_ne, logits_n1) = (scored.remove(0), scored.pop());
+        let input = &RouterInput::new(&documents.offsets_b1, &documents.tokens_n, self.index).starting_at(start);
         let (weights_a, gates, routing) = match (threshold.zip(logits_n1), policy) {
             (Some(((_, bias), logits_n1)), Policy::LearnedP(policy)) => {
                 let (weights_a, gates, routing) =
@@ -192,7 +268,8 @@ impl Block {
             }
         };
         let y = experts(tape, x, &weights_a, &routing.assignments, gate_up, down);
-        (y, Some(ExpertTrace { layer: self.index, scores_ne, weights_a, gates, routing }))
+        let documents = documents.clone();
+        (y, Some(ExpertTrace { layer: self.index, scores_ne, weights_a, gates, routing, documents, taken: None }))
     }
 
     /// Causal attention of the normed stream; with a mixture of heads every head's output is multiplied by its gate, and heads that a token did not
@@ -201,8 +278,9 @@ impl Block {
         &self,
         tape: &mut Tape<'a, T>,
         x: &Value<T>,
-        documents: &Documents,
+        offsets_b1: &Arc<[usize]>,
         cache: Option<&mut LayerCache<T>>,
+        part: Option<&Part>,
     ) -> (Value<T>, Option<HeadTrace<T>>) {
         // All products of the normed stream at once. Scores of heads take f32 in every precision, as those of routers do.
         let precision = tape.precision();
@@ -213,7 +291,14 @@ impl Block {
         }
         let mut products = linears(tape, x, &weights).into_iter();
         let mut next = || products.next().expect("one product per weight");
-        let [q, k, v] = [next(), next(), next()];
+        let [mut q, mut k, v] = [next(), next(), next()];
+        let mut spec = self.spec;
+        // Attention takes rows for positions; those of a part are turned before it.
+        if let (Position::Rope { base }, Some(part)) = (spec.position, part) {
+            q = rope(tape, &q, spec.heads, base, &part.positions_m);
+            k = rope(tape, &k, spec.kv_heads, base, &part.positions_m);
+            spec.position = Position::None;
+        }
         let gated = self.heads.as_ref().map(|heads| {
             let routed_nh = next();
             let [shared, split] = [heads.shared, heads.split].map(|weight| weight.map(|_| next()));
@@ -227,19 +312,46 @@ impl Block {
             routed: selection.routing.assignments.clone(),
         });
         let o = match cache {
-            None => attention(tape, [&q, &k, &v], &documents.offsets_b1, self.spec, mixture),
+            None => attention(tape, [&q, &k, &v], offsets_b1, spec, mixture),
             Some(cache) => {
                 cache.keys.extend_from_slice(k.data());
                 cache.values.extend_from_slice(v.data());
-                let table: &[T] = match self.spec.position {
+                let table: &[T] = match spec.position {
                     Position::Cope { table } => &tape.param(&table)[..table.len()],
                     _ => &[],
                 };
-                let (m, t) = (q.rows(), cache.past(self));
-                let rows = decode([q.data(), &cache.keys, &cache.values], (m, t), self.spec, mixture, table);
+                let (m, t) = (q.rows(), cache.keys.len() / k.width());
+                let rows = decode([q.data(), &cache.keys, &cache.values], (m, t), spec, mixture, table);
                 tape.constant(&rows, m, q.width())
             }
         };
         (linear(tape, &o, self.output), gated.map(|(_, trace)| trace))
+    }
+}
+
+/// The part of the tokens that a routed block takes, and their positions in their documents.
+struct Part {
+    selection: Arc<Selection>,
+    positions_m: Arc<[u32]>,
+}
+
+impl Depth {
+    /// Scores the tokens and chooses: the best of each document in training, by the score alone otherwise. Returns the pass of the taken tokens too.
+    fn choose<'a, T: Real>(
+        &self,
+        tape: &mut Tape<'a, T>,
+        x: &Value<T>,
+        pass: &Pass<'a, T>,
+        layer: usize,
+    ) -> (Pass<'a, T>, DepthTrace<T>) {
+        let scores_n1 = linears(tape, x, &[(self.router, Precision::F32)]).remove(0);
+        let Documents { tokens_n, offsets_b1 } = &pass.documents;
+        let selection = Arc::new(match pass.mode {
+            Mode::Train => depths::best(scores_n1.data(), offsets_b1, self.capacity),
+            Mode::Evaluate => depths::causal(scores_n1.data(), offsets_b1),
+        });
+        let tokens_n = selection.rows_m.iter().map(|&t| tokens_n[t as usize]).collect();
+        let documents = Documents { tokens_n, offsets_b1: selection.offsets_b1.clone() };
+        (Pass { documents, ..pass.clone() }, DepthTrace { layer, scores_n1, selection })
     }
 }

@@ -33,6 +33,8 @@ pub struct Model {
     pub position: Position,
     /// Mixture of heads.
     pub heads: Heads,
+    /// Mixture of depths.
+    pub depths: Depths,
     /// Feed-forward of every block: dense, or experts chosen by a policy.
     pub router: moe_router::Config,
 }
@@ -74,6 +76,35 @@ pub struct Heads {
     pub active: usize,
 }
 
+/// Mixture of depths (Raposo 2024, arXiv 2404.02258): some tokens pass a routed block unchanged. The others attend to each other alone; a window
+/// counts them alone too.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Depths {
+    /// Share of the tokens of a document that a routed block takes in training, above 0, at most 1; 1 = no routed blocks.
+    pub capacity: f64,
+    /// Every so many-th block is routed: 2 routes the second, the fourth, …
+    pub every: usize,
+}
+
+impl Depths {
+    /// Whether there are routed blocks.
+    pub fn on(&self) -> bool {
+        self.capacity < 1.0
+    }
+
+    /// Whether block `i` (from 0) is routed.
+    pub fn routes(&self, i: usize) -> bool {
+        self.on() && (i + 1).is_multiple_of(self.every.max(1))
+    }
+}
+
+impl Default for Depths {
+    fn default() -> Self {
+        Self { capacity: 1.0, every: 2 }
+    }
+}
+
 impl Default for Model {
     fn default() -> Self {
         Self {
@@ -87,6 +118,7 @@ impl Default for Model {
             rms_norm_eps: 1e-6,
             position: Position::default(),
             heads: Heads::default(),
+            depths: Depths::default(),
             router: moe_router::Config::default(),
         }
     }
@@ -138,6 +170,7 @@ impl Model {
         }
         self.attention_problems(&mut problem);
         self.mixture_problems(&mut problem);
+        self.depth_problems(&mut problem);
         if self.window == Some(0) {
             problem("window", "must be at least 1; leave it out to see the whole document".into());
         }
@@ -187,6 +220,17 @@ impl Model {
         }
     }
 
+    fn depth_problems(&self, problem: &mut impl FnMut(&str, String)) {
+        let Depths { capacity, every } = self.depths;
+        if !(capacity > 0.0 && capacity <= 1.0) {
+            problem("depths.capacity", "must be above 0 and at most 1; 1 lets every block take every token".into());
+        } else if every == 0 || (self.depths.on() && every > self.num_layers) {
+            problem("depths.every", "must be from 1 to model.num_layers, so that some block is routed".into());
+        } else if !self.depths.on() && every != Depths::default().every {
+            problem("depths.every", "has no effect with model.depths.capacity = 1; set that to 0.5, say".into());
+        }
+    }
+
     /// Number of parameters for a vocabulary of this size; `None` where it does not fit into 64 bits.
     pub fn num_parameters(&self, vocabulary: usize) -> Option<u64> {
         let size = |number: usize| u64::try_from(number).ok();
@@ -213,6 +257,8 @@ impl Model {
         };
         let block = [projections, cope, mixture, feed_forward, d.checked_mul(2)?];
         let blocks = block.iter().try_fold(0u64, |sum, part| sum.checked_add(*part))?.checked_mul(layers)?;
+        let routed = if self.depths.on() { layers / size(self.depths.every)?.max(1) } else { 0 };
+        let blocks = blocks.checked_add(routed.checked_mul(d)?)?;
         let tables = if self.tie_word_embeddings { 1 } else { 2 };
         let embeddings = size(vocabulary)?.checked_mul(d)?.checked_mul(tables)?;
         let positions = if self.position.kind == PositionKind::Learned { max.checked_mul(d)? } else { 0 };
@@ -249,6 +295,16 @@ mod tests {
     }
 
     #[test]
+    fn every_so_many_th_block_is_routed() {
+        let depths = Depths { capacity: 0.5, every: 2 };
+        assert_eq!((0..5).map(|i| depths.routes(i)).collect::<Vec<_>>(), [false, true, false, true, false]);
+        let model = Model { depths, num_layers: 5, ..Model::default() };
+        let plain = Model { num_layers: 5, ..Model::default() };
+        assert_eq!(model.num_parameters(10).unwrap(), plain.num_parameters(10).unwrap() + 2 * 128);
+        assert!((0..5).all(|i| !Depths::default().routes(i)));
+    }
+
+    #[test]
     fn each_rule_names_its_key() {
         assert_eq!(keys(|m| m.hidden_size = 130), ["hidden_size"]);
         assert_eq!(keys(|m| m.num_layers = 0), ["num_layers"]);
@@ -261,6 +317,13 @@ mod tests {
         assert_eq!(keys(|m| m.heads.active = 0), ["heads.active"]);
         assert_eq!(keys(|m| m.heads.active = 7), ["heads.active"]);
         assert_eq!(keys(|m| m.heads = Heads { shared: 0, routed: 0, active: 0 }), [""; 0]);
+        for capacity in [0.0, -0.5, 1.01, f64::NAN] {
+            assert_eq!(keys(|m| m.depths.capacity = capacity), ["depths.capacity"]);
+        }
+        assert_eq!(keys(|m| m.depths = Depths { capacity: 0.5, every: 4 }), ["depths.every"]);
+        assert_eq!(keys(|m| m.depths = Depths { capacity: 0.5, every: 0 }), ["depths.every"]);
+        assert_eq!(keys(|m| m.depths.every = 3), ["depths.every"]);
+        assert_eq!(keys(|m| m.depths = Depths { capacity: 0.5, every: 3 }), [""; 0]);
         assert_eq!(keys(|m| m.rms_norm_eps = 0.0), ["rms_norm_eps"]);
         assert_eq!(keys(|m| m.rms_norm_eps = f64::NAN), ["rms_norm_eps"]);
         assert_eq!(keys(|m| (m.hidden_size, m.position.kind) = (8, PositionKind::Rope)), ["hidden_size"]);

@@ -4,8 +4,8 @@
 //! n tokens of all documents of a batch one after the other (ragged, no padding), d width, h heads, e experts, v vocabulary.
 
 use crate::block::Pass;
-pub(crate) use crate::block::{Block, FeedForward, Heads};
-pub use crate::block::{ExpertTrace, HeadTrace, LayerCache};
+pub(crate) use crate::block::{Block, Depth, FeedForward, Heads};
+pub use crate::block::{DepthTrace, ExpertTrace, HeadTrace, LayerCache};
 use crate::config::{Model, PositionKind};
 use moe_router::{Mode, Policy};
 use std::rc::Rc;
@@ -52,16 +52,17 @@ pub struct Output<T: Real> {
     pub hidden_nd: Value<T>,
     pub experts: Vec<ExpertTrace<T>>,
     pub heads: Vec<HeadTrace<T>>,
+    pub depths: Vec<DepthTrace<T>>,
 }
 
-/// Called with (flat layer, value) at the input of each flat layer (0 embedding output, then per block: attention sublayer, normed input of
+/// Called with (flat layer, value, where its documents start) at the input of each flat layer (0 embedding output, then per block: attention sublayer, normed input of
 /// attention, feed-forward sublayer, normed input of the feed-forward; final norm; output projection). A block that is replayed on the walk
-/// back calls it twice: first on values without gradient, then on those that have one.
-pub type Watch<'a, T> = Rc<dyn Fn(&mut Tape<'a, T>, usize, &Value<T>) + 'a>;
+/// back calls it twice: first on values without gradient, then on those that have one. Inside a routed block there are only the tokens it takes.
+pub type Watch<'a, T> = Rc<dyn Fn(&mut Tape<'a, T>, usize, &Value<T>, &Arc<[usize]>) + 'a>;
 
 /// Looks at nothing.
 pub fn unwatched<'a, T: Real>() -> Watch<'a, T> {
-    Rc::new(|_, _, _| {})
+    Rc::new(|_, _, _, _| {})
 }
 
 /// The architecture over a parameter layout; holds no numbers.
@@ -88,6 +89,9 @@ fn tensors(config: &Model, vocab_size: usize) -> Vec<(String, Vec<usize>, bool)>
     }
     for i in 0..config.num_layers {
         let layer = |part: &str| format!("model.layers.{i}.{part}");
+        if config.depths.routes(i) {
+            tensor(layer("depths.weight"), &[1, d], true);
+        }
         tensor(layer("input_layernorm.weight"), &[d], true);
         tensor(layer("self_attn.q_proj.weight"), &[q, d], true);
         tensor(layer("self_attn.k_proj.weight"), &[kv, d], true);
@@ -173,6 +177,9 @@ impl Transformer {
             Block {
                 index: i,
                 epsilon: config.rms_norm_eps,
+                depth: layout
+                    .get(&format!("model.layers.{i}.depths.weight"))
+                    .map(|router| Depth { router, capacity: config.depths.capacity }),
                 attention_norm: layer("input_layernorm.weight"),
                 query: layer("self_attn.q_proj.weight"),
                 key: layer("self_attn.k_proj.weight"),
@@ -302,15 +309,16 @@ impl Transformer {
         if let Some(table) = self.positions {
             let past = match &context {
                 Context::Documents => 0,
-                Context::Cache(layers) => layers[0].past(&self.blocks[0]),
+                Context::Cache(layers) => layers[0].past,
             };
             let ids: Vec<u32> = documents.positions().into_iter().map(|p| p + past as u32).collect();
             let positions = embedding(tape, &ids.into(), table);
             x = add(tape, &x, &positions);
         }
-        watch(tape, 0, &x);
+        let offsets_b1 = &documents.offsets_b1;
+        watch(tape, 0, &x, offsets_b1);
         let pass = Pass { documents: documents.clone(), mode, watch };
-        let mut output = Output { hidden_nd: x, experts: Vec::new(), heads: Vec::new() };
+        let mut output = Output { hidden_nd: x, experts: Vec::new(), heads: Vec::new(), depths: Vec::new() };
         for (i, block) in self.blocks.iter().enumerate() {
             let (x, policy) = (&output.hidden_nd, policies.get(i));
             let (y, trace) = match &mut context {
@@ -321,10 +329,11 @@ impl Transformer {
             output.hidden_nd = y;
             output.experts.extend(trace.experts);
             output.heads.extend(trace.heads);
+            output.depths.extend(trace.depths);
         }
-        (pass.watch)(tape, 4 * self.blocks.len() + 1, &output.hidden_nd);
+        (pass.watch)(tape, 4 * self.blocks.len() + 1, &output.hidden_nd, offsets_b1);
         output.hidden_nd = rms_norm(tape, &output.hidden_nd, self.norm, self.config.rms_norm_eps);
-        (pass.watch)(tape, 4 * self.blocks.len() + 2, &output.hidden_nd);
+        (pass.watch)(tape, 4 * self.blocks.len() + 2, &output.hidden_nd, offsets_b1);
         output
     }
 }

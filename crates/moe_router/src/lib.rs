@@ -7,6 +7,7 @@
 pub mod balance;
 pub mod budget;
 pub mod config;
+pub mod depths;
 pub mod expert_choice;
 pub mod forced;
 pub mod heads;

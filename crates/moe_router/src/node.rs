@@ -3,7 +3,7 @@
 
 use crate::heads::{self, HeadGradients, HeadScores, Selection};
 use crate::learned_p::LearnedP;
-use crate::{Mode, Policy, RouterInput, Routing, losses};
+use crate::{Mode, Policy, RouterInput, Routing, depths, losses};
 use std::sync::Arc;
 use tensor::profile::Cost;
 use tensor::{Param, Real, Tape, Value};
@@ -192,6 +192,21 @@ pub fn head_balance_loss<'a, T: Real>(
     )
 }
 
+/// `depths::loss` of scores [n, 1] as [1, 1].
+pub fn depth_loss<'a, T: Real>(
+    tape: &mut Tape<'a, T>,
+    scores_n1: &Value<T>,
+    selection: &Arc<depths::Selection>,
+) -> Value<T> {
+    let (measured, selection) = (selection.clone(), selection.clone());
+    loss(
+        tape,
+        scores_n1,
+        move |scores| depths::loss(scores, &measured),
+        move |scores, upstream, dscores| depths::loss_backward(scores, &selection, upstream, dscores),
+    )
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -326,6 +341,14 @@ mod tests {
             vec![head_gates(tape, None, &v[0], None, 2).0]
         });
         assert!(worst < 1e-7, "without shared heads: {worst}");
+    }
+
+    #[test]
+    fn gradients_of_the_loss_of_depths_agree_with_differences() {
+        let input = Input::random(4, ROWS, 1, 1.0);
+        let selection = Arc::new(depths::best(&input.data, &OFFSETS, 0.5));
+        let worst = check::worst(Engine::Cpu, &[input], &[], |tape, v| vec![depth_loss(tape, &v[0], &selection)]);
+        assert!(worst < 1e-8, "{worst}");
     }
 
     #[test]

@@ -10,6 +10,7 @@ use crate::flops;
 use crate::learner::{Learner, thread_pool};
 use crate::run::{Run, Train};
 use crate::{optimizers, record};
+use model::config::MAX_LAYERS;
 use serde_json::{Map, Value, json};
 use std::time::Instant;
 use tensor::Random;
@@ -95,7 +96,10 @@ fn activations(run: &Run, checkpoints: bool, vocab: usize, n: f64, score_std: f6
     };
     let scores = model.router.experts().map_or(0.0, |e| e.num_experts as f64) + model.heads.routed as f64;
     let block = attention + kept * passing;
-    let blocks = if checkpoints { layers * (d + scores) + block } else { layers * block };
+    // A routed block keeps what a block keeps of the tokens it takes, those tokens and what it adds to them, and the stream of all.
+    let routed = (0..model.num_layers.min(MAX_LAYERS)).filter(|&i| model.depths.routes(i)).count() as f64;
+    let part = model.depths.capacity * (block + 2.0 * d) + d;
+    let blocks = if checkpoints { layers * (d + scores) + block } else { (layers - routed) * block + routed * part };
     let per_token = blocks + 6.0 * d + passing + rows;
     let v = vocab as f64;
     // Weights as packed for the products of an op: of the experts, of attention, of the output projection in both directions.
@@ -268,6 +272,16 @@ mod tests {
         assert_eq!(mean(r#"{"kind": "top_p", "p": 0.4, "num_experts": 4}"#, 1e-9), 2.0, "uniform scores");
         let sure = mean(r#"{"kind": "top_p", "p": 0.4}"#, 50.0);
         assert!((1.0..1.2).contains(&sure), "{sure}");
+    }
+
+    #[test]
+    fn routed_blocks_take_less() {
+        let activations = |capacity: f64| {
+            let mut run = Run::default();
+            (run.model.num_layers, run.model.depths.capacity) = (8, capacity);
+            Memory::new(&run, 1000, 640, 0.0).activations
+        };
+        assert!(activations(0.125) < activations(0.5) && activations(0.5) < activations(1.0));
     }
 
     #[test]

@@ -49,6 +49,22 @@ pub fn losses_by_length(weights: &Weights<'_>, text: &TextSource, batches: usize
     text.lengths().iter().filter_map(|length| Some((*length, loss(*length)?))).collect()
 }
 
+/// Share of the tokens that the routed blocks of a mixture of depths take by the causal rule, mean over those blocks. None without them.
+pub fn capacity(weights: &Weights<'_>, documents: &[&Document]) -> Option<f64> {
+    let arena = Arena::default();
+    let (mut taken, mut given) = (0usize, 0usize);
+    for document in documents.iter().filter(|_| weights.transformer.config.depths.on()) {
+        let tokens = document.tokens[..document.tokens.len().saturating_sub(1)].to_vec();
+        let mut tape = Tape::inference(weights.engine, weights.params, &arena).with_precision(weights.precision);
+        let batch = Documents::new(tokens.clone(), vec![0, tokens.len()]);
+        let (model, policies) = (weights.transformer, weights.policies);
+        let output = model.forward(&mut tape, &batch, policies, Mode::Evaluate, Context::Documents, unwatched());
+        taken += output.depths.iter().map(|trace| trace.selection.rows_m.len()).sum::<usize>();
+        given += output.depths.iter().map(|trace| trace.selection.n).sum::<usize>();
+    }
+    (given > 0).then(|| taken as f64 / given as f64)
+}
+
 /// Cross-entropy of every target of every document.
 fn row_losses(weights: &Weights<'_>, documents: &[&Document], arena: &Arena<f32>) -> Vec<Vec<f64>> {
     let inputs = |d: &&Document| d.tokens[..d.tokens.len().saturating_sub(1)].to_vec();

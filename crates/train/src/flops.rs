@@ -2,8 +2,10 @@
 //! for each operand), nothing recomputed, nothing elementwise.
 
 use model::config::{Model, PositionKind};
+use moe_router::depths::taken;
 
-/// Products of one step on documents with these offsets when a token uses `experts_per_token` experts of a sparse layer on average.
+/// Products of one step on documents with these offsets when a token uses `experts_per_token` experts of a sparse layer on average. Routed blocks take
+/// the share of the tokens that training gives them.
 pub fn step(model: &Model, vocab: usize, offsets_b1: &[usize], experts_per_token: f64) -> f64 {
     3.0 * forward(model, vocab, offsets_b1, experts_per_token)
 }
@@ -19,17 +21,25 @@ fn forward(model: &Model, vocab: usize, offsets_b1: &[usize], experts_per_token:
         routed => (heads.shared + heads.active, heads.shared + routed + if heads.shared > 0 { 2 } else { 0 }),
     };
     let projections = d * (2.0 * d + 2.0 * kv + head_routers as f64);
-    let pairs: f64 = offsets_b1.windows(2).map(|w| pairs(w[1] - w[0], model.window)).sum();
     let table = match model.position.kind {
         PositionKind::Cope => (model.position.max + 1) as f64,
         _ => 0.0,
     };
-    let attention = active_heads as f64 * width * (2.0 * pairs + n * table);
     let feed_forward = match model.router.experts() {
         None => 3.0 * d * model.intermediate_size as f64,
         Some(e) => d * (e.num_experts as f64 + 3.0 * experts_per_token * e.expert_hidden_size as f64),
     };
-    2.0 * (model.num_layers as f64 * (n * (projections + feed_forward) + attention) + n * d * vocab as f64)
+    let lengths = || offsets_b1.windows(2).map(|w| w[1] - w[0]);
+    // A block that is given so many tokens of each document.
+    let block = |lengths: Vec<usize>| {
+        let (n, pairs) = lengths.iter().fold((0.0, 0.0), |(n, sum), &t| (n + t as f64, sum + pairs(t, model.window)));
+        n * (projections + feed_forward) + active_heads as f64 * width * (2.0 * pairs + n * table)
+    };
+    let (whole, part) =
+        (block(lengths().collect()), block(lengths().map(|t| taken(model.depths.capacity, t)).collect()));
+    let routed = (0..model.num_layers).filter(|&i| model.depths.routes(i)).count() as f64;
+    let blocks = (model.num_layers as f64 - routed) * whole + routed * (part + n * d);
+    2.0 * (blocks + n * d * vocab as f64)
 }
 
 /// Pairs of query and key of a document of `t` tokens.
@@ -57,6 +67,11 @@ mod tests {
         let windowed = layer - 4 * 2 * 2;
         assert_eq!(step(&model, 10, &[0, 3, 5], 0.0), (3 * 2 * (2 * windowed + 5 * 8 * 10)) as f64);
         model.window = None;
+        // The second block takes 2 tokens of the first document and 1 of the second: 3 + 1 pairs, and it scores all 5.
+        model.depths.capacity = 0.5;
+        let routed = 3 * 8 * 24 + 3 * 3 * 8 * 16 + 4 * 2 * 2 * 4 + 5 * 8;
+        assert_eq!(step(&model, 10, &[0, 3, 5], 0.0), (3 * 2 * (layer + routed + 5 * 8 * 10)) as f64);
+        model.depths.capacity = 1.0;
         model.router = serde_json::from_str(r#"{"kind": "top_p", "num_experts": 4, "expert_hidden_size": 6}"#).unwrap();
         (model.heads.shared, model.heads.routed, model.heads.active) = (1, 3, 2);
         model.position.kind = PositionKind::Cope;

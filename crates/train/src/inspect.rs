@@ -155,7 +155,10 @@ fn pass<T: Forward>(
     let experts = output
         .experts
         .iter()
-        .map(|trace| (0..batch.tokens_n.len()).map(|t| trace.routing.row(t).to_vec()).collect())
+        .map(|trace| {
+            let row = |t: usize| trace.row(t).map_or(Vec::new(), |t| trace.routing.row(t).to_vec());
+            (0..batch.tokens_n.len()).map(row).collect()
+        })
         .collect();
     drop(output);
     let total = found.total.scalar().to_f64();

@@ -60,7 +60,7 @@ pub fn shape(name: &str, param: Param) -> Vec<usize> {
     }
 }
 
-/// Which flat layer every parameter belongs to: 0 embedding (and learned positions); 1 + 4i attention of block i, 2 + 4i its norm,
+/// Which flat layer every parameter belongs to: 0 embedding (and learned positions); 1 + 4i attention of block i (and its choice of tokens), 2 + 4i its norm,
 /// 3 + 4i feed-forward (dense, or router and experts), 4 + 4i its norm; 4L + 1 final norm; 4L + 2 output projection (empty when tied).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FlatLayers {
@@ -153,7 +153,7 @@ fn flat_layer(name: &str, num_layers: usize) -> Option<usize> {
     let (block, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
     let block = block.parse::<usize>().ok().filter(|&block| block < num_layers)?;
     let place = match rest.split('.').next()? {
-        "self_attn" => 1,
+        "self_attn" | "depths" => 1,
         "input_layernorm" => 2,
         "mlp" => 3,
         "post_attention_layernorm" => 4,

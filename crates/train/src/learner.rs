@@ -91,6 +91,8 @@ pub struct Update {
     pub loss_sum: f64,
     /// (block, mean experts per token) of the sparse blocks.
     pub experts_per_token: Vec<(usize, f64)>,
+    /// (block, [share of the tokens it took, share that the causal rule would take, share for which both say the same]) of the routed blocks.
+    pub depths: Vec<(usize, [f64; 3])>,
     /// ‖∂L/∂(input of the layer)‖, mean over documents of their own loss.
     pub activation_norms: Vec<f64>,
     /// ‖gradient‖ before clipping.
@@ -378,26 +380,29 @@ impl Pass<'_> {
         let tape = Tape::new(self.engine, self.params, self.arena).with_precision(self.precision);
         let mut tape = tape.with_checkpoints(self.checkpoints);
         let documents = Documents::new(part.tokens_n.clone(), part.offsets_b1.clone());
-        let offsets = documents.offsets_b1.clone();
         let seen = norms.clone();
-        let watch = Rc::new(move |tape: &mut Tape<'_, f32>, layer: usize, value: &Value<f32>| {
-            let (norms, offsets, width) = (seen.clone(), offsets.clone(), value.width());
-            tape.watch(value, move |g| norms.borrow_mut()[layer] += document_norms(g, &offsets, width));
-        });
+        let watch =
+            Rc::new(move |tape: &mut Tape<'_, f32>, layer: usize, value: &Value<f32>, offsets: &Arc<[usize]>| {
+                let (norms, offsets, width) = (seen.clone(), offsets.clone(), value.width());
+                tape.watch(value, move |g| norms.borrow_mut()[layer] += document_norms(g, &offsets, width));
+            });
         let output = self.model.forward(&mut tape, &documents, self.policies, Mode::Train, Context::Documents, watch);
         let targets = Targets { ids_n: part.targets_n.clone().into(), weights_n: part.loss_weights_n.clone().into() };
         let found = loss::loss(&mut tape, self.model, &output, &targets, self.coefficients, share);
         let observe_span = profile::span("observe", Direction::Update, Work::default());
         for (slot, trace) in output.experts.iter().enumerate() {
-            let scores = &trace.scores_ne;
-            let input = RouterInput::new(&part.offsets_b1, &part.tokens_n, trace.layer)
-                .with_scores(scores.data(), scores.width());
+            let (scores, Documents { tokens_n, offsets_b1 }) = (&trace.scores_ne, &trace.documents);
+            let input = RouterInput::new(offsets_b1, tokens_n, trace.layer).with_scores(scores.data(), scores.width());
             self.policies[slot].observe(&mut sum.observations[slot], &input, &trace.routing);
-            epoch.observe(slot, trace.scores_ne.data(), &trace.routing, &part.tokens_n);
+            epoch.observe(slot, scores.data(), &trace.routing, tokens_n);
             sum.add_experts(trace.layer, share.tokens * trace.routing.active_per_token());
             if self.keeps_routings {
                 sum.routings.push(trace.routing.clone());
             }
+        }
+        for trace in &output.depths {
+            let (foretold, agreed) = trace.selection.foretold(trace.scores_n1.data());
+            sum.add_depth(trace.layer, [trace.selection.share(), foretold, agreed].map(|mean| share.tokens * mean));
         }
         drop((observe_span, output));
         sum.add_losses(&found, part, share);
@@ -415,6 +420,7 @@ impl Update {
             document_losses: Vec::new(),
             loss_sum: 0.0,
             experts_per_token: Vec::new(),
+            depths: Vec::new(),
             activation_norms: vec![0.0; layers],
             param_norms: Vec::new(),
             ratios: Vec::new(),
@@ -438,6 +444,13 @@ impl Update {
         match self.experts_per_token.iter_mut().find(|(l, _)| *l == layer) {
             Some((_, mean)) => *mean += active,
             None => self.experts_per_token.push((layer, active)),
+        }
+    }
+
+    fn add_depth(&mut self, layer: usize, measured: [f64; 3]) {
+        match self.depths.iter_mut().find(|(l, _)| *l == layer) {
+            Some((_, sums)) => sums.iter_mut().zip(measured).for_each(|(sum, more)| *sum += more),
+            None => self.depths.push((layer, measured)),
         }
     }
 

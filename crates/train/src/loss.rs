@@ -72,6 +72,10 @@ pub fn loss<'a, T: Real>(
         let value = node::head_balance_loss(tape, &trace.routed_nh, &trace.selection);
         term("heads", trace.layer, value, coefficients.heads, output.heads.len());
     }
+    for trace in &output.depths {
+        let value = node::depth_loss(tape, &trace.scores_n1, &trace.selection);
+        term("depths", trace.layer, value, coefficients.depths, output.depths.len());
+    }
     let cross_entropy = match smoothing > 0.0 {
         true => weighted_mean(&losses_n, &targets.weights_n),
         false => entropy.scalar().to_f64(),
@@ -87,9 +91,9 @@ fn weighted_mean(losses_n: &[f64], weights_n: &[f64]) -> f64 {
     weighted.sum()
 }
 
-/// Mean over layers of each auxiliary loss that exists, in the order balance, entropy, budget, z, heads.
+/// Mean over layers of each auxiliary loss that exists, in the order balance, entropy, budget, z, heads, depths.
 pub fn means(auxiliary: &[Auxiliary]) -> Vec<(&'static str, f64)> {
-    ["balance", "entropy", "budget", "z", "heads"]
+    ["balance", "entropy", "budget", "z", "heads", "depths"]
         .into_iter()
         .filter_map(|name| {
             let values: Vec<f64> = auxiliary.iter().filter(|a| a.name == name).map(|a| a.value).collect();
@@ -120,7 +124,8 @@ mod tests {
         let context = Context::Documents;
         let output = model.forward(&mut tape, &documents, &policies, Mode::Train, context, unwatched());
         let targets = Targets { weights_n: vec![1.0; ids.len()].into(), ids_n: ids.into() };
-        let none = Losses { balance: 0.0, entropy: 0.0, budget: 0.0, z: 0.0, heads: 0.0, label_smoothing: 0.0 };
+        let none =
+            Losses { balance: 0.0, entropy: 0.0, budget: 0.0, z: 0.0, heads: 0.0, depths: 0.0, label_smoothing: 0.0 };
         let found = loss(&mut tape, model, &output, &targets, &none, Share::WHOLE);
         drop(output);
         let mut flat = vec![0.0; params.len()];

@@ -7,6 +7,7 @@ use model::transformer::{Context, Documents};
 use moe_router::Mode;
 use std::cell::Cell;
 use std::rc::Rc;
+use std::sync::Arc;
 use tensor::{Arena, Tape, Value};
 
 /// The parameter, or the flat layer whose input is the first that is not finite when `batch` is walked forward; none if all of it is finite.
@@ -20,7 +21,7 @@ pub fn origin(learner: &Learner, batch: &Batch) -> Option<String> {
         let first = Cell::new(None);
         let mut tape = Tape::new(weights.engine, weights.params, &arena).with_precision(weights.precision);
         let documents = Documents::new(batch.tokens_n.clone(), batch.offsets_b1.clone());
-        let watch = Rc::new(|_: &mut Tape<'_, f32>, layer: usize, value: &Value<f32>| {
+        let watch = Rc::new(|_: &mut Tape<'_, f32>, layer: usize, value: &Value<f32>, _: &Arc<[usize]>| {
             if first.get().is_none() && value.data().iter().any(|x| !x.is_finite()) {
                 first.set(Some(layer));
             }

@@ -10,7 +10,7 @@ use crate::routing::Recording;
 use crate::run::Run;
 pub use model::generate::Sampling;
 use model::generate::Weights;
-use model::transformer::{Context, Documents, Transformer, unwatched};
+use model::transformer::{Context, Documents, ExpertTrace, Transformer, unwatched};
 use moe_router::overruled::{Overruled, Ruling};
 use moe_router::{Mode, Policy};
 use serde::{Deserialize, Serialize};
@@ -55,13 +55,32 @@ pub struct Routed {
     pub layers: Vec<RoutedLayer>,
 }
 
-/// One sparse layer: the experts of every token with their weights, best first, and all probabilities [n, e].
+/// One sparse layer: the experts of every token with their weights, best first, and all probabilities [n, e]; nothing and zeros for a token that a
+/// routed block did not take.
 pub struct RoutedLayer {
     pub layer: usize,
     pub num_experts: usize,
     pub experts: Vec<Vec<u32>>,
     pub weights: Vec<Vec<f32>>,
     pub probabilities_ne: Vec<f32>,
+}
+
+impl RoutedLayer {
+    /// What block `layer` decided for each token. A routed block leaves no `trace` where it took none.
+    fn new(layer: usize, num_experts: usize, tokens: usize, trace: Option<&ExpertTrace<f32>>) -> Self {
+        let (experts, weights) = (vec![Vec::new(); tokens], vec![Vec::new(); tokens]);
+        let probabilities_ne = vec![0.0; tokens * num_experts];
+        let mut routed = RoutedLayer { layer, num_experts, experts, weights, probabilities_ne };
+        let Some(trace) = trace else { return routed };
+        let p_me = moe_router::softmax::probabilities(trace.scores_ne.data(), num_experts);
+        for (t, p_e) in routed.probabilities_ne.chunks_exact_mut(num_experts).enumerate() {
+            let Some(row) = trace.row(t) else { continue };
+            routed.experts[t] = trace.routing.row(row).to_vec();
+            routed.weights[t] = trace.weights_a.data()[trace.routing.span(row)].to_vec();
+            p_e.copy_from_slice(&p_me[row * num_experts..(row + 1) * num_experts]);
+        }
+        routed
+    }
 }
 
 impl Trained {
@@ -173,18 +192,13 @@ impl Trained {
                 Context::Documents,
                 unwatched(),
             );
-            let layer = |trace: &model::transformer::ExpertTrace<f32>| {
-                let num_experts = trace.scores_ne.width();
-                let routing = &trace.routing;
-                RoutedLayer {
-                    layer: trace.layer,
-                    num_experts,
-                    experts: (0..tokens.len()).map(|t| routing.row(t).to_vec()).collect(),
-                    weights: (0..tokens.len()).map(|t| trace.weights_a.data()[routing.span(t)].to_vec()).collect(),
-                    probabilities_ne: moe_router::softmax::probabilities(trace.scores_ne.data(), num_experts),
-                }
+            let num_experts = self.model.config.router.experts().map_or(0, |e| e.num_experts);
+            let layer = |layer: usize| {
+                let trace = output.experts.iter().find(|trace| trace.layer == layer);
+                RoutedLayer::new(layer, num_experts, tokens.len(), trace)
             };
-            output.experts.iter().map(layer).collect()
+            let sparse = if num_experts > 0 { self.model.config.num_layers } else { 0 };
+            (0..sparse).map(layer).collect()
         });
         Ok(Routed { tokens: tokens.iter().map(|&id| self.tokenizer.token(id)).collect(), layers })
     }
@@ -254,11 +268,22 @@ impl Trained {
         }
     }
 
+    /// Refuses a model whose blocks are given some tokens only: a recording says the experts of every token in every block.
+    fn check_whole(&self) -> Result<(), TrainError> {
+        match self.model.config.depths.on() {
+            true => {
+                Err(TrainError::Usage("the routing of a mixture of depths can be neither recorded nor replayed".into()))
+            }
+            false => Ok(()),
+        }
+    }
+
     /// The routing of documents.
     fn recorded(&self, documents: &[Document]) -> Result<Recording, TrainError> {
         let Some(first) = self.policies.first() else {
             return Err(TrainError::Usage("this run has no experts: there is no routing to record".into()));
         };
+        self.check_whole()?;
         let mut recording = Recording::new(self.tokenizer.sha256(), self.policies.len(), first.num_experts());
         let documents: Vec<&Document> = documents.iter().collect();
         self.pool.install(|| evaluate::record(&self.weights(), &documents, &mut recording));
@@ -267,6 +292,7 @@ impl Trained {
 
     /// The policies under the routing of a file that must know all `documents`.
     fn replayed(&self, file: &Path, documents: &[Document]) -> Result<Vec<Policy>, TrainError> {
+        self.check_whole()?;
         let (recording, source) = Recording::read(file).map_err(|error| TrainError::Usage(error.to_string()))?;
         let bad = |reason: String| TrainError::Usage(format!("{}: {reason}", source.name));
         recording.check_tokenizer(&self.tokenizer.sha256()).map_err(bad)?;

@@ -459,6 +459,7 @@ impl Trainer {
         self.results.insert("tokens".into(), json!(self.at.tokens));
         self.results.insert("params".into(), json!(model.layout.count()));
         self.results.insert("active_params".into(), json!(model.active_params(experts).round() as u64));
+        self.results.insert("flops_per_token".into(), json!((self.at.flops / self.at.tokens.max(1) as f64).round()));
         self.results.insert("unknown_words".into(), json!(self.dataset.unknowns.count));
         self.save()?;
         self.event("completed", format!("completed {} steps", self.at.step))?;

@@ -42,6 +42,7 @@ use Seen::*;
 const SPARSE: &str = "model.router={kind='top_p', p=0.4, num_experts=4, expert_hidden_size=6}";
 const TOP_K: &str = "model.router={kind='top_k', k=2, num_experts=4, expert_hidden_size=6}";
 const LEARNED: &str = "model.router={kind='learned_p', num_experts=4, expert_hidden_size=6}";
+const HALF: &str = "model.depths.capacity=0.5";
 const TEXT_RUN: &str = "data.text=@text.txt";
 /// Held-out documents, looked at after every epoch; at rate 0 they never get better.
 const HELD_OUT: &[&str] = &["data.val_fraction=0.4", "eval.every=1", "train.epochs=4"];
@@ -94,6 +95,8 @@ const CASES: &[(&str, &[&str], &[&str], Seen)] = &[
     ("model.heads.shared", &[], &["model.heads.shared=2", "model.heads.routed=2"], Weights),
     ("model.heads.routed", &[], &["model.heads.routed=0"], Weights),
     ("model.heads.active", &[], &["model.heads.active=1"], Weights),
+    ("model.depths.capacity", &[], &["model.depths.capacity=0.5"], Weights),
+    ("model.depths.every", &[HALF], &["model.depths.every=1"], Weights),
     ("model.router.kind", &[], &[SPARSE], Weights),
     ("model.router.p", &[SPARSE], &["model.router.p=0.9"], Weights),
     ("model.router.renormalize", &[SPARSE], &["model.router.renormalize=true"], Weights),
@@ -150,6 +153,7 @@ const CASES: &[(&str, &[&str], &[&str], Seen)] = &[
     ("losses.budget", &[LEARNED], &["losses.budget=1"], Weights),
     ("losses.z", &[SPARSE], &["losses.z=1"], Weights),
     ("losses.heads", &[], &["losses.heads=1"], Weights),
+    ("losses.depths", &[HALF], &["losses.depths=1"], Weights),
     ("losses.label_smoothing", &[], &["losses.label_smoothing=0.1"], Weights),
     ("monitor.exploding", LONGER, &["monitor.exploding=1.01", "monitor.response=rate"], Weights),
     ("monitor.vanishing", LONGER, &["monitor.vanishing=1.01", "monitor.response=rate"], Weights),
@@ -351,6 +355,10 @@ const MENUS: &[(&str, &[&str])] = &[
         ],
     ),
     (
+        "model.depths",
+        &["{capacity=0.5, every=1}", "{capacity=0.01}", "{capacity=0}", "{every=1}", "{capacity=0.5, every=9}"],
+    ),
+    (
         "model.router",
         &[
             "{kind='dense'}",
@@ -410,6 +418,7 @@ const MENUS: &[(&str, &[&str])] = &[
     ("losses.budget", &["0", "1"]),
     ("losses.z", &["0", "1e10"]),
     ("losses.heads", &["0", "1"]),
+    ("losses.depths", &["0", "1", "-1"]),
     ("losses.label_smoothing", &["0", "0.1", "0.999", "1"]),
     (
         "monitor",

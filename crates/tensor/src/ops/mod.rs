@@ -5,6 +5,8 @@ pub mod combine;
 pub mod cross_entropy;
 pub mod embedding;
 pub mod experts;
+pub mod gather;
 pub mod linear;
 pub mod rms_norm;
+pub mod rope;
 pub mod swiglu;

@@ -97,7 +97,7 @@ impl Default for Train {
 
 impl Default for Losses {
     fn default() -> Self {
-        Self { balance: 0.01, entropy: 1e-4, budget: 0.01, z: 0.0, heads: 0.01, label_smoothing: 0.0 }
+        Self { balance: 0.01, entropy: 1e-4, budget: 0.01, z: 0.0, heads: 0.01, depths: 0.01, label_smoothing: 0.0 }
     }
 }
 

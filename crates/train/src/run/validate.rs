@@ -110,6 +110,9 @@ fn torch(run: &Run, found: &mut Found) {
     if run.data.routing.is_some() {
         refuse("data.routing", "a recorded routing");
     }
+    if run.model.depths.on() {
+        refuse("model.depths.capacity", "a mixture of depths");
+    }
     for name in run.phases() {
         if run.phase(name).activation_checkpointing {
             refuse("train.activation_checkpointing", "activation checkpointing");
@@ -151,6 +154,9 @@ fn data(run: &Run, found: &mut Found) {
     };
     let routed = !matches!(run.model.router, moe_router::Config::Dense {} | moe_router::Config::LearnedP { .. });
     found.require(routed || data.routing.is_none(), "data.routing", message);
+    let whole = !run.model.depths.on() || data.routing.is_none();
+    let message = "says the experts of every token in every block, and a mixture of depths gives a block some; set model.depths.capacity = 1";
+    found.require(whole, "data.routing", message);
 }
 
 /// Every length must fill a batch of as many tokens.
@@ -274,6 +280,7 @@ fn measures(run: &Run, found: &mut Found) {
         ("budget", losses.budget),
         ("z", losses.z),
         ("heads", losses.heads),
+        ("depths", losses.depths),
     ] {
         let good = number.is_finite() && number >= 0.0;
         found.require(good, format!("losses.{key}"), "must be a finite number, 0 or more; 0 only measures it");

@@ -153,6 +153,8 @@ impl Trainer {
             if let Some((mean, micro)) = evaluate::losses(&weights, &phase.documents()) {
                 found.push(("eval/train_loss", json!(mean)));
                 found.push(("eval/train_loss_micro", json!(micro)));
+                let capacity = evaluate::capacity(&weights, &phase.documents());
+                found.extend(capacity.map(|share| ("eval/capacity", json!(share))));
                 let averaged = self.mean_weights().and_then(|weights| evaluate::losses(&weights, &phase.documents()));
                 found.extend(averaged.map(|(mean, _)| ("eval/ema_train_loss", json!(mean))));
                 let facts = evaluate::losses(&weights, &self.dataset.phases[0].documents());
@@ -210,6 +212,15 @@ pub(super) fn describe(row: &mut Row, update: &Update, rate: f64) {
     }
     for (layer, experts) in &update.experts_per_token {
         row.number(&format!("moe/layer_{layer:02}/experts_per_token"), *experts);
+    }
+    for (name, which) in [("capacity", 0), ("causal_capacity", 1), ("accuracy", 2)] {
+        if !update.depths.is_empty() {
+            let sum: f64 = update.depths.iter().map(|(_, measured)| measured[which]).sum();
+            row.number(&format!("depths/{name}"), sum / update.depths.len() as f64);
+        }
+        for (layer, measured) in &update.depths {
+            row.number(&format!("depths/layer_{layer:02}/{name}"), measured[which]);
+        }
     }
     for layer in 0..update.param_norms.len() {
         row.number(&format!("grad/layer_{layer:02}/param_norm"), six_digits(update.param_norms[layer]));
