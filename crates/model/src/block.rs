@@ -1,13 +1,14 @@
 //! One block: x += attention(norm(x)); x += feed_forward(norm(x)). It owns what it needs to run, so that the walk back can run it again. A routed
 //! block (mixture of depths) takes some tokens only: x += r · (both sublayers of the taken ones), r their score, which is how it learns.
 
+use crate::config::AdaptiveWindow;
 use crate::transformer::{Documents, Watch};
 use moe_router::depths::{self, Selection};
 use moe_router::{Mode, Policy, RouterInput, Routing, node};
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
-use tensor::ops::attention::{Attention, Mixture, Position, attention, decode};
+use tensor::ops::attention::{Attention, Mixture, Position, attention, attention_within, decode, decode_within};
 use tensor::ops::{
     combine::add,
     experts::experts,
@@ -52,6 +53,8 @@ pub(crate) struct Block {
     pub(crate) value: Param,
     pub(crate) output: Param,
     pub(crate) spec: Attention,
+    /// How windows of their own for tokens follow from the block below.
+    pub(crate) windows: Option<AdaptiveWindow>,
     pub(crate) heads: Option<Heads>,
     pub(crate) feed_forward_norm: Param,
     pub(crate) feed_forward: FeedForward,
@@ -124,8 +127,34 @@ pub struct DepthTrace<T: Real> {
     pub selection: Arc<Selection>,
 }
 
+/// The windows of the tokens of a block, or of those that it took.
+#[derive(Clone, Debug)]
+pub struct WindowTrace {
+    pub layer: usize,
+    pub windows_n: Arc<[u32]>,
+    pub offsets_b1: Arc<[usize]>,
+}
+
+impl WindowTrace {
+    /// Mean window, and the share of earlier keys (the token itself counts among them) that windows hide.
+    pub fn mean_and_masked(&self) -> (f64, f64) {
+        let (mut sum, mut hidden, mut all) = (0.0, 0.0, 0.0);
+        for document in self.offsets_b1.windows(2) {
+            for (i, &window) in self.windows_n[document[0]..document[1]].iter().enumerate() {
+                sum += f64::from(window);
+                hidden += (i + 1).saturating_sub(window as usize) as f64;
+                all += (i + 1) as f64;
+            }
+        }
+        (sum / self.windows_n.len().max(1) as f64, hidden / f64::max(all, 1.0))
+    }
+}
+
 /// What one block decided.
 pub(crate) struct Trace<T: Real> {
+    pub(crate) windows: Option<WindowTrace>,
+    /// How broadly every token of the batch attended, for the windows of the block above.
+    pub(crate) breadth_n: Option<Arc<[f64]>>,
     pub(crate) depths: Option<DepthTrace<T>>,
     pub(crate) experts: Option<ExpertTrace<T>>,
     pub(crate) heads: Option<HeadTrace<T>>,
@@ -151,6 +180,8 @@ pub(crate) struct Pass<'a, T: Real> {
     pub(crate) documents: Documents,
     pub(crate) mode: Mode,
     pub(crate) watch: Watch<'a, T>,
+    /// How broadly every token attended in the block below.
+    pub(crate) breadth_n: Option<Arc<[f64]>>,
 }
 
 impl Block {
@@ -198,7 +229,8 @@ impl Block {
         let (taken, trace) = depth.choose(tape, x, pass, self.index);
         let selection = trace.selection.clone();
         if selection.rows_m.is_empty() {
-            return (x.clone(), Trace { depths: Some(trace), experts: None, heads: None });
+            let breadth_n = pass.breadth_n.clone();
+            return (x.clone(), Trace { depths: Some(trace), experts: None, heads: None, windows: None, breadth_n });
         }
         let positions_m = pass.documents.positions();
         let positions_m = selection.rows_m.iter().map(|&t| positions_m[t as usize] + past as u32).collect();
@@ -208,7 +240,13 @@ impl Block {
         let (attended, _, fed, inside) = self.sublayers(tape, &x_md, &taken, policy, cache, Some(&part));
         let increment = add(tape, &attended, &fed);
         let y = scatter(tape, x, &increment, &factor_m1, &selection.rows_m);
-        (y, Trace { depths: Some(trace), ..inside })
+        // Tokens that passed by keep what the block below said of them.
+        let breadth_n = inside.breadth_n.as_ref().map(|own_m| {
+            let mut all_n = pass.breadth_n.as_ref().map_or(vec![1.0; x.rows()], |below| below.to_vec());
+            selection.rows_m.iter().zip(&own_m[..]).for_each(|(&t, own)| all_n[t as usize] = *own);
+            all_n.into()
+        });
+        (y, Trace { depths: Some(trace), breadth_n, ..inside })
     }
 
     /// What attention adds to the stream, the stream behind it, and what the feed-forward adds to that.
@@ -225,16 +263,17 @@ impl Block {
         let normed = rms_norm(tape, x, self.attention_norm, self.epsilon);
         (pass.watch)(tape, first + 1, &normed, offsets_b1);
         let start = cache.as_ref().map_or(0, |cache| cache.before);
-        let (attended, heads) = self.attention(tape, &normed, offsets_b1, cache, part);
+        let (attended, mut trace) = self.attention(tape, &normed, pass, cache, part);
         let middle = add(tape, x, &attended);
         (pass.watch)(tape, first + 2, &middle, offsets_b1);
         let normed = rms_norm(tape, &middle, self.feed_forward_norm, self.epsilon);
         (pass.watch)(tape, first + 3, &normed, offsets_b1);
         let (fed, mut experts) = self.feed_forward(tape, &normed, &pass.documents, start, policy, pass.mode);
-        if let Some(trace) = &mut experts {
-            trace.taken = part.map(|part| part.selection.clone());
+        if let Some(experts) = &mut experts {
+            experts.taken = part.map(|part| part.selection.clone());
         }
-        (attended, middle, fed, Trace { depths: None, experts, heads })
+        trace.experts = experts;
+        (attended, middle, fed, trace)
     }
 
     fn feed_forward<'a, T: Real>(
@@ -278,10 +317,11 @@ impl Block {
         &self,
         tape: &mut Tape<'a, T>,
         x: &Value<T>,
-        offsets_b1: &Arc<[usize]>,
+        pass: &Pass<'a, T>,
         cache: Option<&mut LayerCache<T>>,
         part: Option<&Part>,
-    ) -> (Value<T>, Option<HeadTrace<T>>) {
+    ) -> (Value<T>, Trace<T>) {
+        let offsets_b1 = &pass.documents.offsets_b1;
         // All products of the normed stream at once. Scores of heads take f32 in every precision, as those of routers do.
         let precision = tape.precision();
         let mut weights = [self.query, self.key, self.value].map(|weight| (weight, precision)).to_vec();
@@ -311,8 +351,18 @@ impl Block {
             shared: selection.shared,
             routed: selection.routing.assignments.clone(),
         });
-        let o = match cache {
-            None => attention(tape, [&q, &k, &v], offsets_b1, spec, mixture),
+        let windows = self.windows.map(|windows| {
+            let below = |t: usize| pass.breadth_n.as_ref().map_or(1.0, |breadth_n| breadth_n[t]);
+            (0..q.rows()).map(|t| windows.keys(below(t)) as u32).collect::<Arc<[u32]>>()
+        });
+        let (o, breadth_n) = match cache {
+            None => match &windows {
+                None => (attention(tape, [&q, &k, &v], offsets_b1, spec, mixture), None),
+                Some(windows_n) => {
+                    let (o, breadth_n) = attention_within(tape, [&q, &k, &v], offsets_b1, spec, mixture, windows_n);
+                    (o, Some(breadth_n))
+                }
+            },
             Some(cache) => {
                 cache.keys.extend_from_slice(k.data());
                 cache.values.extend_from_slice(v.data());
@@ -320,12 +370,30 @@ impl Block {
                     Position::Cope { table } => &tape.param(&table)[..table.len()],
                     _ => &[],
                 };
-                let (m, t) = (q.rows(), cache.keys.len() / k.width());
-                let rows = decode([q.data(), &cache.keys, &cache.values], (m, t), spec, mixture, table);
-                tape.constant(&rows, m, q.width())
+                let (shape, inputs) =
+                    ((q.rows(), cache.keys.len() / k.width()), [q.data(), &cache.keys[..], &cache.values[..]]);
+                let (rows, breadth_n) = match &windows {
+                    None => (decode(inputs, shape, spec, mixture, table), None),
+                    Some(windows_m) => {
+                        let (rows, breadth_m) = decode_within(inputs, shape, spec, mixture, table, windows_m);
+                        (rows, Some(breadth_m))
+                    }
+                };
+                (tape.constant(&rows, q.rows(), q.width()), breadth_n)
             }
         };
-        (linear(tape, &o, self.output), gated.map(|(_, trace)| trace))
+        let trace = Trace {
+            depths: None,
+            experts: None,
+            heads: gated.map(|(_, trace)| trace),
+            windows: windows.map(|windows_n| WindowTrace {
+                layer: self.index,
+                windows_n,
+                offsets_b1: offsets_b1.clone(),
+            }),
+            breadth_n: breadth_n.map(Arc::from),
+        };
+        (linear(tape, &o, self.output), trace)
     }
 }
 
@@ -352,6 +420,8 @@ impl Depth {
         });
         let tokens_n = selection.rows_m.iter().map(|&t| tokens_n[t as usize]).collect();
         let documents = Documents { tokens_n, offsets_b1: selection.offsets_b1.clone() };
-        (Pass { documents, ..pass.clone() }, DepthTrace { layer, scores_n1, selection })
+        let taken = |breadth_n: &Arc<[f64]>| selection.rows_m.iter().map(|&t| breadth_n[t as usize]).collect();
+        let breadth_n = pass.breadth_n.as_ref().map(taken);
+        (Pass { documents, breadth_n, ..pass.clone() }, DepthTrace { layer, scores_n1, selection })
     }
 }

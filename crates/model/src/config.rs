@@ -29,6 +29,8 @@ pub struct Model {
     pub tie_word_embeddings: bool,
     /// Added to the mean square inside every RMSNorm.
     pub rms_norm_eps: f64,
+    /// Windows of their own for tokens.
+    pub adaptive_window: AdaptiveWindow,
     /// How attention knows where a token stands.
     pub position: Position,
     /// Mixture of heads.
@@ -37,6 +39,50 @@ pub struct Model {
     pub depths: Depths,
     /// Feed-forward of every block: dense, or experts chosen by a policy.
     pub router: moe_router::Config,
+}
+
+/// Windows that follow how broadly attention spreads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct AdaptiveWindow {
+    /// Whose windows differ.
+    pub kind: AdaptiveWindowKind,
+    /// Keys that a token sees whose attention in the block below was on one key (token).
+    pub min: usize,
+    /// Keys that a token sees whose attention in the block below was even, and in the first block; `min` plus a multiple of `block` (token).
+    pub max: usize,
+    /// Windows are rounded to `min` plus a multiple of this many keys (token).
+    pub block: usize,
+}
+
+/// Whose windows differ.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum AdaptiveWindowKind {
+    /// All see as far as `model.window` says.
+    #[default]
+    Off,
+    /// Each token, in each block but the first, by the entropy of its attention in the block below (as a share of the largest possible, mean over
+    /// heads): a constant that only looks back, so that training, evaluation and decoding agree.
+    Token,
+}
+
+impl AdaptiveWindow {
+    pub fn on(&self) -> bool {
+        self.kind != AdaptiveWindowKind::Off
+    }
+
+    /// The window of a token whose attention in the block below spread so broadly, from 0 (one key) to 1 (all keys alike).
+    pub fn keys(&self, breadth: f64) -> usize {
+        let steps = (self.max - self.min) / self.block;
+        self.min + self.block * (breadth * steps as f64).round() as usize
+    }
+}
+
+impl Default for AdaptiveWindow {
+    fn default() -> Self {
+        Self { kind: AdaptiveWindowKind::Off, min: 64, max: 1024, block: 64 }
+    }
 }
 
 /// Positions.
@@ -114,6 +160,7 @@ impl Default for Model {
             num_kv_heads: 4,
             intermediate_size: 256,
             window: None,
+            adaptive_window: AdaptiveWindow::default(),
             tie_word_embeddings: false,
             rms_norm_eps: 1e-6,
             position: Position::default(),
@@ -174,6 +221,7 @@ impl Model {
         if self.window == Some(0) {
             problem("window", "must be at least 1; leave it out to see the whole document".into());
         }
+        self.window_problems(&mut problem);
         if !(self.rms_norm_eps.is_finite() && self.rms_norm_eps > 0.0) {
             problem("rms_norm_eps", "must be a finite number above 0, 1e-6 say".into());
         }
@@ -217,6 +265,31 @@ impl Model {
         }
         if !(1..=routed).contains(&active) {
             problem("heads.active", format!("must be from 1 to model.heads.routed = {routed}"));
+        }
+    }
+
+    /// Keys that a token sees at most; `None` where it sees its whole document.
+    pub fn widest_window(&self) -> Option<usize> {
+        if self.adaptive_window.on() { Some(self.adaptive_window.max) } else { self.window }
+    }
+
+    fn window_problems(&self, problem: &mut impl FnMut(&str, String)) {
+        let AdaptiveWindow { min, max, block, .. } = self.adaptive_window;
+        if !self.adaptive_window.on() {
+            return; // what has no effect is refused where values are compared with the defaults
+        }
+        if self.window.is_some() {
+            problem("window", "is in the way of model.adaptive_window.max; take one of them out".into());
+        }
+        if min == 0 || block == 0 {
+            let key = if min == 0 { "adaptive_window.min" } else { "adaptive_window.block" };
+            problem(key, "must be at least 1".into());
+        } else if max < min || !(max - min).is_multiple_of(block) || u32::try_from(max).is_err() {
+            let sum = "must be model.adaptive_window.min plus a multiple of model.adaptive_window.block, below 2^32";
+            problem("adaptive_window.max", sum.into());
+        }
+        if self.num_layers < 2 {
+            problem("adaptive_window.kind", "needs two blocks: windows follow the attention of the block below".into());
         }
     }
 
@@ -313,6 +386,15 @@ mod tests {
         assert_eq!(keys(|m| m.num_kv_heads = 0), ["num_kv_heads"]);
         assert_eq!(keys(|m| m.position.max = 0), ["position.max"]);
         assert_eq!(keys(|m| m.window = Some(0)), ["window"]);
+        let token = AdaptiveWindow { kind: AdaptiveWindowKind::Token, min: 2, max: 8, block: 3 };
+        assert_eq!(keys(|m| m.adaptive_window = token), [""; 0]);
+        assert_eq!(keys(|m| m.adaptive_window = AdaptiveWindow { min: 0, ..token }), ["adaptive_window.min"]);
+        assert_eq!(keys(|m| m.adaptive_window = AdaptiveWindow { block: 0, ..token }), ["adaptive_window.block"]);
+        assert_eq!(keys(|m| m.adaptive_window = AdaptiveWindow { max: 9, ..token }), ["adaptive_window.max"]);
+        assert_eq!(keys(|m| m.adaptive_window = AdaptiveWindow { max: 1, ..token }), ["adaptive_window.max"]);
+        assert_eq!(keys(|m| (m.adaptive_window, m.window) = (token, Some(9))), ["window"]);
+        assert_eq!(keys(|m| (m.adaptive_window, m.num_layers) = (token, 1)), ["adaptive_window.kind"]);
+        assert_eq!([0.0, 0.24, 0.26, 0.74, 1.0].map(|breadth| token.keys(breadth)), [2, 2, 5, 5, 8]);
         assert_eq!(keys(|m| m.heads.routed = 5), ["heads.routed"]);
         assert_eq!(keys(|m| m.heads.active = 0), ["heads.active"]);
         assert_eq!(keys(|m| m.heads.active = 7), ["heads.active"]);

@@ -5,7 +5,7 @@
 
 use crate::block::Pass;
 pub(crate) use crate::block::{Block, Depth, FeedForward, Heads};
-pub use crate::block::{DepthTrace, ExpertTrace, HeadTrace, LayerCache};
+pub use crate::block::{DepthTrace, ExpertTrace, HeadTrace, LayerCache, WindowTrace};
 use crate::config::{Model, PositionKind};
 use moe_router::{Mode, Policy};
 use std::rc::Rc;
@@ -53,6 +53,7 @@ pub struct Output<T: Real> {
     pub experts: Vec<ExpertTrace<T>>,
     pub heads: Vec<HeadTrace<T>>,
     pub depths: Vec<DepthTrace<T>>,
+    pub windows: Vec<WindowTrace>,
 }
 
 /// Called with (flat layer, value, where its documents start) at the input of each flat layer (0 embedding output, then per block: attention sublayer, normed input of
@@ -177,6 +178,7 @@ impl Transformer {
             Block {
                 index: i,
                 epsilon: config.rms_norm_eps,
+                windows: config.adaptive_window.on().then_some(config.adaptive_window),
                 depth: layout
                     .get(&format!("model.layers.{i}.depths.weight"))
                     .map(|router| Depth { router, capacity: config.depths.capacity }),
@@ -188,7 +190,7 @@ impl Transformer {
                 spec: Attention {
                     heads: config.num_heads,
                     kv_heads: config.num_kv_heads,
-                    window: config.window,
+                    window: config.widest_window(),
                     position: match config.position.kind {
                         PositionKind::Cope => Position::Cope { table: layer("self_attn.cope.weight") },
                         PositionKind::Rope => Position::Rope { base: ROPE_BASE },
@@ -317,8 +319,9 @@ impl Transformer {
         }
         let offsets_b1 = &documents.offsets_b1;
         watch(tape, 0, &x, offsets_b1);
-        let pass = Pass { documents: documents.clone(), mode, watch };
-        let mut output = Output { hidden_nd: x, experts: Vec::new(), heads: Vec::new(), depths: Vec::new() };
+        let mut pass = Pass { documents: documents.clone(), mode, watch, breadth_n: None };
+        let mut output =
+            Output { hidden_nd: x, experts: Vec::new(), heads: Vec::new(), depths: Vec::new(), windows: Vec::new() };
         for (i, block) in self.blocks.iter().enumerate() {
             let (x, policy) = (&output.hidden_nd, policies.get(i));
             let (y, trace) = match &mut context {
@@ -330,6 +333,8 @@ impl Transformer {
             output.experts.extend(trace.experts);
             output.heads.extend(trace.heads);
             output.depths.extend(trace.depths);
+            output.windows.extend(trace.windows);
+            pass.breadth_n = trace.breadth_n;
         }
         (pass.watch)(tape, 4 * self.blocks.len() + 1, &output.hidden_nd, offsets_b1);
         output.hidden_nd = rms_norm(tape, &output.hidden_nd, self.norm, self.config.rms_norm_eps);

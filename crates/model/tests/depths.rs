@@ -202,8 +202,13 @@ fn the_rule_of_evaluation_is_blind_to_the_future_and_that_of_training_is_not() {
             let mut other = tokens.clone();
             other[t + 1] = (other[t + 1] + 4) % VOCABULARY as u32;
             let before = |mode, tokens: &[u32]| look(&model, &params, tokens, mode).3[..(t + 1) * VOCABULARY].to_vec();
-            assert_eq!(before(Mode::Evaluate, &tokens), before(Mode::Evaluate, &other), "{:?}: {t}", model.config);
-            leaks += usize::from(before(Mode::Train, &tokens) != before(Mode::Train, &other));
+            // Another number of taken tokens may round products otherwise.
+            let gap = |mode| {
+                let (a, b) = (before(mode, &tokens), before(mode, &other));
+                a.iter().zip(&b).fold(0.0f64, |most, (a, b)| most.max((a - b).abs()))
+            };
+            assert!(gap(Mode::Evaluate) < 1e-12, "{:?}: {t}", model.config);
+            leaks += usize::from(gap(Mode::Train) > 1e-6);
         }
         assert!(leaks > 0, "{:?}: the rule of training looks ahead", model.config);
     }

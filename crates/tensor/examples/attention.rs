@@ -5,7 +5,7 @@
 
 use std::time::Instant;
 use tensor::kernels::gemm::{Matrix, matmul};
-use tensor::ops::attention::{Attention, Mixture, Position, attention};
+use tensor::ops::attention::{Attention, Mixture, Position, attention, attention_within};
 use tensor::ops::experts::Assignments;
 use tensor::random::Purpose;
 use tensor::{Arena, Engine, Layout, Precision, Random, Tape, Value};
@@ -47,9 +47,11 @@ fn normals(seed: u64, len: usize) -> Vec<f32> {
     (0..len as u64).map(|i| random.normal(0, i) as f32).collect()
 }
 
-/// Best seconds of (forward, backward) over about `seconds`.
-fn time(shape: &Shape, seconds: f64) -> [f64; 2] {
+/// Best seconds of (forward, backward) over about `seconds`; with `widest`, rows have windows of their own of a quarter of it to all of it.
+fn time(shape: &Shape, widest: Option<usize>, seconds: f64) -> [f64; 2] {
     let n = shape.documents * shape.length;
+    // Windows change every 16 tokens.
+    let windows_n = widest.map(|widest| (0..n).map(|t| (widest / 4 * (1 + t / 16 * 7 % 4)) as u32).collect());
     let layout = Layout::new([("table".into(), vec![65, shape.width], true)]);
     let table = layout.get("table").expect("the layout has one tensor");
     let params: Vec<f32> = normals(1, layout.len()).iter().map(|e| 0.1 * e).collect();
@@ -75,7 +77,10 @@ fn time(shape: &Shape, seconds: f64) -> [f64; 2] {
         let x = inputs.each_ref().map(|(data, width)| tape.leaf(data, n, *width));
         let mixture = (shape.active > 0).then(|| Mixture { gates_nh: &x[3], shared, routed: routed.clone() });
         let start = Instant::now();
-        let y = attention(&mut tape, [&x[0], &x[1], &x[2]], &offsets, spec, mixture);
+        let y = match &windows_n {
+            None => attention(&mut tape, [&x[0], &x[1], &x[2]], &offsets, spec, mixture),
+            Some(own) => attention_within(&mut tape, [&x[0], &x[1], &x[2]], &offsets, spec, mixture, own).0,
+        };
         best[0] = best[0].min(start.elapsed().as_secs_f64());
         let loss = project(&mut tape, &y, &upstream);
         let start = Instant::now();
@@ -120,7 +125,7 @@ fn main() {
         for shape in SHAPES.iter().filter(|shape| shape.name.contains(&part)) {
             let active = if shape.active > 0 { shape.heads / 4 + shape.active } else { shape.heads };
             let pairs = (shape.documents * shape.length * (shape.length + 1) / 2 * active) as f64;
-            let [forward, backward] = time(shape, 1.5);
+            let [forward, backward] = time(shape, None, 1.5);
             let rate = pairs * 14.0 * shape.width as f64 / (forward + backward);
             println!(
                 "{:18} {:2} x {:4}, {} heads of {} on {}: {:8.3} + {:8.3} ms, {:5.2} + {:5.2} ns per pair and active head, {:4.0} GFLOP/s = {:2.0} %",
@@ -137,6 +142,10 @@ fn main() {
                 rate / 1e9,
                 100.0 * rate / peak
             );
+            for widest in [shape.length, shape.length / 4, shape.length / 16].into_iter().filter(|_| shape.documents == 1) {
+                let own = time(shape, Some(widest), 1.5);
+                println!("    windows of {:4} to {widest:4} keys: {:8.3} + {:8.3} ms", widest / 4, own[0] * 1e3, own[1] * 1e3);
+            }
         }
     });
 }

@@ -4,8 +4,8 @@
 use model::config::{Model, PositionKind};
 use moe_router::depths::taken;
 
-/// Products of one step on documents with these offsets when a token uses `experts_per_token` experts of a sparse layer on average. Routed blocks take
-/// the share of the tokens that training gives them.
+/// Products of one step on documents with these offsets when a token uses `experts_per_token` experts of a sparse layer on average. Windows count as wide as
+/// they may become. Routed blocks take the share of the tokens that training gives them.
 pub fn step(model: &Model, vocab: usize, offsets_b1: &[usize], experts_per_token: f64) -> f64 {
     3.0 * forward(model, vocab, offsets_b1, experts_per_token)
 }
@@ -32,7 +32,8 @@ fn forward(model: &Model, vocab: usize, offsets_b1: &[usize], experts_per_token:
     let lengths = || offsets_b1.windows(2).map(|w| w[1] - w[0]);
     // A block that is given so many tokens of each document.
     let block = |lengths: Vec<usize>| {
-        let (n, pairs) = lengths.iter().fold((0.0, 0.0), |(n, sum), &t| (n + t as f64, sum + pairs(t, model.window)));
+        let (n, pairs) =
+            lengths.iter().fold((0.0, 0.0), |(n, sum), &t| (n + t as f64, sum + pairs(t, model.widest_window())));
         n * (projections + feed_forward) + active_heads as f64 * width * (2.0 * pairs + n * table)
     };
     let (whole, part) =

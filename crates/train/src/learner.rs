@@ -93,6 +93,8 @@ pub struct Update {
     pub experts_per_token: Vec<(usize, f64)>,
     /// (block, [share of the tokens it took, share that the causal rule would take, share for which both say the same]) of the routed blocks.
     pub depths: Vec<(usize, [f64; 3])>,
+    /// (block, [mean window, share of earlier keys that windows hide]) where tokens have windows of their own.
+    pub windows: Vec<(usize, [f64; 2])>,
     /// ‖∂L/∂(input of the layer)‖, mean over documents of their own loss.
     pub activation_norms: Vec<f64>,
     /// ‖gradient‖ before clipping.
@@ -402,7 +404,15 @@ impl Pass<'_> {
         }
         for trace in &output.depths {
             let (foretold, agreed) = trace.selection.foretold(trace.scores_n1.data());
-            sum.add_depth(trace.layer, [trace.selection.share(), foretold, agreed].map(|mean| share.tokens * mean));
+            add(
+                &mut sum.depths,
+                trace.layer,
+                [trace.selection.share(), foretold, agreed].map(|mean| share.tokens * mean),
+            );
+        }
+        for trace in &output.windows {
+            let (mean, masked) = trace.mean_and_masked();
+            add(&mut sum.windows, trace.layer, [mean, masked].map(|mean| share.tokens * mean));
         }
         drop((observe_span, output));
         sum.add_losses(&found, part, share);
@@ -421,6 +431,7 @@ impl Update {
             loss_sum: 0.0,
             experts_per_token: Vec::new(),
             depths: Vec::new(),
+            windows: Vec::new(),
             activation_norms: vec![0.0; layers],
             param_norms: Vec::new(),
             ratios: Vec::new(),
@@ -444,13 +455,6 @@ impl Update {
         match self.experts_per_token.iter_mut().find(|(l, _)| *l == layer) {
             Some((_, mean)) => *mean += active,
             None => self.experts_per_token.push((layer, active)),
-        }
-    }
-
-    fn add_depth(&mut self, layer: usize, measured: [f64; 3]) {
-        match self.depths.iter_mut().find(|(l, _)| *l == layer) {
-            Some((_, sums)) => sums.iter_mut().zip(measured).for_each(|(sum, more)| *sum += more),
-            None => self.depths.push((layer, measured)),
         }
     }
 
@@ -478,6 +482,14 @@ impl Update {
             self.loss_sum += total;
             self.document_losses.push(total / losses.len() as f64);
         }
+    }
+}
+
+/// Adds what was measured in a layer.
+fn add<const N: usize>(sums: &mut Vec<(usize, [f64; N])>, layer: usize, measured: [f64; N]) {
+    match sums.iter_mut().find(|(l, _)| *l == layer) {
+        Some((_, sums)) => sums.iter_mut().zip(measured).for_each(|(sum, more)| *sum += more),
+        None => sums.push((layer, measured)),
     }
 }
 

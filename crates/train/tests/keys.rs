@@ -42,6 +42,7 @@ use Seen::*;
 const SPARSE: &str = "model.router={kind='top_p', p=0.4, num_experts=4, expert_hidden_size=6}";
 const TOP_K: &str = "model.router={kind='top_k', k=2, num_experts=4, expert_hidden_size=6}";
 const LEARNED: &str = "model.router={kind='learned_p', num_experts=4, expert_hidden_size=6}";
+const TOKEN: &str = "model.adaptive_window={kind='token', min=1, max=4, block=1}";
 const HALF: &str = "model.depths.capacity=0.5";
 const TEXT_RUN: &str = "data.text=@text.txt";
 /// Held-out documents, looked at after every epoch; at rate 0 they never get better.
@@ -88,6 +89,10 @@ const CASES: &[(&str, &[&str], &[&str], Seen)] = &[
     ("model.num_kv_heads", &[], &["model.num_kv_heads=4"], Weights),
     ("model.intermediate_size", &[], &["model.intermediate_size=20"], Weights),
     ("model.window", &[], &["model.window=2"], Weights),
+    ("model.adaptive_window.kind", &[], &[TOKEN], Weights),
+    ("model.adaptive_window.min", &[TOKEN], &["model.adaptive_window.min=4"], Weights),
+    ("model.adaptive_window.max", &[TOKEN], &["model.adaptive_window.max=3"], Weights),
+    ("model.adaptive_window.block", &[TOKEN], &["model.adaptive_window.block=3"], Weights),
     ("model.tie_word_embeddings", &[], &["model.tie_word_embeddings=true"], Weights),
     ("model.rms_norm_eps", &[], &["model.rms_norm_eps=0.1"], Weights),
     ("model.position.kind", &[], &["model.position.kind=rope"], Weights),
@@ -332,6 +337,16 @@ const MENUS: &[(&str, &[&str])] = &[
     ("model.num_kv_heads", &["1", "2", "4", "0"]),
     ("model.intermediate_size", &["1", "5", "0"]),
     ("model.window", &["0", "1", "3", "1000000000000"]),
+    (
+        "model.adaptive_window",
+        &[
+            "{kind='token', min=1, max=3, block=1}",
+            "{kind='token'}",
+            "{kind='token', min=0}",
+            "{min=3}",
+            "{kind='head'}",
+        ],
+    ),
     ("model.tie_word_embeddings", &["true", "false", "1"]),
     ("model.rms_norm_eps", &["1e-6", "0", "-1", "nan", "inf", "1e300"]),
     (

@@ -294,6 +294,33 @@ kernels! {
         }
     }
 
+    /// What the entropy of a streaming softmax needs beside its sum: `turn` is Σ exp(score - maximum) (score - maximum) over all keys so far. `s` are the
+    /// scores of a block and `e` what `soften` made of them; (max, sum) is what it found and `top` the maximum it left.
+    pub fn disorder(
+        s: &[Lanes<T>],
+        e: &[Lanes<T>],
+        max: &Lanes<T>,
+        sum: &Lanes<T>,
+        top: &Lanes<T>,
+        turn: &mut Lanes<T>,
+    ) {
+        let mut total = Lanes::all(T::ZERO);
+        for (s, e) in s.iter().zip(e) {
+            let (s, e, mut t) = (*s, *e, total);
+            for l in 0..LANES {
+                let term = e.0[l] * (s.0[l] - top.0[l]);
+                t.0[l] += if e.0[l] > T::ZERO { term } else { T::ZERO }; // a hidden score is -∞
+            }
+            total = t;
+        }
+        for l in 0..LANES {
+            let step = max.0[l] - top.0[l];
+            let fade = exp::<T, F>(step);
+            let moved = fade * F::fma(sum.0[l], step, turn.0[l]);
+            turn.0[l] = total.0[l] + if fade > T::ZERO { moved } else { T::ZERO };
+        }
+    }
+
     /// Backward of the softmax: scores become weights w, the gradients d of the weights those of the scores, w (gate d - mean). Adds Σ w d, the
     /// gradient of the gate, to `pull`.
     pub fn harden(s: &mut [Lanes<T>], d: &mut [Lanes<T>], rows: &Rows<T>, pull: &mut Lanes<T>) {

@@ -24,7 +24,10 @@ const fn choice(
 /// Schedules that follow a warm-up.
 const WARMED: &[&str] = &["cosine", "constant", "linear", "polynomial", "wsd", "sgdr"];
 
-pub(super) const CHOICES: [Choice; 15] = [
+pub(super) const CHOICES: [Choice; 18] = [
+    choice("model.adaptive_window", "kind", "min", &["token"]),
+    choice("model.adaptive_window", "kind", "max", &["token"]),
+    choice("model.adaptive_window", "kind", "block", &["token"]),
     choice("model.position", "kind", "max", &["cope", "learned"]),
     choice("train", "batch_scaling", "base_batch_size", &["linear", "sqrt"]),
     choice("train", "schedule", "min_lr_ratio", &["cosine", "linear", "polynomial", "wsd", "sgdr"]),
@@ -71,6 +74,7 @@ pub(super) const OF_TEXT: [&str; 8] = [
 pub(super) fn merge(parent: &mut Table, child: Table) {
     forget_kinds(parent, &child);
     forget_choice(parent, &child, "model.position");
+    forget_choice(parent, &child, "model.adaptive_window");
     let writes = |path: &str| schema::lookup(&child, path).is_some();
     if writes("data.text") {
         OF_DOCUMENTS.iter().for_each(|path| remove(parent, path));

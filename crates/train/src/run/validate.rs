@@ -110,6 +110,9 @@ fn torch(run: &Run, found: &mut Found) {
     if run.data.routing.is_some() {
         refuse("data.routing", "a recorded routing");
     }
+    if run.model.adaptive_window.on() {
+        refuse("model.adaptive_window.kind", "an adaptive window");
+    }
     if run.model.depths.on() {
         refuse("model.depths.capacity", "a mixture of depths");
     }

@@ -213,19 +213,23 @@ pub(super) fn describe(row: &mut Row, update: &Update, rate: f64) {
     for (layer, experts) in &update.experts_per_token {
         row.number(&format!("moe/layer_{layer:02}/experts_per_token"), *experts);
     }
-    for (name, which) in [("capacity", 0), ("causal_capacity", 1), ("accuracy", 2)] {
-        if !update.depths.is_empty() {
-            let sum: f64 = update.depths.iter().map(|(_, measured)| measured[which]).sum();
-            row.number(&format!("depths/{name}"), sum / update.depths.len() as f64);
-        }
-        for (layer, measured) in &update.depths {
-            row.number(&format!("depths/layer_{layer:02}/{name}"), measured[which]);
-        }
-    }
+    by_layer(row, ["depths/capacity", "depths/causal_capacity", "depths/accuracy"], &update.depths);
+    by_layer(row, ["window/mean", "window/masked"], &update.windows);
     for layer in 0..update.param_norms.len() {
         row.number(&format!("grad/layer_{layer:02}/param_norm"), six_digits(update.param_norms[layer]));
         row.number(&format!("grad/layer_{layer:02}/activation_norm"), six_digits(update.activation_norms[layer]));
         row.number(&format!("update/layer_{layer:02}/ratio"), six_digits(update.ratios[layer]));
+    }
+}
+
+/// Columns "group/name" with means over layers and "group/layer_NN/name" of each, where there are any.
+fn by_layer<const N: usize>(row: &mut Row, names: [&str; N], measured: &[(usize, [f64; N])]) {
+    for (which, name) in names.into_iter().enumerate().filter(|_| !measured.is_empty()) {
+        let (group, last) = name.split_once('/').unwrap_or((name, ""));
+        row.number(name, measured.iter().map(|(_, values)| values[which]).sum::<f64>() / measured.len() as f64);
+        for (layer, values) in measured {
+            row.number(&format!("{group}/layer_{layer:02}/{last}"), values[which]);
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 //! size T x T is kept: memory grows with the number of tokens. All products stay f32 whatever the precision of the tape: scores decide exponents
 //! and positions, and the products of one head are a small part of a step.
 
+mod breadth;
 mod cpu;
 mod reference;
 #[cfg(test)]
@@ -73,17 +74,46 @@ impl<T: Real> Mixture<'_, T> {
     }
 }
 
+/// How far rows look back: as the shape says, or each as far as a window of its own.
+#[derive(Clone, Debug)]
+struct Reach {
+    window: Option<usize>,
+    windows_n: Option<Arc<[u32]>>,
+}
+
+impl Reach {
+    /// Keys that row `row` of the queries sees at most.
+    fn window(&self, row: usize) -> Option<usize> {
+        self.windows_n.as_ref().map_or(self.window, |windows_n| Some(windows_n[row] as usize))
+    }
+
+    /// The first key that row `row` of the queries, at `position` of its document, sees.
+    fn first(&self, row: usize, position: usize) -> usize {
+        self.window(row).map_or(0, |w| (position + 1).saturating_sub(w))
+    }
+
+    fn check(&self, n: usize) {
+        let good = self.windows_n.as_ref().is_none_or(|own| own.len() == n && own.iter().all(|&w| w > 0));
+        assert!(good && self.window != Some(0), "attention: a window holds at least the token itself");
+    }
+}
+
 impl Attention {
-    /// The first key that position `i` sees.
-    fn first_key(&self, i: usize) -> usize {
-        self.window.map_or(0, |w| (i + 1).saturating_sub(w))
+    fn reach(&self, windows_n: Option<&Arc<[u32]>>) -> Reach {
+        Reach { window: self.window, windows_n: windows_n.cloned() }
     }
 
     /// Scores and mixed values of the pairs a window allows, and q·table for CoPE, in the heads that serve each token.
-    fn cost<T: Real>(&self, offsets_b1: &[usize], mixture: Option<&Mixture<'_, T>>, dh: usize, table: usize) -> Cost {
+    fn cost<T: Real>(
+        &self,
+        offsets_b1: &[usize],
+        reach: &Reach,
+        mixture: Option<&Mixture<'_, T>>,
+        (dh, table): (usize, usize),
+    ) -> Cost {
         let heads = |t| mixture.map_or(self.heads, |mixture| mixture.shared + mixture.routed.row(t).len());
         let flops = |document: &[usize]| {
-            let row = |t: usize| 4 * (t - document[0] + 1 - self.first_key(t - document[0])) * dh + 2 * table;
+            let row = |t: usize| 4 * (t - document[0] + 1 - reach.first(t, t - document[0])) * dh + 2 * table;
             (document[0]..document[1]).map(|t| row(t) * heads(t)).sum::<usize>()
         };
         let n = offsets_b1.last().copied().unwrap_or(0);
@@ -98,7 +128,6 @@ impl Attention {
             "attention: heads must be shared evenly"
         );
         assert!(dh > 0 && q == self.heads * dh && k == self.kv_heads * dh && v == k, "attention: widths do not fit");
-        assert!(self.window != Some(0), "attention: a window holds at least the token itself");
         match self.position {
             Position::None => {}
             Position::Rope { .. } => assert!(dh.is_multiple_of(2), "attention: RoPE needs an even head width"),
@@ -120,7 +149,37 @@ pub fn attention<'a, T: Real>(
     spec: Attention,
     mixture: Option<Mixture<'_, T>>,
 ) -> Value<T> {
-    let n = q.rows();
+    attend(tape, [q, k, v], offsets_b1, spec, mixture, None).0
+}
+
+/// As [`attention`], where row t sees the last windows_n[t] keys, at least itself; the shape's own window only tells the CPU face how much work to
+/// expect. Also returns how broadly each row attended: the entropy of its weights as a share of the largest that its window allows, from 0 (one
+/// key) to 1 (all keys alike), mean over the heads that serve it; a constant.
+pub fn attention_within<'a, T: Real>(
+    tape: &mut Tape<'a, T>,
+    inputs: [&Value<T>; 3],
+    offsets_b1: &Arc<[usize]>,
+    spec: Attention,
+    mixture: Option<Mixture<'_, T>>,
+    windows_n: &Arc<[u32]>,
+) -> (Value<T>, Vec<f64>) {
+    let choice = mixture.as_ref().map(Mixture::choice);
+    let (y, entropies_nh) = attend(tape, inputs, offsets_b1, spec, mixture, Some(windows_n));
+    let positions = offsets_b1.windows(2).flat_map(|document| 0..document[1] - document[0]);
+    (y, breadth::breadth(&entropies_nh, spec.heads, positions, windows_n, choice.as_ref()))
+}
+
+/// The output, and with windows of their own the entropies of the rows [n, heads].
+fn attend<'a, T: Real>(
+    tape: &mut Tape<'a, T>,
+    [q, k, v]: [&Value<T>; 3],
+    offsets_b1: &Arc<[usize]>,
+    spec: Attention,
+    mixture: Option<Mixture<'_, T>>,
+    windows_n: Option<&Arc<[u32]>>,
+) -> (Value<T>, Vec<T>) {
+    let (n, reach) = (q.rows(), spec.reach(windows_n));
+    reach.check(n);
     assert!(k.rows() == n && v.rows() == n, "attention: q, k and v must have the same rows");
     assert!(
         offsets_b1.first() == Some(&0) && offsets_b1.last() == Some(&n) && offsets_b1.is_sorted(),
@@ -134,10 +193,10 @@ pub fn attention<'a, T: Real>(
     if let Some(mixture) = &mixture {
         mixture.check(n, spec.heads);
     }
-    let _span = tape.span("attention", spec.cost::<T>(offsets_b1, mixture.as_ref(), dh, table.len()));
+    let _span = tape.span("attention", spec.cost::<T>(offsets_b1, &reach, mixture.as_ref(), (dh, table.len())));
     match tape.engine() {
-        Engine::Reference => reference::attention(tape, [q, k, v], offsets_b1, spec, mixture),
-        _ => cpu::attention(tape, [q, k, v], offsets_b1, spec, mixture, table),
+        Engine::Reference => reference::attention(tape, [q, k, v], offsets_b1, (spec, reach), mixture),
+        _ => cpu::attention(tape, [q, k, v], offsets_b1, (spec, reach), mixture, table),
     }
 }
 
@@ -146,15 +205,42 @@ pub fn attention<'a, T: Real>(
 /// m tokens. Returns [m, heads·dh]. With a window, keys that have left it may be dropped from the front of the cache (and t reduced): only
 /// differences of positions enter.
 pub fn decode<T: Real>(
-    [q, k, v]: [&[T]; 3],
+    inputs: [&[T]; 3],
     (m, t): (usize, usize),
     spec: Attention,
     mixture: Option<Mixture<'_, T>>,
     table: &[T],
 ) -> Vec<T> {
+    decode_rows(inputs, (m, t), spec, mixture, table, None).0
+}
+
+/// As [`decode`] with windows of their own for the m rows and what [`attention_within`] returns beside the output; the cache holds every key.
+pub fn decode_within<T: Real>(
+    inputs: [&[T]; 3],
+    (m, t): (usize, usize),
+    spec: Attention,
+    mixture: Option<Mixture<'_, T>>,
+    table: &[T],
+    windows_m: &Arc<[u32]>,
+) -> (Vec<T>, Vec<f64>) {
+    let choice = mixture.as_ref().map(Mixture::choice);
+    let (out, entropies_mh) = decode_rows(inputs, (m, t), spec, mixture, table, Some(windows_m));
+    (out, breadth::breadth(&entropies_mh, spec.heads, t - m..t, windows_m, choice.as_ref()))
+}
+
+fn decode_rows<T: Real>(
+    [q, k, v]: [&[T]; 3],
+    (m, t): (usize, usize),
+    spec: Attention,
+    mixture: Option<Mixture<'_, T>>,
+    table: &[T],
+    windows_m: Option<&Arc<[u32]>>,
+) -> (Vec<T>, Vec<T>) {
     assert!(m <= t, "decode: more queries than tokens");
+    let reach = spec.reach(windows_m);
+    reach.check(m);
     if m == 0 {
-        return Vec::new();
+        return (Vec::new(), Vec::new());
     }
     let dh = spec.head_width(q.len() / m, k.len() / t, v.len() / t, table.len());
     assert!(
@@ -164,5 +250,5 @@ pub fn decode<T: Real>(
     if let Some(mixture) = &mixture {
         mixture.check(m, spec.heads);
     }
-    cpu::decode([q, k, v], (m, t), spec, mixture, table)
+    cpu::decode([q, k, v], (m, t), (spec, reach), mixture, table)
 }

@@ -1,6 +1,6 @@
 //! The definition: plain candle formulas, document by document and head by head. Slow and simple.
 
-use super::{Attention, Mixture, Position};
+use super::{Attention, Mixture, Position, Reach};
 use crate::{Real, Tape, Value};
 use candle_core::{D, Device, Result, Tensor};
 use std::sync::Arc;
@@ -9,37 +9,44 @@ pub(super) fn attention<'a, T: Real>(
     tape: &mut Tape<'a, T>,
     [q, k, v]: [&Value<T>; 3],
     offsets_b1: &Arc<[usize]>,
-    spec: Attention,
+    (spec, reach): (Attention, Reach),
     mixture: Option<Mixture<'_, T>>,
-) -> Value<T> {
+) -> (Value<T>, Vec<T>) {
     let tables = match spec.position {
         Position::Cope { table } => vec![table],
         _ => Vec::new(),
     };
     let mut values = vec![q, k, v];
     values.extend(mixture.as_ref().map(|mixture| mixture.gates_nh));
-    tape.reference(&values, &tables, |x| {
+    let mut outputs = tape.reference(&values, &tables, |x| {
         let table = x.get(values.len());
         let dh = x[0].dim(1)? / spec.heads;
-        let mut documents = Vec::new();
+        let (mut documents, mut entropies) = (Vec::new(), Vec::new());
         for bounds in offsets_b1.windows(2).filter(|b| b[0] < b[1]) {
             let (start, t) = (bounds[0], bounds[1] - bounds[0]);
-            let mut heads = Vec::new();
+            let (mut heads, mut entropies_th) = (Vec::new(), Vec::new());
             for h in 0..spec.heads {
                 let part = |x: &Tensor, h: usize| x.narrow(0, start, t)?.narrow(1, h * dh, dh)?.contiguous();
                 let g = h / (spec.heads / spec.kv_heads);
-                heads.push(head(&part(&x[0], h)?, &part(&x[1], g)?, &part(&x[2], g)?, table, spec)?);
+                let parts = [part(&x[0], h)?, part(&x[1], g)?, part(&x[2], g)?];
+                let (y, entropy) = head(parts, table, spec.position, |i| reach.first(start + i, i))?;
+                heads.push(y);
+                entropies_th.push(entropy);
             }
             documents.push(Tensor::cat(&heads, 1)?);
+            entropies.push(Tensor::cat(&entropies_th, 1)?);
         }
         // An empty batch returns its (empty) queries.
         let y = if documents.is_empty() { x[0].clone() } else { Tensor::cat(&documents, 0)? };
-        Ok(vec![match &mixture {
+        let y = match &mixture {
             Some(mixture) => scale(&y, &x[3], mixture, spec)?,
             None => y,
-        }])
-    })
-    .remove(0)
+        };
+        let measured = reach.windows_n.is_some() && !entropies.is_empty();
+        Ok(if measured { vec![y, Tensor::cat(&entropies, 0)?.detach()] } else { vec![y] })
+    });
+    let y = outputs.remove(0);
+    (y, outputs.pop().map_or(Vec::new(), |entropies| entropies.data().to_vec()))
 }
 
 /// Every head's output times its gate, or zero where the head does not serve the token.
@@ -57,14 +64,19 @@ fn constant(like: &Tensor, rows: usize, cols: usize, f: impl Fn(usize, usize) ->
     Tensor::from_vec(data, (rows, cols), &Device::Cpu)?.to_dtype(like.dtype())
 }
 
-/// One head of one document: q, k, v [t, dh].
-fn head(q: &Tensor, k: &Tensor, v: &Tensor, table: Option<&Tensor>, spec: Attention) -> Result<Tensor> {
+/// One head of one document: q, k, v [t, dh] -> [t, dh], and the entropies of its weights [t, 1].
+fn head(
+    [q, k, v]: [Tensor; 3],
+    table: Option<&Tensor>,
+    position: Position,
+    first: impl Fn(usize) -> usize,
+) -> Result<(Tensor, Tensor)> {
     let (t, dh) = q.dims2()?;
-    let visible = |i: usize, j: usize| if spec.first_key(i) <= j && j <= i { 1.0 } else { 0.0 };
-    let mask_tt = constant(q, t, t, visible)?;
-    let (q, k) = match spec.position {
-        Position::Rope { base } => (rotate(q, base)?, rotate(k, base)?),
-        _ => (q.clone(), k.clone()),
+    let visible = |i: usize, j: usize| if first(i) <= j && j <= i { 1.0 } else { 0.0 };
+    let mask_tt = constant(&q, t, t, visible)?;
+    let (q, k) = match position {
+        Position::Rope { base } => (rotate(&q, base)?, rotate(&k, base)?),
+        _ => (q, k),
     };
     let u_tt = (q.matmul(&k.t()?)? * (1.0 / (dh as f64).sqrt()))?;
     let s_tt = match table {
@@ -74,7 +86,9 @@ fn head(q: &Tensor, k: &Tensor, v: &Tensor, table: Option<&Tensor>, spec: Attent
     let hidden = constant(&q, t, t, |_, _| f64::NEG_INFINITY)?;
     let s_tt = mask_tt.ne(0.0)?.where_cond(&s_tt, &hidden)?;
     let e_tt = s_tt.broadcast_sub(&s_tt.max_keepdim(D::Minus1)?.detach())?.exp()?;
-    e_tt.broadcast_div(&e_tt.sum_keepdim(D::Minus1)?)?.matmul(v)
+    let w_tt = e_tt.broadcast_div(&e_tt.sum_keepdim(D::Minus1)?)?;
+    let entropy = (&w_tt * (&w_tt + 1e-30)?.log()?)?.sum_keepdim(D::Minus1)?.neg()?;
+    Ok((w_tt.matmul(&v)?, entropy))
 }
 
 /// x·cos + rotate_half(x)·sin.

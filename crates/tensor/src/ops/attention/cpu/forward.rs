@@ -6,13 +6,12 @@ use crate::Real;
 use crate::kernels::lanes::{self, LANES, Lanes, Left, Place};
 
 /// Fills out [rows, heads·dh] and stats [rows, heads, 2]: the maximum of a row's scores and 1 / Σ exp(score - maximum). Heads that a token did
-/// not choose are zero in `out`; their stats are never read.
+/// not choose are zero in `out`; their stats are never read. Where the plan measures them, entropies [rows, heads] are those of the weights.
 pub(super) fn forward<T: Real>(
     plan: &Plan<'_, T>,
     item: &Item,
     scratch: &mut Scratch<T>,
-    out: &mut [T],
-    stats: &mut [T],
+    [out, stats, entropies]: [&mut [T]; 3],
 ) {
     if plan.gates.is_some() {
         out.fill(T::ZERO);
@@ -27,11 +26,14 @@ pub(super) fn forward<T: Real>(
         let rows = std::mem::take(&mut scratch.rows);
         for rows in rows.chunks(LANES) {
             let span = Span::new(plan, item, rows);
-            let (max, sum) = tile(plan, item, keys.start, &span, scratch);
+            let (max, sum, turn) = tile(plan, item, keys.start, &span, scratch);
             for (l, &row) in rows.iter().enumerate() {
                 let row = row as usize;
                 let inverse = T::ONE / sum.0[l];
                 (stats[2 * row], stats[2 * row + 1]) = (max.0[l], inverse);
+                if plan.measures() {
+                    entropies[row] = sum.0[l].ln() - turn.0[l] * inverse;
+                }
                 let factor = plan.gates.map_or(inverse, |g| g[item.queries_at * plan.spec.heads + row] * inverse);
                 let to = &mut out[row * plan.dh..(row + 1) * plan.dh];
                 to.iter_mut().zip(&scratch.tile.out).for_each(|(y, o)| *y = o.0[l] * factor);
@@ -41,19 +43,19 @@ pub(super) fn forward<T: Real>(
     }
 }
 
-/// Leaves Σ exp(score - maximum) v of each row in tile.out; returns maximum and sum.
+/// Leaves Σ exp(score - maximum) v of each row in tile.out; returns maximum, sum and, where it is wanted, Σ exp(score - maximum) (score - maximum).
 fn tile<T: Real>(
     plan: &Plan<'_, T>,
     item: &Item,
     first: usize,
     span: &Span<'_>,
     scratch: &mut Scratch<T>,
-) -> (Lanes<T>, Lanes<T>) {
+) -> (Lanes<T>, Lanes<T>, Lanes<T>) {
     let (dh, cope, tile) = (plan.dh, plan.cope.as_ref(), &mut scratch.tile);
     tile.load(plan, item, span);
     tile.out.clear();
     tile.out.resize(dh, Lanes::all(T::ZERO));
-    let (mut max, mut sum) = (Lanes::all(-T::INFINITY), Lanes::all(T::ZERO));
+    let (mut max, mut sum, mut turn) = (Lanes::all(-T::INFINITY), Lanes::all(T::ZERO), Lanes::all(T::ZERO));
     let mut walk = Walk::new();
     for block in span.blocks().rev() {
         let at = 0..block.len();
@@ -70,8 +72,16 @@ fn tile<T: Real>(
             }
             _ => tile.meet_plain(span, &block, k, at.clone(), cope),
         }
+        let before = (max, sum);
+        if plan.measures() {
+            tile.d.clear();
+            tile.d.extend_from_slice(&tile.s[at.clone()]);
+        }
         lanes::soften(&mut tile.s[at.clone()], &mut max, &mut sum, &mut tile.out);
+        if plan.measures() {
+            lanes::disorder(&tile.d, &tile.s[at.clone()], &before.0, &before.1, &max, &mut turn);
+        }
         lanes::product(&mut tile.out, Left { data: v, row: 1, col: dh }, &tile.s[at], true);
     }
-    (max, sum)
+    (max, sum, turn)
 }

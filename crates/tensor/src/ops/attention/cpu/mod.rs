@@ -9,7 +9,7 @@ mod plan;
 mod rotary;
 mod tile;
 
-use super::{Attention, Mixture, Position};
+use super::{Attention, Mixture, Position, Reach};
 use crate::tape::add;
 use crate::{Param, Real, Tape, Value};
 use backward::backward;
@@ -22,10 +22,10 @@ pub(super) fn attention<'a, T: Real>(
     tape: &mut Tape<'a, T>,
     [q, k, v]: [&Value<T>; 3],
     offsets_b1: &Arc<[usize]>,
-    spec: Attention,
+    (spec, reach): (Attention, Reach),
     mixture: Option<Mixture<'_, T>>,
     table: &'a [T],
-) -> Value<T> {
+) -> (Value<T>, Vec<T>) {
     let (n, width) = (q.rows(), q.width());
     let param = match spec.position {
         Position::Cope { table } if table.trainable => Some(table),
@@ -36,11 +36,15 @@ pub(super) fn attention<'a, T: Real>(
     let mut out = tape.arena().take(n * width);
     let mut stats = tape.arena().take(n * spec.heads * 2);
     let items = items(offsets_b1, spec);
-    let mut plan = Plan::new([q.data(), k.data(), v.data()], width, &items, spec, table);
+    let mut plan = Plan::new([q.data(), k.data(), v.data()], width, &items, (spec, &reach), table);
     plan.mix(gates.as_ref().map(Value::data), choice.clone());
+    let measured = if reach.windows_n.is_some() { spec.heads } else { 0 };
+    let mut entropies = vec![T::ZERO; n * measured];
     let parts = split(&items, &mut out, width).into_iter().zip(split(&items, &mut stats, spec.heads * 2));
-    let work: Vec<_> = items.iter().zip(parts).collect();
-    each(&plan, work, Scratch::new, |scratch, (item, (out, stats))| forward(&plan, item, scratch, out, stats));
+    let work: Vec<_> = items.iter().zip(parts).zip(split(&items, &mut entropies, measured)).collect();
+    each(&plan, work, Scratch::new, |scratch, ((item, (out, stats)), entropies)| {
+        forward(&plan, item, scratch, [out, stats, entropies]);
+    });
     drop(plan);
     let inputs = [Some(q.clone()), Some(k.clone()), Some(v.clone()), gates];
     let needs = inputs.iter().flatten().any(Value::needs_grad) || param.is_some();
@@ -50,7 +54,7 @@ pub(super) fn attention<'a, T: Real>(
         tape.record(move |grads| {
             let Some(upstream) = grads.take(y_kept.slot()) else { return };
             let data = |i: usize| inputs[i].as_ref().map_or(&[][..], Value::data);
-            let mut plan = Plan::new([data(0), data(1), data(2)], width, &items, spec, table);
+            let mut plan = Plan::new([data(0), data(1), data(2)], width, &items, (spec, &reach), table);
             plan.mix(inputs[3].as_ref().map(Value::data), choice);
             let arena = grads.arena();
             let mut d = [0, 1, 2, 3].map(|i| arena.take(data(i).len()));
@@ -66,21 +70,22 @@ pub(super) fn attention<'a, T: Real>(
             }
         });
     }
-    y
+    (y, entropies)
 }
 
 pub(super) fn decode<T: Real>(
     [q, k, v]: [&[T]; 3],
     (m, t): (usize, usize),
-    spec: Attention,
+    (spec, reach): (Attention, Reach),
     mixture: Option<Mixture<'_, T>>,
     table: &[T],
-) -> Vec<T> {
+) -> (Vec<T>, Vec<T>) {
     let items = [Item { keys_at: 0, queries_at: 0, rows: t - m..t }];
     let mut out = vec![T::ZERO; q.len()];
     let mut stats = vec![T::ZERO; m * spec.heads * 2];
-    let mut plan = Plan::new([q, k, v], q.len() / m, &items, spec, table);
+    let mut entropies = vec![T::ZERO; if reach.windows_n.is_some() { m * spec.heads } else { 0 }];
+    let mut plan = Plan::new([q, k, v], q.len() / m, &items, (spec, &reach), table);
     plan.mix(mixture.as_ref().map(|mixture| mixture.gates_nh.data()), mixture.as_ref().map(Mixture::choice));
-    forward(&plan, &items[0], &mut Scratch::new(), &mut out, &mut stats);
-    out
+    forward(&plan, &items[0], &mut Scratch::new(), [&mut out, &mut stats, &mut entropies]);
+    (out, entropies)
 }

@@ -1,6 +1,6 @@
 //! How the work is cut, and what all its pieces share.
 
-use super::super::{Attention, Choice, Position};
+use super::super::{Attention, Choice, Position, Reach};
 use super::rotary::Rope;
 use crate::Real;
 use crate::kernels::lanes::PIECE;
@@ -94,6 +94,7 @@ pub(super) struct Plan<'s, T: Real> {
     pub k: &'s [T],
     pub v: &'s [T],
     pub spec: Attention,
+    reach: &'s Reach,
     /// Gates [n, heads] and the choice of heads, where there is a mixture.
     pub gates: Option<&'s [T]>,
     choice: Option<Choice>,
@@ -114,7 +115,7 @@ impl<'s, T: Real> Plan<'s, T> {
         [q, k, v]: [&'s [T]; 3],
         width: usize,
         items: &[Item],
-        spec: Attention,
+        (spec, reach): (Attention, &'s Reach),
         table: &[T],
     ) -> Plan<'s, T> {
         let dh = width / spec.heads;
@@ -134,6 +135,7 @@ impl<'s, T: Real> Plan<'s, T> {
             k,
             v,
             spec,
+            reach,
             gates: None,
             choice: None,
             group: spec.heads / spec.kv_heads,
@@ -149,6 +151,16 @@ impl<'s, T: Real> Plan<'s, T> {
     /// Sets gates and choice of a mixture of heads.
     pub(super) fn mix(&mut self, gates: Option<&'s [T]>, choice: Option<Choice>) {
         (self.gates, self.choice) = (gates, choice);
+    }
+
+    /// The first key that the i-th query of an item sees.
+    pub(super) fn first_key(&self, item: &Item, i: usize) -> usize {
+        self.reach.first(item.queries_at + i, item.rows.start + i)
+    }
+
+    /// Whether the entropy of each row's weights is wanted.
+    pub(super) fn measures(&self) -> bool {
+        self.reach.windows_n.is_some()
     }
 
     /// The query rows of an item that use key/value head `kv`, by position: their places in [rows, heads].

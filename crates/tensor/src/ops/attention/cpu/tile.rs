@@ -76,7 +76,8 @@ impl<T: Real> Scratch<T> {
 
 /// The keys that an item sees, by position in the document.
 pub(super) fn keys<T: Real>(plan: &Plan<'_, T>, item: &Item) -> Range<usize> {
-    plan.spec.first_key(item.rows.start)..item.rows.end
+    let first = (0..item.rows.len()).map(|i| plan.first_key(item, i)).min();
+    first.unwrap_or(item.rows.start)..item.rows.end
 }
 
 /// The rows of a tile and the keys they see. Lanes behind the last row repeat it and have no upstream gradient.
@@ -93,17 +94,18 @@ pub(super) struct Span<'s> {
 
 impl<'s> Span<'s> {
     pub(super) fn new<T: Real>(plan: &Plan<'_, T>, item: &Item, rows: &'s [u32]) -> Self {
-        let position = |l: usize| item.rows.start + rows[l.min(rows.len() - 1)] as usize / plan.spec.heads;
-        let positions: [usize; LANES] = std::array::from_fn(position);
-        let first = |i: usize| plan.spec.first_key(i);
+        let query = |l: usize| rows[l.min(rows.len() - 1)] as usize / plan.spec.heads;
+        let positions: [usize; LANES] = std::array::from_fn(|l| item.rows.start + query(l));
+        let first: [usize; LANES] = std::array::from_fn(|l| plan.first_key(item, query(l)));
         let (near, far) = (positions[LANES - 1], positions[0]);
+        let (farthest, nearest) = first.iter().fold((usize::MAX, 0), |(low, high), &i| (low.min(i), high.max(i)));
         Span {
             rows,
             positions,
-            from: Lanes(positions.map(|i| first(i) as i32)),
+            from: Lanes(first.map(|i| i as i32)),
             to: Lanes(positions.map(|i| i as i32 + 1)),
-            any: first(far)..near + 1,
-            all: first(near)..far + 1,
+            any: farthest..near + 1,
+            all: nearest..far + 1,
         }
     }
 

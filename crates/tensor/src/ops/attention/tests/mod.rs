@@ -3,6 +3,7 @@
 mod agreement;
 mod heads;
 mod properties;
+mod windows;
 
 use super::*;
 use crate::check::{self, Input};
