@@ -19,7 +19,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     run = moe_lab.Run.parse(TINY, write_data(folder / "data"))
     found = train.lr_find(run, lambda made, most: told.append((made, most)))
     assert told == sorted(told)
-    assert told[-1] == (300, 300)
+    assert told[-1] == (500, 500)
     assert sorted(path.name for path in folder.iterdir()) == ["data"]
     return found
 
@@ -32,7 +32,13 @@ def test_rates_rise_to_where_the_loss_leaves_its_minimum(report: dict[str, Any])
     means = [point["smoothed"] for point in points]
     assert report["lowest_loss"] == min(means) < 0.8 * means[0]
     assert len(points) == 100 or means[-1] > 5 * min(means) or "diverged" in report["ended"]
-    assert report["suggestion"] == pytest.approx(0.1 * report["lowest_rate"])
+    *tried, own = report["probes"]
+    assert [probe["learning_rate"] for probe in tried[:2]] == pytest.approx(
+        [0.1 * report["lowest_rate"], 0.01 * report["lowest_rate"]]
+    )
+    best = min(tried, key=lambda probe: probe["loss"])
+    assert (report["suggestion"], report["loss_at_suggestion"]) == (best["learning_rate"], best["loss"])
+    assert (report["own_rate"], report["loss_at_own_rate"]) == (own["learning_rate"], own["loss"])
     assert report["better"] == (report["loss_at_suggestion"] < report["loss_at_own_rate"])
 
 
@@ -74,6 +80,7 @@ def test_the_verb_prints_the_table_and_the_suggestion(
     text = capsys.readouterr().out
     assert "1.00e-07" in text
     assert "suggestion" in text
+    assert "<- suggestion" in text
     assert "after 100 updates" in text
     assert str(tmp_path / "found" / "lr_find.png") in text
     monkeypatch.setattr("sys.argv", [*command[:-1], str(tmp_path / "json"), "--json"])

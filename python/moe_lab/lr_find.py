@@ -65,20 +65,20 @@ def render(report: dict[str, Any], console: Console) -> None:
     if report["suggestion"] is None:
         console.print(report["verdict"], markup=False)
         return
-    lines = (
+    updates = report["updates_compared"]
+    lines = [
         ("lowest mean loss", f"{report['lowest_loss']:.4f} at {report['lowest_rate']:.2e}"),
         ("steepest fall", "-" if report["steepest_rate"] is None else f"at {report['steepest_rate']:.2e}"),
-        ("suggestion", f"a peak rate of {report['suggestion']:.2e}, a tenth of the one with the lowest loss"),
-        (
-            f"after {report['updates_compared']} updates",
-            f"loss {_loss(report['loss_at_suggestion'])} at the suggestion, "
-            f"{_loss(report['loss_at_own_rate'])} at the run's own {report['own_rate']:.2e}",
-        ),
-    )
+    ]
+    *tried, own = report["probes"]
+    for probe in tried:
+        mark = "  <- suggestion" if probe["learning_rate"] == report["suggestion"] else ""
+        lines.append((f"at {probe['learning_rate']:.2e}", f"loss {_loss(probe)} after {updates} updates{mark}"))
+    lines.append((f"at {own['learning_rate']:.2e}", f"loss {_loss(own)} after {updates} updates, the run's own rate"))
     for name, text in lines:
         console.print(f"{name:18}  {text}", markup=False)
     console.print(report["verdict"], markup=False)
 
 
-def _loss(value: float | None) -> str:
-    return "diverged" if value is None else f"{value:.4f}"
+def _loss(probe: dict[str, Any]) -> str:
+    return "diverged" if probe["loss"] is None else f"{probe['loss']:.4f}"

@@ -217,6 +217,10 @@ impl LrFindArgs {
         }
         println!();
         report.remove("points");
+        for probe in report.remove("probes").iter().filter_map(Value::as_array).flatten() {
+            let loss = probe["loss"].as_f64().map_or("diverged".to_owned(), |loss| format!("loss {loss:.4}"));
+            println!("at {:.3e} throughout: {loss}", probe["learning_rate"].as_f64().unwrap_or(f64::NAN));
+        }
         for rate in ["lowest_rate", "steepest_rate", "suggestion", "own_rate"] {
             if let Some(value) = report.get_mut(rate).filter(|value| value.is_f64()) {
                 *value = json!(format!("{:.3e}", value.as_f64().unwrap_or(f64::NAN)));

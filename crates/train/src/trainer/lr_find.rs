@@ -1,5 +1,6 @@
 //! The learning-rate range test (Smith 2015, arXiv 1506.01186): from fresh parameters, updates whose rate rises by a constant factor, until the
-//! loss leaves its minimum. In memory only: nothing is written.
+//! loss leaves its minimum. Rules of thumb read different rates off that curve; they are candidates here, each is trained with for as many updates,
+//! and the best one is suggested. In memory only: nothing is written.
 
 use super::control::batch_at;
 use super::{Position, prepare};
@@ -22,8 +23,11 @@ const ENOUGH: f64 = 5.0;
 /// How much of the running mean of the losses stays; the mean is corrected for its start.
 const MEMORY: f64 = 0.9;
 
-/// The suggestion is this share of the rate with the lowest loss.
-const SHARE: f64 = 0.1;
+/// Candidates are these shares of the rate with the lowest loss, and the rate of the steepest fall.
+const SHARES: [f64; 2] = [0.1, 0.01];
+
+/// Stretches of `UPDATES` at most: the rise, every candidate, the run's own rate.
+const STRETCHES: u64 = SHARES.len() as u64 + 3;
 
 /// One update: its rate, the loss of its batch before it, and the running mean of such losses.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -59,9 +63,10 @@ fn lowest(points: &[Point]) -> Option<usize> {
     (best > 0).then_some(best)
 }
 
-/// A tenth of the rate with the lowest smoothed loss; none for a curve that never fell.
-pub fn suggestion(points: &[Point]) -> Option<f64> {
-    lowest(points).map(|best| SHARE * points[best].learning_rate)
+/// Rates worth trying, none for a curve that never fell.
+pub fn candidates(points: &[Point]) -> Vec<f64> {
+    let shares = lowest(points).into_iter().flat_map(|best| SHARES.map(|share| share * points[best].learning_rate));
+    shares.chain(steepest(points)).collect()
 }
 
 /// The rate at which the smoothed loss falls fastest with the logarithm of the rate, up to its minimum.
@@ -74,11 +79,8 @@ pub fn steepest(points: &[Point]) -> Option<f64> {
 /// What is being done.
 enum Stage {
     Rise,
-    /// As many updates again at a constant rate, for the suggestion and for the run's own rate.
-    Probe {
-        index: usize,
-        rate: f64,
-    },
+    /// As many updates again at the constant rate of a probe.
+    Probe(usize),
     Over,
 }
 
@@ -94,8 +96,15 @@ pub struct LrFind {
     smooth: Smooth,
     points: Vec<Point>,
     ended: String,
-    /// Smoothed loss at the end of each probe: none where it diverged.
-    probes: [Option<f64>; 2],
+    /// The candidates, and last the run's own rate.
+    probes: Vec<Probe>,
+}
+
+/// A constant rate, and the smoothed loss after `UPDATES` with it: none where they diverged.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Probe {
+    pub learning_rate: f64,
+    pub loss: Option<f64>,
 }
 
 impl LrFind {
@@ -113,7 +122,7 @@ impl LrFind {
             smooth: Smooth::default(),
             points: Vec::new(),
             ended: format!("the rate reached {HIGH}"),
-            probes: [None, None],
+            probes: Vec::new(),
         })
     }
 
@@ -121,7 +130,7 @@ impl LrFind {
     pub fn advance(&mut self) -> Result<bool, TrainError> {
         match self.stage {
             Stage::Rise => self.rise()?,
-            Stage::Probe { index, rate } => self.probe(index, rate)?,
+            Stage::Probe(index) => self.probe(index)?,
             Stage::Over => return Ok(false),
         }
         Ok(true)
@@ -131,10 +140,10 @@ impl LrFind {
     pub fn progress(&self) -> (u64, u64) {
         let made = match self.stage {
             Stage::Rise => self.made,
-            Stage::Probe { index, .. } => UPDATES * (1 + index as u64) + self.made,
-            Stage::Over => 3 * UPDATES,
+            Stage::Probe(index) => UPDATES * (1 + index as u64) + self.made,
+            Stage::Over => STRETCHES * UPDATES,
         };
-        (made, 3 * UPDATES)
+        (made, STRETCHES * UPDATES)
     }
 
     pub fn points(&self) -> &[Point] {
@@ -156,40 +165,33 @@ impl LrFind {
             }
             Err(reason) => self.ended = format!("the run diverged at {learning_rate:.3e}: {reason}"),
         }
-        match suggestion(&self.points) {
-            Some(rate) => self.begin(Stage::Probe { index: 0, rate }),
-            None => {
-                self.stage = Stage::Over;
-                Ok(())
-            }
+        let rates = candidates(&self.points);
+        if rates.is_empty() {
+            self.stage = Stage::Over;
+            return Ok(());
         }
+        let rates = rates.into_iter().chain([self.settings.peak_rate()]);
+        self.probes = rates.map(|learning_rate| Probe { learning_rate, loss: None }).collect();
+        self.begin(0)
     }
 
-    fn probe(&mut self, index: usize, rate: f64) -> Result<(), TrainError> {
-        let over = match self.update(rate)? {
-            Ok(loss) => {
-                self.probes[index] = Some(self.smooth.add(loss));
-                self.made == UPDATES
-            }
-            Err(_) => {
-                self.probes[index] = None;
-                true
-            }
-        };
-        match (over, index) {
-            (false, _) => Ok(()),
-            (true, 0) => self.begin(Stage::Probe { index: 1, rate: self.settings.peak_rate() }),
-            (true, _) => {
-                self.stage = Stage::Over;
-                Ok(())
-            }
+    fn probe(&mut self, index: usize) -> Result<(), TrainError> {
+        let loss = self.update(self.probes[index].learning_rate)?.ok();
+        self.probes[index].loss = loss.map(|loss| self.smooth.add(loss));
+        if loss.is_some() && self.made < UPDATES {
+            return Ok(());
         }
+        if index + 1 == self.probes.len() {
+            self.stage = Stage::Over;
+            return Ok(());
+        }
+        self.begin(index + 1)
     }
 
     /// From fresh parameters and the first batch again.
-    fn begin(&mut self, stage: Stage) -> Result<(), TrainError> {
+    fn begin(&mut self, probe: usize) -> Result<(), TrainError> {
         self.learner = Learner::new(&self.run, self.learner.model.vocab_size, &self.settings)?;
-        (self.stage, self.made, self.smooth) = (stage, 0, Smooth::default());
+        (self.stage, self.made, self.smooth) = (Stage::Probe(probe), 0, Smooth::default());
         Ok(())
     }
 
@@ -212,14 +214,20 @@ impl LrFind {
         }
     }
 
-    /// What was found: every point, the suggestion, and whether it beats the run's own rate over as many updates.
+    /// The candidate with the lowest loss, and the run's own rate; none before the end, and where the loss never fell.
+    fn judged(&self) -> Option<(Probe, Probe)> {
+        let (own, candidates) = self.probes.split_last()?;
+        let loss = |probe: &&Probe| probe.loss.unwrap_or(f64::INFINITY);
+        Some((*candidates.iter().min_by(|a, b| loss(a).total_cmp(&loss(b)))?, *own))
+    }
+
+    /// What was found: every point, every probe, the suggestion, and whether it beats the run's own rate over as many updates.
     pub fn report(&self) -> Map<String, Value> {
-        let [suggested, own] = self.probes;
-        let better = suggested.is_some_and(|loss| own.is_none_or(|own| loss < own));
-        let found = suggestion(&self.points);
-        let best = lowest(&self.points).map(|best| self.points[best]);
-        let words = match found {
-            None => "the loss never fell: no suggestion; look at the model and its data".to_owned(),
+        let judged = self.judged().filter(|(best, _)| best.loss.is_some());
+        let better = judged.is_some_and(|(best, own)| own.loss.is_none_or(|own| best.loss < Some(own)));
+        let lowest = lowest(&self.points).map(|best| self.points[best]);
+        let words = match judged {
+            None => "no rate learns: no suggestion; look at the model and its data".to_owned(),
             Some(_) if better => format!("after {UPDATES} updates the suggestion is better than the run's own rate"),
             Some(_) => format!("after {UPDATES} updates the suggestion is no better than the run's own rate"),
         };
@@ -228,15 +236,16 @@ impl LrFind {
             ("phase".to_owned(), json!(self.dataset.phases[0].name)),
             ("points".to_owned(), json!(self.points)),
             ("ended".to_owned(), json!(self.ended)),
-            ("lowest_loss".to_owned(), json!(best.map(|point| point.smoothed))),
-            ("lowest_rate".to_owned(), json!(best.map(|point| point.learning_rate))),
+            ("lowest_loss".to_owned(), json!(lowest.map(|point| point.smoothed))),
+            ("lowest_rate".to_owned(), json!(lowest.map(|point| point.learning_rate))),
             ("steepest_rate".to_owned(), json!(steepest(&self.points))),
-            ("suggestion".to_owned(), json!(found)),
+            ("probes".to_owned(), json!(self.probes)),
+            ("suggestion".to_owned(), json!(judged.map(|(best, _)| best.learning_rate))),
             ("own_rate".to_owned(), json!(self.settings.peak_rate())),
             ("updates_compared".to_owned(), json!(UPDATES)),
-            ("loss_at_suggestion".to_owned(), json!(suggested)),
-            ("loss_at_own_rate".to_owned(), json!(own)),
-            ("better".to_owned(), json!(found.is_some() && better)),
+            ("loss_at_suggestion".to_owned(), json!(judged.and_then(|(best, _)| best.loss))),
+            ("loss_at_own_rate".to_owned(), json!(judged.and_then(|(_, own)| own.loss))),
+            ("better".to_owned(), json!(better)),
             ("verdict".to_owned(), json!(words)),
         ])
     }
@@ -264,13 +273,15 @@ mod tests {
     }
 
     #[test]
-    fn the_suggestion_is_a_tenth_of_the_rate_with_the_lowest_loss() {
+    fn candidates_are_shares_of_the_lowest_rate_and_the_steepest_one() {
         // A valley in the logarithm of the rate around 1e-2, steepest before it at 1e-3: slope of -exp(-x²/2) is largest at x = ±1.
         let valley = curve(|rate| 5.0 - (-(rate.log10() + 2.0).powi(2) / 2.0).exp());
-        let (found, steep) = (suggestion(&valley).unwrap(), steepest(&valley).unwrap());
-        assert!((found.log10() + 3.0).abs() < 0.05 && (steep.log10() + 3.0).abs() < 0.08, "{found} {steep}");
-        assert_eq!(suggestion(&curve(|rate| 1.0 + rate)), None);
-        assert_eq!(suggestion(&[]), None);
+        let found: Vec<f64> = candidates(&valley).iter().map(|rate| rate.log10()).collect();
+        for (found, expected) in found.iter().zip([-3.0, -4.0, -3.0]) {
+            assert!((found - expected).abs() < 0.08, "{found:?} {expected}");
+        }
+        assert_eq!(found.len(), 3);
+        assert!(candidates(&curve(|rate| 1.0 + rate)).is_empty() && candidates(&[]).is_empty());
     }
 
     #[test]
@@ -287,8 +298,11 @@ mod tests {
         let points = find.points();
         assert!(points.len() > 30 && points.len() as u64 <= UPDATES);
         assert!(points.iter().enumerate().all(|(i, point)| point.learning_rate == rate(i as u64)));
-        assert_eq!(report["suggestion"].as_f64().unwrap(), 0.1 * report["lowest_rate"].as_f64().unwrap());
-        assert!(report["suggestion"].as_f64().unwrap() > 1e-4, "{report:?}");
+        let (own, tried) = find.probes.split_last().unwrap();
+        assert!(own.learning_rate == 1e-7 && tried.len() >= 2);
+        let best = tried.iter().filter_map(|probe| probe.loss).fold(f64::INFINITY, f64::min);
+        assert_eq!(report["loss_at_suggestion"].as_f64(), Some(best));
+        assert!(report["suggestion"].as_f64().unwrap() > 1e-5, "{report:?}");
         assert_eq!(report["better"], true, "a rate of 1e-7 learns nothing: {report:?}");
         assert!(report["loss_at_suggestion"].as_f64() < report["loss_at_own_rate"].as_f64());
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), before + 2, "the two data files and no more");
