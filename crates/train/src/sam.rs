@@ -18,7 +18,9 @@ pub fn ascend(params: &mut [f32], grads: &[f32], step: f64) {
 /// Share of tokens, over all sparse layers, whose experts in the second pass are others than in the first; none without experts.
 pub fn changed(first: &[Arc<Routing>], second: &[Arc<Routing>]) -> Option<f64> {
     let tokens: usize = first.iter().map(|routing| routing.num_tokens()).sum();
-    let moved = |(a, b): (&Arc<Routing>, &Arc<Routing>)| (0..a.num_tokens()).filter(|&t| a.row(t) != b.row(t)).count();
+    let moved = |(a, b): (&Arc<Routing>, &Arc<Routing>)| {
+        (0..a.num_tokens()).filter(|&t| t >= b.num_tokens() || a.row(t) != b.row(t)).count()
+    };
     (tokens > 0).then(|| first.iter().zip(second).map(moved).sum::<usize>() as f64 / tokens as f64)
 }
 
