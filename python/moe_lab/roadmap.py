@@ -68,8 +68,8 @@ STABLE = (
     _option("2c", "stage2c", "stage2b"),
     _option("3a", "stage3a_peak", "stage2c"),
 )
-BUILT = (Step("stage4c", "study", "stage3a_peak", "4c"),)
-ADVANCED = (_option("5a", "stage5a", "stage3a_peak"), _option("5b", "stage5b", "stage3a_peak"))
+BUILT = (Step("stage4c", "study", "stage3a_peak", "4c"), _option("4b", "stage4b_documents", "stage3a_peak"))
+ADVANCED = (_option("5a", "stage5a", "stage4b_documents"), _option("5b", "stage5b", "stage4b_documents"))
 
 # A milestone without steps has no run files yet: it is shown with its targets and not run.
 MILESTONES = (

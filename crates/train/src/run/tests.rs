@@ -84,12 +84,16 @@ fn an_option_changes_what_its_name_says_and_nothing_else() {
         ("stage5a", &["model.router.p"]),
         ("stage2a", &["train.activation_checkpointing"]),
         ("stage3c", &["data.augment.copies"]),
+        ("stage4a", &["model.depths.capacity"]),
     ] {
         assert_eq!(changed(name, "stage1"), keys, "{name}");
     }
     assert_eq!(changed("stage3b_linear", "stage3b"), ["train.batch_scaling"]);
     assert_eq!(changed("stage3b_updates", "stage3b"), ["train.epochs"]);
     assert_eq!(changed("stage5c", "text"), ["data.lengths"]);
+    let windows =
+        |name: &str, parent: &str| changed(name, parent).iter().all(|key| key.starts_with("model.adaptive_window."));
+    assert!(windows("stage4b", "text") && windows("stage4b_documents", "stage1"));
     let rate = |name: &str, phase: &str| Run::load(name, &[]).unwrap().phase(phase).peak_rate();
     assert_eq!([rate("stage3b", "facts"), rate("stage3b_linear", "chat")], [1e-4 * 2f64.sqrt(), 2e-4]);
     assert_eq!(router(&Run::load("stage5b", &[]).unwrap())["num_experts"], 16);
