@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from moe_lab import sweep
-from moe_lab.cli import _assignment as parse
+from moe_lab.terminal import assignment as parse
 from test_stages import FakeLab, Outcome
 from tiny import TINY, write_data
 
