@@ -46,12 +46,10 @@ impl<'a, T: Real> Packed<'a, T> {
             Some(rights.len() - 1)
         };
         let places = sides.iter().map(&mut place).collect();
-        let mut room = arena.take(if total > 0 { total + LINE } else { 0 });
+        let mut room = arena.take(total + LINE);
         let start = room.as_ptr().align_offset(LINE * size_of::<f32>()).min(LINE);
         // SAFETY: there are packed sides only where T is f32; the room has `total` numbers behind `start`.
-        let to = unsafe {
-            std::slice::from_raw_parts_mut(room.as_mut_ptr().cast::<u32>().add(start.min(room.len())), total)
-        };
+        let to = unsafe { std::slice::from_raw_parts_mut(room.as_mut_ptr().cast::<u32>().add(start), total) };
         blocks::pack(&rights, to, if pool { rayon::current_num_threads() } else { 1 });
         Packed { sides, places, rights, room, start }
     }
