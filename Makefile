@@ -63,7 +63,8 @@ bench: $(VENV)/.locked ## our training step beside PyTorch's, at most 10 minutes
 	$(BIN)/python benches/compare.py $(ARGS)
 
 # Adds up the lines `faults: <what> injected=<n> kills=<n> wrong=<n>` of the fault tests; fails below so many faults and kills.
-FAULTS = cargo test --release -p train --lib --test faults --
+# The packages of the binary and the module together, as everywhere: what they need is then compiled once.
+FAULTS = cargo test --release $(PACKAGES) --lib --test faults --
 TALLY = awk -v least=$(1) -v kills=$(2) ' \
 	function number(name) { return match($$0, name "=[0-9]+") ? substr($$0, RSTART + length(name) + 1, RLENGTH - length(name) - 1) : 0 } \
 	/faults: / { n += number("injected"); k += number("kills"); w += number("wrong") } /SKIPPED/ { s++ } { print } \

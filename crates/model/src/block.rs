@@ -2,7 +2,7 @@
 //! block (mixture of depths) takes some tokens only: x += r · (both sublayers of the taken ones), r their score, which is how it learns.
 
 use crate::config::AdaptiveWindow;
-use crate::transformer::{Documents, Watch};
+use crate::input::{Documents, Watch};
 use moe_router::depths::{self, Selection};
 use moe_router::{Mode, Policy, RouterInput, Routing, node};
 use std::cell::RefCell;

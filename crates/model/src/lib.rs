@@ -4,6 +4,7 @@
 mod block;
 pub mod config;
 pub mod generate;
+mod input;
 #[cfg(feature = "torch")]
 pub mod torch;
 pub mod transformer;

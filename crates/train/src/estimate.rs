@@ -86,16 +86,16 @@ fn activations(run: &Run, checkpoints: bool, vocab: usize, n: f64, score_std: f6
     let mixture = if model.heads.routed > 0 { d + 3.0 * heads } else { 0.0 };
     // Two sums of the residual stream, two normed inputs, q, k, v, the heads' output, and what their softmax needs.
     let attention = 6.0 * d + 2.0 * kv + 2.0 * heads + mixture;
-    let (kept, passing) = match model.router.experts() {
-        None => (2.0, model.intermediate_size as f64),
-        Some(e) => (2.0, experts_per_token(run, e.num_experts, score_std) * (e.expert_hidden_size as f64)),
-    };
-    let rows = match model.router.experts() {
-        None => 0.0,
-        Some(e) => 3.0 * experts_per_token(run, e.num_experts, score_std) * d + 2.0 * e.num_experts as f64,
+    let (passing, rows) = match model.router.experts() {
+        None => (model.intermediate_size as f64, 0.0),
+        Some(e) => {
+            let active = experts_per_token(run, e.num_experts, score_std);
+            let passing = active * e.expert_hidden_size as f64;
+            (passing, 4.0 * active * d + passing + 2.0 * e.num_experts as f64)
+        }
     };
     let scores = model.router.experts().map_or(0.0, |e| e.num_experts as f64) + model.heads.routed as f64;
-    let block = attention + kept * passing;
+    let block = attention + 2.0 * passing;
     // A routed block keeps what a block keeps of the tokens it takes, those tokens and what it adds to them, and the stream of all.
     let routed = (0..model.num_layers.min(MAX_LAYERS)).filter(|&i| model.depths.routes(i)).count() as f64;
     let part = model.depths.capacity * (block + 2.0 * d) + d;

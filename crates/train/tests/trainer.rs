@@ -84,7 +84,7 @@ fn bf16_products_move_the_run_a_little_and_are_evaluated_as_trained() {
 
 #[test]
 fn a_killed_run_ends_with_the_bytes_of_one_that_never_stopped() {
-    let variants: [&[&str]; 14] = [
+    let variants: [&[&str]; 15] = [
         &[],
         &["train.optimizer=adamw", "train.weight_decay=0.1", "data.shuffle=true"],
         &["train.optimizer=sgd", "train.learning_rate=0.1"],
@@ -128,6 +128,13 @@ fn a_killed_run_ends_with_the_bytes_of_one_that_never_stopped() {
             "monitor.update_ratio=1e-9",
             "monitor.response=rate",
             "monitor.cooldown=3",
+        ],
+        &[
+            "model.router={kind='top_p', p=0.4, num_experts=4, expert_hidden_size=6}",
+            "model.depths={capacity=0.5, every=2}",
+            "model.adaptive_window={kind='token', min=2, max=8, block=2}",
+            "train.activation_checkpointing=true",
+            "train.ema=0.9",
         ],
     ];
     for sets in variants {
