@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -326,6 +327,13 @@ def test_options_in_small(tiny: Path) -> None:
         cli("diff", str(out / names[0]), str(out / names[1])).stdout.splitlines()[-1].startswith("train.warmup_epochs")
     )
     assert cli("table", str(out), "--markdown").stdout.startswith("|  | stage1 | stage2c | stage2c_exponential |")
+    shutil.rmtree(out / names[2])
+    again = cli("resume", str(out), "--jobs", "2")
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count(": started (") == 1  # what is there is kept
+    one = cli("resume", str(out / names[0]), "--jobs", "2")
+    assert one.returncode == 2
+    assert "is one run" in one.stderr
     study = tiny.parent / "study"
     done = cli("stage4", "--option", "4c", "--parent", str(out / names[0]), "--out", str(study), "--quick", "--json")
     assert done.returncode == 0, done.stderr

@@ -183,8 +183,10 @@ def test_a_text_run_is_divided_into_halves() -> None:
 
 
 def test_tables_are_written_as_parquet_and_csv_with_heat_maps(routed: specialize.Routed, tmp_path: Path) -> None:
-    paths = specialize.save(routed, tmp_path)
-    assert {path.name for path in paths} >= {"by_class.parquet", "information.csv", "lift.png", "coactivation.png"}
+    settled = specialize.saturation([(1, Planted()), (2, Planted())], TEXTS)
+    paths = specialize.save(routed, tmp_path, {"saturation": settled})
+    names = {"by_class.parquet", "information.csv", "lift.png", "coactivation.png", "saturation.csv", "saturation.png"}
+    assert {path.name for path in paths} >= names
     for path in tmp_path.glob("*.parquet"):
         again = pl.read_csv(path.with_suffix(".csv"))
         assert pl.read_parquet(path).shape == again.shape

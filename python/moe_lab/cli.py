@@ -211,11 +211,13 @@ def resume(
     engine: Annotated[str | None, typer.Option(help="Go on with cpu, reference or torch (device cpu).")] = None,
     device: Annotated[str | None, typer.Option(help="Go on on another device of the engine.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Go on with products in f32 or bf16.")] = None,
+    jobs: Jobs = 1,
     as_json: Json = False,
 ) -> int:
-    """Go on where a run or a stage stopped.
+    """Go on where a run, a stage or the roadmap stopped.
 
-    No flag of the first command is needed; a single run may go on with another engine, device or dtype.
+    No flag of the first command is needed. A single run may go on with another engine, device or dtype, many runs side
+    by side.
     """
     place = {"engine": engine, "device": device or (engine and "cpu"), "dtype": dtype}
     chosen = {key: value for key, value in place.items() if value is not None}
@@ -224,14 +226,16 @@ def resume(
 
     if chosen and (frames.is_stage(run) or frames.is_roadmap(run)):
         raise ValueError(f"{run} holds many runs, which go on as they began; resume one of them to change its engine")
+    if jobs > 1 and frames.is_run(run):
+        raise ValueError(f"{run} is one run: --jobs is for a stage or a roadmap; leave it out")
     if frames.is_stage(run):
         from moe_lab import stages
 
-        return report_stage(stages.resume(Path(run), lab, progress), as_json)
+        return report_stage(stages.resume(Path(run), lab, progress, jobs), as_json)
     if frames.is_roadmap(run):
         from moe_lab import roadmap
 
-        return report_roadmap(roadmap.resume(Path(run), lab, progress), as_json)
+        return report_roadmap(roadmap.resume(Path(run), lab, progress, jobs), as_json)
     outcome = lab.resume_training(run, chosen)
     if outcome.already_done:
         progress(f"the run is complete already: {run}")

@@ -274,6 +274,27 @@ def heat(table: pl.DataFrame, down: str, across: str, measure: str, title: str) 
     return figure
 
 
+def saturation(table: pl.DataFrame) -> Figure:
+    """How early the choice of experts settled: agreement with the last model over its checkpoints, a line a block.
+
+    `table`: step, layer, agreement, chance, as `specialize.saturation` makes it.
+    """
+    figure = Chart(figsize=(9, 4.6), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    _dress(axes, "Agreement with the last model's choice of experts; dotted: by chance", "share of a token's experts")
+    for order, ((layer,), rows) in enumerate(table.group_by("layer", maintain_order=True)):
+        axes.plot(
+            rows["step"], rows["agreement"], marker="o", ms=3.5, lw=1.6, color=_colour(order), label=f"block {layer}"
+        )
+        axes.plot(rows["step"], rows["chance"], ":", lw=1.2, color=_colour(order), label="_chance")
+    axes.set_ylim(0, 1.02)
+    axes.set_xlabel("step", color=INK)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _frame(axes)
+    _name_lines(figure, axes)
+    return figure
+
+
 FIGURES = {
     "loss": loss,
     "learning_rate": learning_rate,

@@ -186,9 +186,9 @@ def _settle(
     return Result(str(out), verdicts, step.name, "; ".join(missed))
 
 
-def resume(out: Path, lab: stages.Lab, say: Say) -> Result:
+def resume(out: Path, lab: stages.Lab, say: Say, at_once: int = 1) -> Result:
     """Goes on with the roadmap in `out`."""
-    return run(plan_of(out), out, lab, say)
+    return run(plan_of(out), out, lab, say, at_once)
 
 
 def plan_of(out: Path) -> Plan:

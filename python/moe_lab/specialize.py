@@ -337,4 +337,6 @@ def save(routed: Routed, folder: Path, more: dict[str, pl.DataFrame] | None = No
         title = f"Share of a class over that of all tokens, by {view[0]}"
         name = "lift" if view[0] == "form" else f"lift_{view[0]}"
         figures[name] = plots.heat(table, "class", "expert", "lift", title)
+    if "saturation" in tables:
+        figures["saturation"] = plots.saturation(tables["saturation"])
     return [*paths, *plots.save(figures, folder)]

@@ -218,9 +218,9 @@ def run(plan: Plan, out: Path, lab: Lab, say: Say, at_once: int = 1) -> Stage:
     return _conclude(plan, out, runs)
 
 
-def resume(out: Path, lab: Lab, say: Say) -> Stage:
+def resume(out: Path, lab: Lab, say: Say, at_once: int = 1) -> Stage:
     """Goes on with the stage in `out`."""
-    return run(_plan(out), out, lab, say)
+    return run(_plan(out), out, lab, say, at_once)
 
 
 def is_complete(out: Path) -> bool:
