@@ -5,6 +5,8 @@ from pathlib import Path
 
 
 def note(folder: str, seconds: float) -> int:
+    if seconds < 0:
+        raise ValueError("no such time")
     Path(folder, f"begun-{time.time_ns()}").touch()
     try:
         time.sleep(seconds)

@@ -105,6 +105,8 @@ def test_version() -> None:
         (["sweep", "--set", "seed=2"], "nothing to sweep"),
         (["sweep", "--set", "model.router.pp=0.3,0.4"], "did you mean model.router.p"),
         (["roadmap", "--set", "nonsense=1"], "nonsense"),
+        (["roadmap", "--set", "seed=1.5"], "seed = 1.5 is not a whole number"),
+        (["stage1", "--set", "seed=true"], "seed = true is not a whole number"),
         (["plot", "nowhere"], "nowhere"),
         (["runs", "nowhere"], "nowhere"),
         (["eval", "nowhere"], "nowhere"),
@@ -184,6 +186,11 @@ def test_a_run_is_trained_shown_and_used(tiny: Path) -> None:
     assert json.loads(table.stdout)["runs"][0]["loss"] == told["loss"]
     listed = cli("runs", str(tiny.parent), "--json")
     assert [entry["status"] for entry in json.loads(listed.stdout)["runs"]] == ["completed"]
+    shutil.copytree(run, tiny.parent / "torn")
+    (tiny.parent / "torn" / "run.json").write_text('{"id": ')
+    listed = cli("runs", str(tiny.parent), "--json")
+    assert {entry["status"] for entry in json.loads(listed.stdout)["runs"]} == {"completed", "damaged run.json"}
+    shutil.rmtree(tiny.parent / "torn")
     assert cli("gate", str(run)).returncode == 1
     drawn = cli("plot", str(run))
     assert all(Path(line).exists() for line in drawn.stdout.splitlines())

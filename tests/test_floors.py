@@ -48,7 +48,7 @@ MODULES = {  # python/moe_lab: what each module may import of the package
     "outcomes": {"terminal", "report", "roadmap", "stages", "train", "tables", "frames"},
     "terminal": {"text"},
     "report": {"plots", "roadmap", "stages", "train", "tables", "gates", "frames"},
-    "roadmap": {"stages", "train", "tables", "gates", "plots", "frames"},
+    "roadmap": {"stages", "jobs", "train", "tables", "gates", "plots", "frames"},
     "stages": {"options", "specialize", "jobs", "train", "gates", "tables", "plots", "frames"},
     "options": set(),
     "sweep": {"jobs", "stages", "train", "frames", "text"},

@@ -115,6 +115,8 @@ def test_jobs_run_side_by_side_and_a_signal_reaches_each(tmp_path: Path) -> None
 
     codes, stopped = jobs.run([job("a", 0), job("b", 0), job("c", 0)], 2, silent)
     assert (codes, stopped) == ({"a": 0, "b": 0, "c": 0}, None)
+    assert jobs.run([job("bad", -1)], 2, silent) == ({"bad": 1}, None)
+    assert (tmp_path / "bad.log").read_text() == "error: no such time\n"
     for old in tmp_path.glob("begun-*"):
         old.unlink()
 

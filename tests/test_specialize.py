@@ -197,6 +197,9 @@ def test_texts_come_from_files_and_what_is_none_is_refused(tmp_path: Path) -> No
     (tmp_path / "b.txt").write_text("three\n\nfour\n")
     assert specialize.texts_of([str(tmp_path / "a.json"), str(tmp_path / "b.txt")]) == ["one", "two", "three", "four"]
     (tmp_path / "c.json").write_text('{"a": 1}')
+    (tmp_path / "d.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"d\.txt is no UTF-8 text"):
+        specialize.texts_of([str(tmp_path / "d.txt")])
     with pytest.raises(ValueError, match="neither a JSON list"):
         specialize.texts_of([str(tmp_path / "c.json")])
 

@@ -189,6 +189,9 @@ def test_a_finished_parent_serves_instead_of_a_new_one(tmp_path: Path) -> None:
     assert lab.trained == ["top_p-0.4-seed1", "top_k-2-seed1"]
     assert not result.passed
     assert stages.rejudge(tmp_path / "s").verdicts == result.verdicts
+    twin = write(tmp_path / "twin", Story(router=DENSE, loss=0.1))
+    with pytest.raises(ValueError, match="both have seed 1"):
+        stage(stages.Plan(parents=(str(parent), str(twin))), tmp_path / "t", FakeLab())
 
 
 @pytest.mark.parametrize(
@@ -359,10 +362,6 @@ def test_options_are_named_or_all_that_are_there() -> None:
     assert options.chosen("stage2", "2C")[0].runs == ("stage2c", "stage2c_exponential")
     with pytest.raises(ValueError, match=r"--option '3a' is none of stage2; it has .*2c"):
         options.chosen("stage2", "3a")
-    missing = [option for option in options.OPTIONS if not option.ready]
-    for option in missing:
-        with pytest.raises(ValueError, match="has no run file yet"):
-            options.chosen(option.stage, option.name)
 
 
 def test_a_stage_written_before_there_were_options_is_judged_as_it_was(tmp_path: Path) -> None:

@@ -24,7 +24,6 @@ from moe_lab.terminal import (
     Jobs,
     Json,
     Parents,
-    RunPath,
     Seeds,
     Training,
     app,
@@ -37,6 +36,7 @@ from moe_lab.terminal import (
     print_plans,
     progress,
     trains,
+    whole_seed,
 )
 from moe_lab.text import shown
 
@@ -207,7 +207,7 @@ def roadmap(options: Training, seeds: Seeds = 1, jobs: Jobs = 1) -> int:
 
 @app.command()
 def resume(
-    run: RunPath,
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run, stage or roadmap directory.", show_default=False)],
     engine: Annotated[str | None, typer.Option(help="Go on with cpu, reference or torch (device cpu).")] = None,
     device: Annotated[str | None, typer.Option(help="Go on on another device of the engine.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Go on with products in f32 or bf16.")] = None,
@@ -266,7 +266,7 @@ def sweep(
 
     space, fixed = study.split(options.set_ or [], assignment)
     flags = replace(options, set_=None).overrides()
-    first = int(str(flags.pop("seed", lab.load_run(run).seed)))
+    first = whole_seed(flags.pop("seed", lab.load_run(run).seed))
     source = str(Path(run).resolve()) if Path(run).is_file() else run
     fixed = stages.anchored({**fixed, **flags})
     plan = study.Plan(

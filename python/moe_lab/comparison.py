@@ -12,12 +12,11 @@ from typing import Any
 import polars as pl
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from moe_lab import frames, gates, tables
 from moe_lab.statistics import CONFIDENCE, Interval, bootstrap, noise_floor
-from moe_lab.text import shown
+from moe_lab.text import plain
 
 SAME = {"seed", "name", "threads", "quick"}  # keys in which runs of one arm may differ
 
@@ -147,6 +146,7 @@ def _unused(name: str, arms: Sequence[Arm], path: str) -> str:
 
 
 def sample_of(path: frames.Place, target: float = gates.LOSS) -> Sample:
+    """What is compared of a run. Raises ValueError in one sentence for a run without results."""
     summary, frame, config = tables.summary(path), frames.read_metrics(path), frames.settings(path)
     results = frames.read_run(path).get("results") or {}
     way = course(frame, config, results)
@@ -378,11 +378,6 @@ def _race(race: Speedup) -> str:
 
 def _value(value: Any) -> str:
     return "-" if value is None else str(value)
-
-
-def plain(text: str) -> str:
-    """Text out of a run directory: it commands neither the terminal nor rich."""
-    return escape(shown(text))
 
 
 def number(value: float, signed: bool = False) -> str:

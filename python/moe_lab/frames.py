@@ -199,6 +199,13 @@ def json_object(path: Path) -> dict[str, Any]:
     return data
 
 
+def replace_json(path: Path, record: dict[str, Any]) -> None:
+    """Replaces a JSON file in one step, so that a reader or a kill never sees half of it."""
+    half = path.with_name(path.name + ".tmp")
+    half.write_text(json.dumps(record, indent=1) + "\n")
+    half.replace(path)
+
+
 def settings(run: Place) -> dict[str, Any]:
     """run.toml: the resolved configuration of a run."""
     path = Path(run) / "run.toml"

@@ -46,6 +46,8 @@ class NoGateError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Criterion:
+    """One line of a gate: what was measured, what it must be, and why it is asked."""
+
     name: str
     measured: float | str | None  # None: the run did not measure it, which fails
     bound: str
@@ -55,6 +57,8 @@ class Criterion:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
+    """What a gate says of a run."""
+
     gate: str
     run: str
     judged: bool
@@ -130,6 +134,7 @@ def criteria(gate: str, evidence: Evidence) -> tuple[Criterion, ...]:
 
 
 def gate_of(config: dict[str, Any]) -> str:
+    """The gate that judges runs of this configuration. Raises NoGateError where there is none."""
     if config.get("data", {}).get("text"):
         raise NoGateError("this run trains on a text (data.text); the gates judge runs on facts and chat")
     kind = config.get("model", {}).get("router", {}).get("kind", "dense")
@@ -162,6 +167,7 @@ def trained_on(record: dict[str, Any]) -> dict[str, str]:
 
 
 def finished(run: frames.Place, role: str = "parent") -> dict[str, Any]:
+    """run.json of a run that has a loss. Raises ValueError for one that has none yet."""
     record = frames.read_run(run)
     if loss_of(record) is None:
         raise ValueError(f"the {role} '{run}' has no loss yet: finish it first (python -m moe_lab resume {run})")

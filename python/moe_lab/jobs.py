@@ -13,6 +13,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
+Say = Callable[[str], None]  # takes a line of progress
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -24,7 +26,7 @@ class Job:
     log: Path
 
 
-def run(jobs: Sequence[Job], at_once: int, say: Callable[[str], None]) -> tuple[dict[str, int], int | None]:
+def run(jobs: Sequence[Job], at_once: int, say: Say) -> tuple[dict[str, int], int | None]:
     """Exit status by name of the job, and the signal that stopped the rest (None: all ended by themselves).
 
     SIGINT and SIGTERM are handed to every process; jobs that have not begun then are left out.
@@ -70,4 +72,9 @@ def _child(job: Job) -> None:
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("a") as log:
         os.dup2(log.fileno(), 2)
-        sys.exit(job.work(*job.arguments))
+        try:
+            code = job.work(*job.arguments)
+        except (ValueError, RuntimeError, OSError) as error:  # one sentence, as without jobs
+            note("error: " + " ".join(str(error).split()))
+            code = 1
+        sys.exit(code)

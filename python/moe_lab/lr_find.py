@@ -37,7 +37,7 @@ def figure(report: dict[str, Any]) -> Figure:
     """Loss over the rate: every batch, the running mean, the suggestion and the run's own rate."""
     found = plots.Chart(figsize=(9, 4.6), dpi=120, layout="constrained")
     axes = found.subplots()
-    plots._dress(axes, f"Learning-rate range test: {report['name']}, {report['phase']}", "nats per token")
+    plots.dress(axes, f"Learning-rate range test: {report['name']}, {report['phase']}", "nats per token")
     rates = [point["learning_rate"] for point in report["points"]]
     axes.plot(rates, [point["loss"] for point in report["points"]], ".", ms=5, color=plots.FAINT, label="batch")
     axes.plot(rates, [point["smoothed"] for point in report["points"]], color=plots.COLOURS[0], lw=1.8, label="mean")
@@ -47,7 +47,7 @@ def figure(report: dict[str, Any]) -> Figure:
             axes.axvline(report[key], color=colour, lw=1.4, ls=style, label=f"{label}: {report[key]:.2e}")
     axes.set_xscale("log")
     axes.set_xlabel("learning rate", color=plots.INK)
-    plots._frame(axes)
+    plots.trim(axes)
     axes.legend(frameon=False, fontsize=9, labelcolor=plots.INK)
     return found
 

@@ -21,10 +21,6 @@ class Option:
     def stage(self) -> str:
         return f"stage{self.name[0]}"
 
-    @property
-    def ready(self) -> bool:
-        return bool(self.runs) or self.specializes
-
 
 OPTIONS = (
     Option("2a", "activation checkpointing", ("stage2a",)),
@@ -43,17 +39,14 @@ OPTIONS = (
 
 
 def chosen(stage: str, name: str | None) -> tuple[Option, ...]:
-    """The option of that name, or all of the stage that have a run file. Raises ValueError in one sentence."""
+    """The option of that name, or all of the stage. Raises ValueError in one sentence."""
     own = [option for option in OPTIONS if option.stage == stage]
-    ready = [option for option in own if option.ready]
     if name is None:
-        return tuple(ready)
+        return tuple(own)
     found = next((option for option in own if option.name == name.lower()), None)
-    names = ", ".join(option.name for option in ready)
     if found is None:
+        names = ", ".join(option.name for option in own)
         raise ValueError(f"--option '{name}' is none of {stage}; it has {names}")
-    if not found.ready:
-        raise ValueError(f"option {found.name} ({found.title}) has no run file yet; {stage} has {names}")
     return (found,)
 
 

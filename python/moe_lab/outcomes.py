@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 
 def report_run(outcome: "Outcome", as_json: bool) -> int:
+    """Prints how a run ended; the exit status."""
     from moe_lab import frames, tables
 
     if outcome.signal is not None:
@@ -37,6 +38,7 @@ def _print_answer(out: str) -> None:
 
 
 def report_stage(stage: "Stage", as_json: bool) -> int:
+    """Prints how a stage ended and writes its page; the exit status."""
     from moe_lab import report, tables
 
     if stage.signal is not None:
@@ -58,6 +60,7 @@ def report_stage(stage: "Stage", as_json: bool) -> int:
 
 
 def report_roadmap(result: "Result", as_json: bool) -> int:
+    """Prints how far the roadmap came and writes its page; the exit status."""
     from moe_lab import report, roadmap, tables
 
     if result.signal is not None:

@@ -163,7 +163,7 @@ def compare(
     """
     figure = Chart(figsize=(9, 4.6), dpi=120, layout="constrained")
     axes = figure.subplots()
-    _dress(axes, title, unit)
+    dress(axes, title, unit)
     several = {label: [each] if isinstance(each, pl.DataFrame) else each for label, each in runs.items()}
     every = {label: _over_seeds(each, name) for label, each in several.items()}
     for order, (label, (rows, x)) in enumerate(every.items()):
@@ -213,14 +213,14 @@ def sweep(summaries: Sequence[Mapping[str, Any]]) -> Figure:
     measures = (("loss", "loss, nats"), ("experts_per_token", "experts per token"))
     for axes, (key, label) in zip(panels, measures, strict=True):
         points = [(float(entry["p"]), float(entry[key])) for entry in summaries if entry.get(key) is not None]
-        _dress(axes, label, "")
+        dress(axes, label, "")
         axes.plot([p for p, _ in points], [y for _, y in points], "o", color=COLOURS[0], alpha=0.6, label="runs")
         places = sorted({p for p, _ in points})
         means = [sum(y for q, y in points if q == p) / sum(1 for q, _ in points if q == p) for p in places]
         axes.plot(places, means, color=COLOURS[0], lw=1.5)
         axes.set_xlabel("p", color=INK)
         axes.set_xticks(places)
-        _frame(axes)
+        trim(axes)
     panels[1].axhspan(*gates.BAND, color=COLOURS[2], alpha=0.12, lw=0)
     _bound(panels[0], gates.LOSS, f"target {gates.LOSS:g}")
     return figure
@@ -233,7 +233,7 @@ def ladder(steps: Sequence[Mapping[str, Any]]) -> Figure:
     """
     figure = Chart(figsize=(9, 4.6), dpi=120, layout="constrained")
     axes = figure.subplots()
-    _dress(axes, "Loss by step", "nats, mean over sequences")
+    dress(axes, "Loss by step", "nats, mean over sequences")
     for place, step in enumerate(steps):
         losses, target = step["measured"]["loss"], step["targets"]["loss"]
         axes.plot([place] * len(losses), losses, "o", color=COLOURS[0], alpha=0.6, ms=5)
@@ -249,7 +249,7 @@ def ladder(steps: Sequence[Mapping[str, Any]]) -> Figure:
         )
     axes.set_xticks(range(len(steps)), [str(step["step"]) for step in steps], rotation=20, ha="right")
     axes.set_ylim(bottom=0)
-    _frame(axes)
+    trim(axes)
     return figure
 
 
@@ -281,7 +281,7 @@ def saturation(table: pl.DataFrame) -> Figure:
     """
     figure = Chart(figsize=(9, 4.6), dpi=120, layout="constrained")
     axes = figure.subplots()
-    _dress(axes, "Agreement with the last model's choice of experts; dotted: by chance", "share of a token's experts")
+    dress(axes, "Agreement with the last model's choice of experts; dotted: by chance", "share of a token's experts")
     for order, ((layer,), rows) in enumerate(table.group_by("layer", maintain_order=True)):
         axes.plot(
             rows["step"], rows["agreement"], marker="o", ms=3.5, lw=1.6, color=_colour(order), label=f"block {layer}"
@@ -290,7 +290,7 @@ def saturation(table: pl.DataFrame) -> Figure:
     axes.set_ylim(0, 1.02)
     axes.set_xlabel("step", color=INK)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _frame(axes)
+    trim(axes)
     _name_lines(figure, axes)
     return figure
 
@@ -336,11 +336,12 @@ def _rows(frame: pl.DataFrame) -> tuple[pl.DataFrame, str]:
 def _start(frame: pl.DataFrame, title: str, unit: str) -> tuple[pl.DataFrame, str, Figure, Axes]:
     figure = Chart(figsize=(9, 4.6), dpi=120, layout="constrained")
     axes = figure.subplots()
-    _dress(axes, title, unit)
+    dress(axes, title, unit)
     return *_rows(frame), figure, axes
 
 
-def _dress(axes: Axes, title: str, unit: str) -> None:
+def dress(axes: Axes, title: str, unit: str) -> None:
+    """Title and unit of a figure."""
     axes.set_title(title, loc="left", fontsize=12, color=INK, pad=18)
     axes.set_ylabel(unit, color=INK)
 
@@ -382,7 +383,8 @@ def _bound(axes: Axes, value: float, label: str) -> None:
     axes.annotate(label, (0.995, value), xycoords=place, va="bottom", ha="right", fontsize=9, color=INK)
 
 
-def _frame(axes: Axes) -> None:
+def trim(axes: Axes) -> None:
+    """Axes without a box, a faint grid behind."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(FAINT)
     axes.tick_params(colors=INK)
@@ -391,7 +393,7 @@ def _frame(axes: Axes) -> None:
 
 
 def _finish(figure: Figure, axes: Axes, rows: pl.DataFrame, x: str) -> Figure:
-    _frame(axes)
+    trim(axes)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if axes.get_subplotspec() is None or axes.get_subplotspec().is_last_row():  # type: ignore[union-attr]
         axes.set_xlabel("epoch" if x == "index" else "step", color=INK)

@@ -48,6 +48,7 @@ def write(run: frames.Place) -> Path:
 
 
 def of_run(run: frames.Place) -> str:
+    """The page of a run."""
     record, config, frame = frames.read_run(run), frames.settings(run), frames.read_metrics(run)
     try:
         verdicts = [gates.judge(run)]
@@ -80,6 +81,7 @@ MEASURED = ("loss", "floor", "excess", "recited", "facts_loss_after", "experts_p
 
 
 def of_stage(out: Path) -> str:
+    """The page of a stage."""
     stage = stages.rejudge(out)
     models = stages.by_model(stage.rows)
     paths = {row["name"]: row["run"] for row in stage.rows}
@@ -105,6 +107,7 @@ def _parent_of(rows: Sequence[Mapping[str, Any]], name: str, paths: Mapping[str,
 
 
 def of_roadmap(out: Path) -> str:
+    """The page of a roadmap."""
     plan, listed = roadmap.plan_of(out), roadmap.rows(out)
     record = frames.json_object(out / "roadmap.json")
     every = [(milestone, step) for milestone in roadmap.MILESTONES for step in milestone.steps]
@@ -193,7 +196,7 @@ def _shared_provenance(models: Mapping[str, Sequence[str]]) -> list[tuple[str, s
 def _page(**values: Any) -> str:
     environment = Environment(autoescape=True, trim_blocks=True)
     environment.filters["number"] = _number
-    return environment.from_string(Path(__file__).with_name("report.html").read_text()).render(**values)
+    return environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8")).render(**values)
 
 
 def embed(name: str, figure: Figure) -> Markup:

@@ -3,8 +3,7 @@
 A step of milestones 2 to 4 is the configuration of the step it names as parent with the switches of one run file more.
 """
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
@@ -15,13 +14,12 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_lab import frames, gates, stages, tables
+from moe_lab.jobs import Say
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from moe_lab.train import Run
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +69,6 @@ STABLE = (
 BUILT = (Step("stage4c", "study", "stage3a_peak", "4c"), _option("4b", "stage4b_documents", "stage3a_peak"))
 ADVANCED = (_option("5a", "stage5a", "stage4b_documents"), _option("5b", "stage5b", "stage4b_documents"))
 
-# A milestone without steps has no run files yet: it is shown with its targets and not run.
 MILESTONES = (
     Milestone(0, "baseline", (BASELINE,), gates.Bounds(loss=0.40)),
     Milestone(1, "adaptive experts", (STAGE1, CONTROL), gates.Bounds(loss=0.40, l0=15, band=(1.5, 2.0))),
@@ -229,20 +226,15 @@ def _open(out: Path, plan: Plan) -> None:
     if out.exists() and not frames.is_roadmap(out) and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"'{out}' exists and holds no roadmap; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
-    _write(out, {"roadmap": 1, "status": "running", "plan": asdict(plan)})
+    frames.replace_json(out / "roadmap.json", {"roadmap": 1, "status": "running", "plan": asdict(plan)})
 
 
 def _conclude(plan: Plan, result: Result) -> Result:
     status = "stopped" if result.signal is not None else "failed" if result.failed else "completed"
     told = {"roadmap": 1, "status": status, "plan": asdict(plan), "failed": result.failed, "why": result.why}
-    _write(Path(result.out), {**told, "gates": [verdict.as_dict() for verdict in result.verdicts.values()]})
+    verdicts = [verdict.as_dict() for verdict in result.verdicts.values()]
+    frames.replace_json(Path(result.out) / "roadmap.json", {**told, "gates": verdicts})
     return result
-
-
-def _write(out: Path, record: dict[str, Any]) -> None:
-    half = out / "roadmap.json.tmp"
-    half.write_text(json.dumps(record, indent=1) + "\n")
-    half.replace(out / "roadmap.json")
 
 
 def runs_of(step: Step, plan: Plan, out: Path) -> list[str]:
@@ -262,15 +254,15 @@ def verdict_of(step: Step, milestone: Milestone, plan: Plan, out: Path) -> gates
 
 def rows(out: Path) -> list[dict[str, Any]]:
     """The roadmap's table: a row per milestone and step with its targets and, over the seeds that are there, what was
-    measured (values by measure); a milestone without runs has targets alone."""
+    measured (values by measure)."""
     plan = plan_of(out)
-    return [_row(milestone, step, plan, out) for milestone in MILESTONES for step in milestone.steps or (None,)]
+    return [_row(milestone, step, plan, out) for milestone in MILESTONES for step in milestone.steps]
 
 
-def _row(milestone: Milestone, step: Step | None, plan: Plan, out: Path) -> dict[str, Any]:
-    there = [] if step is None else runs_of(step, plan, out)
+def _row(milestone: Milestone, step: Step, plan: Plan, out: Path) -> dict[str, Any]:
+    there = runs_of(step, plan, out)
     summaries = [tables.summary(path, gates.Verdict("none", path, False, ())) for path in there]
-    verdict = None if step is None else verdict_of(step, milestone, plan, out)
+    verdict = verdict_of(step, milestone, plan, out)
     values = {
         measure.key: [float(value) for each in summaries if (value := each.get(measure.key)) is not None]
         for measure in tables.MEASURES
@@ -278,14 +270,14 @@ def _row(milestone: Milestone, step: Step | None, plan: Plan, out: Path) -> dict
     return {
         "milestone": milestone.number,
         "name": milestone.name,
-        "step": None if step is None else step.name,
-        "option": None if step is None else step.option or None,
-        "parent": None if step is None else step.parent,
-        "judged": step is not None and step.judged,
+        "step": step.name,
+        "option": step.option or None,
+        "parent": step.parent,
+        "judged": step.judged,
         "targets": asdict(milestone.bounds),
         "seeds": len(there),
         "measured": values,
-        "gate": verdict.word if verdict else "unfinished" if there and step and step.role != "study" else "not run",
+        "gate": verdict.word if verdict else "unfinished" if there and step.role != "study" else "not run",
     }
 
 
@@ -318,11 +310,11 @@ def cells(listed: list[dict[str, Any]]) -> list[list[str]]:
     return [
         [
             f"{row['milestone']} {row['name']}",
-            " ".join(part for part in (row["option"], row["step"]) if part) or "no run file yet",
+            " ".join(part for part in (row["option"], row["step"]) if part),
             _targets(row),
             str(row["seeds"] or "-"),
             *(_cell(row["measured"].get(key, []), digits) for key, _, digits in COLUMNS),
-            row["gate"] if row["judged"] or not row["step"] else f"{row['gate']} (control)",
+            row["gate"] if row["judged"] else f"{row['gate']} (control)",
         ]
         for row in listed
     ]

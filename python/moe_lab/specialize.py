@@ -51,10 +51,6 @@ class Routed:
     # Loss of the token that follows, nats; NaN after the last of a text.
     surprise: "NDArray[np.float64]" = field(default_factory=lambda: np.empty(0))
 
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return self.views["form"]
-
 
 def collect(model: Routes, texts: Sequence[str], losses: "Sequence[NDArray[np.float64]] | None" = None) -> Routed:
     """Routes every text; `losses` are of its tokens after the first. Raises ValueError for a model without experts."""
@@ -296,9 +292,13 @@ def texts_of(files: Sequence[str]) -> list[str]:
     """Documents of JSON lists of strings, or of text files, one a line."""
     texts: list[str] = []
     for name in files:
-        content = Path(name).read_text()
         try:
+            content = Path(name).read_text(encoding="utf-8")
             listed = json.loads(content)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{name} is no UTF-8 text ({error.reason} at byte {error.start})") from None
+        except RecursionError:
+            raise ValueError(f"{name} is nested too deeply") from None
         except ValueError:
             listed = [line for line in content.splitlines() if line.strip()]
         if not isinstance(listed, list) or not all(isinstance(text, str) for text in listed):

@@ -4,14 +4,14 @@ A stage is data: cells (one run each). Stage 1 has a dense parent, a top-p model
 others have a parent and the run files of their options (options.py). Every seed has all of them.
 """
 
-import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from moe_lab import frames, gates, jobs, tables
+from moe_lab.jobs import Say
 from moe_lab.options import Option, named
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from moe_lab.specialize import Reads
     from moe_lab.train import Outcome, Run
 
-Say = Callable[[str], None]
 
 ROUTER = "model.router."
 TEXT = "text"  # the shipped run file of options that need long documents
@@ -114,7 +113,12 @@ class Stage:
 
 def cells(plan: Plan, lab: Lab) -> list[Cell]:
     """The runs of a stage, seed by seed, the parent before those that are compared with it."""
-    given = {int(frames.settings(parent).get("seed", 0)): parent for parent in plan.parents}
+    given: dict[int, str] = {}
+    for parent in plan.parents:
+        seed = int(frames.settings(parent).get("seed", 0))
+        if seed in given:
+            raise ValueError(f"--parent {given[seed]} and {parent} both have seed {seed}: give one; name the --option")
+        given[seed] = parent
     for seed in sorted(set(given) - set(plan.seeds)):
         wanted = ", ".join(str(seed) for seed in plan.seeds)
         raise ValueError(f"--parent {given[seed]} has seed {seed}, but the stage runs seed {wanted}")
@@ -207,7 +211,7 @@ def run(plan: Plan, out: Path, lab: Lab, say: Say, at_once: int = 1) -> Stage:
     _open(out, plan)
     stopped = train_all(prepared, plan.quick, out, lab, say, at_once)
     if stopped is not None:
-        _write(out, {"stage": plan.stage, "status": "stopped", "plan": asdict(plan)})
+        frames.replace_json(out / "stage.json", {"stage": plan.stage, "status": "stopped", "plan": asdict(plan)})
         return Stage(str(out), signal=stopped, stage=plan.stage)
     runs = [(cell, str(place(cell, out))) for cell, _ in prepared]
     for option in map(named, plan.options):
@@ -256,7 +260,7 @@ def _open(out: Path, plan: Plan) -> None:
     if out.exists() and not frames.is_stage(out) and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"'{out}' exists and holds no stage; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
-    _write(out, {"stage": plan.stage, "status": "running", "plan": asdict(plan)})
+    frames.replace_json(out / "stage.json", {"stage": plan.stage, "status": "running", "plan": asdict(plan)})
 
 
 def train_all(
@@ -362,7 +366,7 @@ def _conclude(plan: Plan, out: Path, runs: list[tuple[Cell, str]]) -> Stage:
     verdicts = [verdict.as_dict() for verdict in stage.verdicts]
     passed = stage.passed if stage.judged else None
     done = {"stage": plan.stage, "status": "completed", "passed": passed, "plan": asdict(plan)}
-    _write(out, {**done, "gates": verdicts, "runs": entries})
+    frames.replace_json(out / "stage.json", {**done, "gates": verdicts, "runs": entries})
     save_plots(stage)
     return stage
 
@@ -505,10 +509,3 @@ def _plan(out: Path) -> Plan:
 
 def _record(out: Path) -> dict[str, Any]:
     return frames.json_object(out / "stage.json")
-
-
-def _write(out: Path, record: dict[str, Any]) -> None:
-    """Replaces stage.json in one step, so that a reader or a kill never sees half of it."""
-    half = out / "stage.json.tmp"
-    half.write_text(json.dumps(record, indent=1) + "\n")
-    half.replace(out / "stage.json")

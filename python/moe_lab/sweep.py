@@ -19,12 +19,12 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_lab import frames, jobs, stages
+from moe_lab.jobs import Say
 from moe_lab.text import shown
 
 if TYPE_CHECKING:
     import optuna
 
-Say = Callable[[str], None]
 Parse = Callable[[str], tuple[str, object]]  # KEY=VALUE -> key and value, as --set reads them
 
 LESS = ("loss", "excess", "eval_loss", "facts_loss_after", "paraphrase_loss", "seconds", "l0")
@@ -86,6 +86,7 @@ def split(assignments: Iterable[str], parse: Parse) -> tuple[dict[str, str], dic
 
 
 def values_of(key: str, text: str, parse: Parse) -> Choices | Range:
+    """The text behind KEY= as a list A,B,C or a range LOW..HIGH[:log]. Raises ValueError in one sentence."""
     found = re.fullmatch(r"([^,]+?)\.\.([^,:]+)(:log)?", text)
     if not found:
         return tuple(dict.fromkeys(parse(f"{key}={part.strip()}")[1] for part in text.split(",") if part.strip()))
@@ -161,7 +162,7 @@ class Sweep:
             import optuna
             from optuna.storages.journal import JournalFileBackend
         except ImportError:
-            raise ValueError("a sweep needs Optuna: pip install 'moe_lab[sweep]'") from None
+            raise ValueError("a sweep needs Optuna: pip install 'optuna>=4.4'") from None
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         backend = JournalFileBackend(str(self.out / "study.journal"))
@@ -304,7 +305,11 @@ def run(sweep: Sweep, at_once: int = 1) -> int | None:
         )
         for n in range(1, at_once + 1)
     ]
-    return jobs.run(todo, at_once, sweep.say)[1]
+    codes, stopped = jobs.run(todo, at_once, sweep.say)
+    broken = next((job for job in todo if codes.get(job.name)), None)
+    if stopped is None and broken is not None:
+        raise RuntimeError(f"{broken.name} ended with exit status {codes[broken.name]}: see {broken.log}")
+    return stopped
 
 
 def work_alone(plan: Plan, out: Path, parse: Parse) -> int:

@@ -8,13 +8,10 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from moe_lab import frames, gates
-from moe_lab.text import shown
-
-Value = float | str | None
+from moe_lab.text import plain, shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,10 +112,10 @@ def render(summaries: Iterable[dict[str, Any]], console: Console, title: str = "
         table.title_style = "bold"
         table.add_column("")
         for name in some:
-            table.add_column(_plain(name), justify="right", overflow="fold")
+            table.add_column(plain(name), justify="right", overflow="fold")
         table.add_column("roadmap", justify="right", style="dim")
         for row in _lines(some):
-            table.add_row(*map(_plain, row))
+            table.add_row(*map(plain, row))
         console.print(table)
 
 
@@ -152,11 +149,6 @@ def _lines(groups: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
     return [*lines, ["gate", *(_words(entries) for entries in groups.values()), ""]]
 
 
-def _plain(text: str) -> str:
-    """Text out of a run directory: it commands neither the terminal nor rich."""
-    return escape(shown(text))
-
-
 def _cell(measure: Measure, entries: list[dict[str, Any]]) -> str:
     values = [float(value) for entry in entries if (value := entry.get(measure.key)) is not None]
     values = [value for value in values if isfinite(value)]
@@ -174,10 +166,10 @@ def _words(entries: list[dict[str, Any]]) -> str:
 def render_verdict(verdict: gates.Verdict, console: Console) -> None:
     """Every criterion with its measure and bound, then the word of the gate."""
     if not verdict.judged:
-        console.print(f"{verdict.gate} gate: not judged (quick)  {_plain(verdict.run)}", highlight=False)
+        console.print(f"{verdict.gate} gate: not judged (quick)  {plain(verdict.run)}", highlight=False)
         return
     table = Table(
-        title=f"{verdict.gate} gate  {_plain(verdict.run)}",
+        title=f"{verdict.gate} gate  {plain(verdict.run)}",
         box=box.SIMPLE_HEAD,
         title_justify="left",
         title_style="bold",
@@ -187,6 +179,6 @@ def render_verdict(verdict: gates.Verdict, console: Console) -> None:
     for criterion in verdict.criteria:
         mark = "[green]pass[/green]" if criterion.passed else "[bold red]FAIL[/bold red]"
         cells = (criterion.name, gates.show(criterion.measured), criterion.bound, criterion.why)
-        table.add_row(mark, *map(_plain, cells))
+        table.add_row(mark, *map(plain, cells))
     console.print(table)
     console.print(f"{verdict.gate} gate: {verdict.word}", highlight=False)

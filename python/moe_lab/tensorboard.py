@@ -15,7 +15,7 @@ def export(run: frames.Place) -> tuple[Path, int]:
     try:
         from tensorboardX import SummaryWriter  # type: ignore[import-untyped]
     except ImportError:
-        raise ValueError("TensorBoard files need tensorboardX: pip install 'moe_lab[tensorboard]'") from None
+        raise ValueError("TensorBoard files need tensorboardX: pip install 'tensorboardX>=2.6'") from None
     frame = frames.read_metrics(run)
     if not frame.height:
         raise ValueError(f"the run '{run}' has written no metrics yet")

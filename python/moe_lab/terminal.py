@@ -94,8 +94,15 @@ class Training:
     def seeds(self, count: int, first: int) -> tuple[tuple[int, ...], dict[str, object]]:
         """The seeds, counted on from --seed or else from `first`, and the overrides without the seed."""
         overrides = self.overrides()
-        start = int(str(overrides.pop("seed", first)))
+        start = whole_seed(overrides.pop("seed", first))
         return tuple(range(start, start + count)), overrides
+
+
+def whole_seed(value: object) -> int:
+    """A seed from --seed or --set. Raises ValueError in one sentence."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"seed = {str(value).lower()} is not a whole number")
+    return value
 
 
 def assignment(text: str) -> tuple[str, object]:

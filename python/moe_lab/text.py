@@ -2,6 +2,8 @@
 
 import unicodedata
 
+from rich.markup import escape
+
 KEPT = "\n\t"
 REPLACEMENT = "\ufffd"
 
@@ -13,6 +15,11 @@ def shown(text: str) -> str:
     separators, lone surrogates. The rule is that of `untrusted::shown` in the engine.
     """
     return "".join(REPLACEMENT if _hides(each) else each for each in text)
+
+
+def plain(text: str) -> str:
+    """Text out of a run directory for rich: it commands neither the terminal nor rich."""
+    return escape(shown(text))
 
 
 def _hides(character: str) -> bool:

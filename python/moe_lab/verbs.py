@@ -180,7 +180,10 @@ def rerun(run: RunPath, options: Training) -> int:
 
 
 @app.command()
-def plot(run: RunPath, as_json: Json = False) -> int:
+def plot(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run, stage or roadmap directory.", show_default=False)],
+    as_json: Json = False,
+) -> int:
     """Draw a run, a stage or a roadmap into its plots/."""
     from moe_lab import frames, plots, roadmap, stages
 
@@ -409,7 +412,10 @@ def runs(
 def _listed(path: Path) -> dict[str, Any]:
     from moe_lab import frames
 
-    record = frames.read_run(path)
+    try:
+        record = frames.read_run(path)
+    except ValueError:
+        record = {"status": "damaged run.json"}
     results = record.get("results") or {}
     shown = {key: results.get(key) for key in ("loss", "excess", "experts_per_token", "seconds")}
     return {"run": str(path), "id": record.get("id"), "status": record.get("status"), **shown}
