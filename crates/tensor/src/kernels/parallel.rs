@@ -2,7 +2,8 @@
 
 use crate::Real;
 use rayon::prelude::*;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 /// Rows a block of a cross-row reduction has. Fixed: it decides the order of summation.
 const BLOCK: usize = 64;
@@ -11,17 +12,25 @@ const BLOCK: usize = 64;
 const SMALL: usize = 8192;
 
 /// Runs `f`, which enters many short parallel loops, while the other threads of its pool look for work without going to sleep between them: waking
-/// a thread takes longer than many a loop. A thread that finds nothing for a while lets the system run others in its place.
+/// a thread takes longer than many a loop. A thread that finds nothing for a while lets the system run others in its place. `f` begins when all
+/// threads look, or after a moment without those that do not; a thread that comes later looks no more. It might come in the middle of a piece of
+/// `f`, where waiting for the end of `f` would be waiting for itself.
 pub fn awake<R: Send>(f: impl FnOnce() -> R + Send) -> R {
     const PAUSES: usize = 16;
     const PATIENCE: usize = 1000;
-    let (own, done) = (rayon::current_thread_index(), AtomicBool::new(false));
-    if own.is_none() || rayon::current_num_threads() == 1 {
+    const MOMENT: Duration = Duration::from_micros(200);
+    let (own, threads) = (rayon::current_thread_index(), rayon::current_num_threads());
+    if own.is_none() || threads == 1 {
         return f();
     }
+    let (looking, begun, done) = (AtomicUsize::new(0), AtomicBool::new(false), AtomicBool::new(false));
     let look = |index: usize| {
+        if Some(index) == own || begun.load(Ordering::Acquire) {
+            return;
+        }
+        looking.fetch_add(1, Ordering::Relaxed);
         let mut idle = 0;
-        while Some(index) != own && !done.load(Ordering::Relaxed) {
+        while !done.load(Ordering::Relaxed) {
             match rayon::yield_now() {
                 Some(rayon::Yield::Executed) => idle = 0,
                 _ if idle < PATIENCE => {
@@ -36,6 +45,11 @@ pub fn awake<R: Send>(f: impl FnOnce() -> R + Send) -> R {
     rayon::in_place_scope(|scope| {
         scope.spawn_broadcast(|_, context| look(context.index()));
         let end = end; // also when `f` panics
+        let called = Instant::now();
+        while looking.load(Ordering::Relaxed) + 1 < threads && called.elapsed() < MOMENT {
+            std::hint::spin_loop();
+        }
+        begun.store(true, Ordering::Release);
         let result = f();
         drop(end);
         result
@@ -117,5 +131,34 @@ mod tests {
         let panics = || pool.install(|| awake(|| panic!("as a task may")));
         assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(panics)).is_err());
         assert_eq!(pool.install(|| awake(|| awake(total))), 49_950_000, "one inside the other");
+    }
+
+    /// A piece of work that `f` waits for, and that takes the call to look from its thread's queue while it waits itself, as the pieces of a loop do.
+    #[test]
+    fn a_thread_that_is_called_in_the_middle_of_a_piece_goes_on_with_it() {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap();
+        let [at_work, begun, finished] = [const { AtomicBool::new(false) }; 3];
+        let wait = |flag: &AtomicBool| {
+            let since = Instant::now();
+            while !flag.load(Ordering::SeqCst) {
+                assert!(since.elapsed() < Duration::from_secs(20), "waited in vain");
+                std::thread::yield_now();
+            }
+        };
+        pool.in_place_scope(|scope| {
+            scope.spawn(|_| {
+                at_work.store(true, Ordering::SeqCst);
+                wait(&begun);
+                rayon::yield_now();
+                finished.store(true, Ordering::SeqCst);
+            });
+            wait(&at_work);
+            pool.install(|| {
+                awake(|| {
+                    begun.store(true, Ordering::SeqCst);
+                    wait(&finished);
+                })
+            });
+        });
     }
 }

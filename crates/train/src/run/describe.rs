@@ -55,8 +55,7 @@ fn kind(key: &Key) -> String {
 /// The default; for a key of some kinds only, each default with its kinds.
 fn default(key: &Key) -> String {
     let defaults = Table::try_from(Run::default()).unwrap_or_default();
-    let text =
-        |node: &Json| if node["default"].is_null() { "absent".into() } else { format!("`{}`", node["default"]) };
+    let text = |node: &Json| if node["default"].is_null() { "absent".into() } else { format!("`{}`", node["default"]) };
     match schema::lookup(&defaults, &key.path) {
         Some(value) => format!("`{value}`"),
         None => by_kind(key, text).unwrap_or("absent".into()),
