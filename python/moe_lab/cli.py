@@ -21,6 +21,7 @@ from moe_lab.terminal import (
     FAILED,
     INTERRUPTED,
     USAGE,
+    AnyRunPath,
     Jobs,
     Json,
     Parents,
@@ -207,7 +208,7 @@ def roadmap(options: Training, seeds: Seeds = 1, jobs: Jobs = 1) -> int:
 
 @app.command()
 def resume(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run, stage or roadmap directory.", show_default=False)],
+    run: AnyRunPath,
     engine: Annotated[str | None, typer.Option(help="Go on with cpu, reference or torch (device cpu).")] = None,
     device: Annotated[str | None, typer.Option(help="Go on on another device of the engine.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Go on with products in f32 or bf16.")] = None,

@@ -45,6 +45,9 @@ def _version(wanted: bool) -> None:
 Version = Annotated[bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line of stdout.")]
 RunPath = Annotated[str, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)]
+AnyRunPath = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run, stage or roadmap directory.", show_default=False)
+]
 Checkpoint = Annotated[str | None, typer.Option(metavar="NAME", help="checkpoint-N instead of the newest.")]
 Seeds = Annotated[int, typer.Option("--seeds", min=1, help="How many seeds, counted on from --seed.")]
 Jobs = Annotated[int, typer.Option("--jobs", min=1, help="Runs side by side, one thread each if more than one.")]

@@ -11,6 +11,7 @@ from moe_lab.outcomes import report_run
 from moe_lab.terminal import (
     DONE,
     FAILED,
+    AnyRunPath,
     Checkpoint,
     Json,
     RunPath,
@@ -181,7 +182,7 @@ def rerun(run: RunPath, options: Training) -> int:
 
 @app.command()
 def plot(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run, stage or roadmap directory.", show_default=False)],
+    run: AnyRunPath,
     as_json: Json = False,
 ) -> int:
     """Draw a run, a stage or a roadmap into its plots/."""
@@ -202,7 +203,7 @@ def plot(
 
 @app.command()
 def report(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run, stage or roadmap directory.")],
+    run: AnyRunPath,
     as_json: Json = False,
 ) -> int:
     """Write report.html into a run, stage or roadmap directory.

@@ -20,6 +20,11 @@ impl Balance {
         Balance { rate, biases_e: Vec::new() }
     }
 
+    /// b_e; empty while all are zero.
+    pub fn biases_e(&self) -> Vec<f64> {
+        self.biases_e.iter().map(|bias| bias.0).collect()
+    }
+
     /// Takes saved biases if they can be those of `num_experts` experts that have some.
     pub(crate) fn restore(&mut self, saved: Balance, num_experts: usize) -> bool {
         let whole = saved.biases_e.len() == num_experts && saved.biases_e.iter().all(|bias| bias.0.is_finite());

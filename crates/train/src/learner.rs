@@ -110,7 +110,7 @@ pub struct Update {
     pub noise: Option<Sample>,
     /// Share of tokens that the second pass of sharpness-aware minimisation routed otherwise.
     pub routing_changed: Option<f64>,
-    observations: Vec<Observation>,
+    pub(crate) observations: Vec<Observation>,
     /// What the sparse layers decided, part by part, where a second pass is to be compared.
     routings: Vec<Arc<Routing>>,
 }

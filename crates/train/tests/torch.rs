@@ -249,6 +249,48 @@ fn first(out: &Path, column: &str) -> f64 {
     rows.find(|row| row["kind"] == "train").unwrap()[column].as_f64().unwrap_or_else(|| panic!("{column}"))
 }
 
+/// The numbers of the control states that checkpoint `step` of a run holds.
+fn controls(out: &Path, step: usize) -> Vec<f64> {
+    fn collect(value: &Value, found: &mut Vec<f64>) {
+        match value {
+            Value::Array(items) => items.iter().for_each(|item| collect(item, found)),
+            Value::Object(fields) => {
+                fields.iter().filter(|(key, _)| *key != "kind").for_each(|(_, v)| collect(v, found))
+            }
+            Value::String(bits) => found.push(f64::from_bits(u64::from_str_radix(bits, 16).unwrap())),
+            _ => {}
+        }
+    }
+    let text = std::fs::read_to_string(out.join(format!("checkpoints/checkpoint-{step}/state.json"))).unwrap();
+    let mut found = Vec::new();
+    collect(&serde_json::from_str::<Value>(&text).unwrap()["controls"], &mut found);
+    found
+}
+
+#[test]
+fn biases_and_thresholds_move_as_under_the_cpu_engine() {
+    let folder = tempfile::tempdir().unwrap();
+    let steps = 20;
+    for (i, router) in [
+        json!({"kind": "top_p", "p": 0.4, "num_experts": 4, "expert_hidden_size": 16, "bias_rate": 0.01, "target": 1.7}),
+        json!({"kind": "top_k", "k": 2, "num_experts": 4, "expert_hidden_size": 16, "bias_rate": 0.01}),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let sets = [("train.max_steps", json!(steps)), ("train.accumulate", json!(2)), ("model.router", router)];
+        let (cpu, other) = (folder.path().join(format!("cpu{i}")), folder.path().join(format!("torch{i}")));
+        let ours = curve(run(folder.path(), &sets), &cpu, "train/loss");
+        let theirs = curve(run(folder.path(), &[&sets[..], &torch("cpu")].concat()), &other, "train/loss");
+        assert!(off(&theirs, &ours) < 1e-3, "{}", off(&theirs, &ours));
+        let (ours, theirs) = (controls(&cpu, steps), controls(&other, steps));
+        assert!(ours.len() >= 8 && ours.iter().any(|x| x.abs() > 0.05), "they moved: {ours:?}");
+        // A token on the edge of a choice may move one count, and with it one sign.
+        assert!(ours.iter().zip(&theirs).all(|(a, b)| (a - b).abs() < 0.021), "{ours:?} {theirs:?}");
+        assert!(off(&theirs, &ours) < 0.1, "{ours:?} {theirs:?}");
+    }
+}
+
 #[test]
 fn a_run_goes_from_engine_to_engine_and_loses_nothing() {
     let folder = tempfile::tempdir().unwrap();

@@ -3,7 +3,7 @@
 
 use super::Coefficients;
 use super::heads::{balance, best};
-use moe_router::Policy;
+use moe_router::{Policy, balance::Balance};
 use tensor::Param;
 use tensor::torch::{Graph, Kind, Result, Tensor, to_vec};
 
@@ -19,8 +19,14 @@ impl Routed {
         let scores_ne = graph.exact_linear(x, router)?;
         let p_ne = scores_ne.f_softmax(-1, graph.flat().kind)?;
         let (chosen_ne, renormalize) = match policy {
-            Policy::TopP(top_p) => (prefix(&p_ne.f_detach()?, top_p.p)?, top_p.renormalize),
-            Policy::TopK(top_k) => (best(&p_ne.f_detach()?, top_k.k as i64)?, top_k.renormalize),
+            Policy::TopP(top_p) => {
+                let p = p_ne.f_detach()?;
+                (prefix(&p, &liked(&p, &top_p.balance)?, top_p.threshold())?, top_p.renormalize)
+            }
+            Policy::TopK(top_k) => {
+                let p = p_ne.f_detach()?;
+                (best(&liked(&p, &top_k.balance)?, top_k.k as i64)?, top_k.renormalize)
+            }
             Policy::ExpertChoice(_) | Policy::LearnedP(_) | Policy::Forced(_) | Policy::Overruled(_) => {
                 return Err(tensor::torch::Error::Torch("this model.router.kind is not in the torch engine".into()));
             }
@@ -62,14 +68,24 @@ impl Routed {
     }
 }
 
-/// The shortest prefix of the experts sorted by probability whose sum (in f64) strictly exceeds p, as a mask; all if none does or p = 1. Among
-/// equals the lower index comes first.
-fn prefix(p_ne: &Tensor, p: f64) -> Result<Tensor> {
+/// What the experts are sorted by: probability plus bias (`moe_router::balance`), in f64 where there are biases.
+fn liked(p_ne: &Tensor, balance: &Balance) -> Result<Tensor> {
+    let biases_e = balance.biases_e();
+    if biases_e.is_empty() {
+        return Ok(p_ne.shallow_clone());
+    }
+    p_ne.f_to_kind(Kind::Double)?.f_add(&Tensor::f_from_slice(&biases_e)?.f_to_device(p_ne.device())?)
+}
+
+/// The shortest prefix of the experts sorted by `liked_ne` whose probabilities' sum (in f64) strictly exceeds p, as a mask; all if none does or
+/// p = 1. Among equals the lower index comes first.
+fn prefix(p_ne: &Tensor, liked_ne: &Tensor, p: f64) -> Result<Tensor> {
     let none = p_ne.f_zeros_like()?.f_to_kind(Kind::Bool)?;
     if p >= 1.0 {
         return none.f_logical_not();
     }
-    let (sorted, order) = p_ne.f_sort_stable(true, -1, true)?;
+    let order = liked_ne.f_argsort_stable(true, -1, true)?;
+    let sorted = p_ne.f_gather(-1, &order, false)?;
     let e = sorted.size()[1];
     let sums = sorted.f_cumsum(-1, Kind::Double)?;
     let before = Tensor::f_cat(&[sums.f_narrow(1, 0, 1)?.f_zeros_like()?, sums.f_narrow(1, 0, e - 1)?], 1)?;

@@ -54,8 +54,9 @@ fn the_standard_runs_hold_what_their_stages_say() {
     assert_eq!((&router(&top2)["kind"], &router(&top2)["k"]), (&json!("top_k"), &json!(2)));
     for run in [&stage1, &top2] {
         assert_eq!((&router(run)["num_experts"], &router(run)["expert_hidden_size"]), (&json!(16), &json!(64)));
+        assert_eq!(router(run)["bias_rate"], 1e-3);
         assert_eq!(run.train, baseline.train);
-        assert_eq!(run.losses, Losses { balance: 0.02, entropy: 1e-4, ..baseline.losses.clone() });
+        assert_eq!(run.losses, Losses { balance: 0.01, entropy: 1e-3, ..baseline.losses.clone() });
     }
 }
 

@@ -101,10 +101,6 @@ fn torch(run: &Run, found: &mut Found) {
         moe_router::Config::ExpertChoice { .. } => refuse("model.router.kind", "\"expert_choice\""),
         moe_router::Config::Forced { .. } => refuse("model.router.kind", "\"forced\""),
         moe_router::Config::LearnedP { .. } => refuse("model.router.kind", "\"learned_p\""),
-        moe_router::Config::TopP { target: Some(_), .. } => refuse("model.router.target", "a held target"),
-        moe_router::Config::TopP { bias_rate, .. } | moe_router::Config::TopK { bias_rate, .. } if *bias_rate > 0.0 => {
-            refuse("model.router.bias_rate", "loss-free balancing");
-        }
         _ => {}
     }
     if run.data.routing.is_some() {

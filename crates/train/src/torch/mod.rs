@@ -16,6 +16,7 @@ use crate::optimizers::Moved;
 use crate::run::{Run, Train};
 use model::torch::{Coefficients, Found, Targets};
 use model::transformer::Documents;
+use moe_router::{Policy, RouterInput};
 use optimizer::{Buffers, Segments};
 use std::sync::{Mutex, PoisonError};
 use tensor::torch::{Device, Error, Flat, Result, first_line, is_out_of_memory, set_threads, to_vec};
@@ -120,7 +121,7 @@ impl TorchLearner {
         let (gradient, weight) = state.squares()?;
         // All that may fail for want of memory before anything is changed lies behind.
         let mut update = Update::empty(learner.layers.len(), learner.policies.len());
-        passes.into_iter().for_each(|pass| pass.note(&mut update, epoch));
+        passes.into_iter().for_each(|pass| pass.note(&learner.policies, &mut update, epoch));
         check_loss(&update).map_err(Fault::non_finite)?;
         update.param_norms = learner.layers.norms_of(&gradient);
         let (norm, factor) = state.clip(learner, &update.param_norms, settings.clip)?;
@@ -149,6 +150,7 @@ impl TorchLearner {
                 return Err(Fault { applied: true, ..Fault::non_finite(reason) }.into());
             }
         }
+        learner.policies.iter_mut().zip(&update.observations).for_each(|(policy, seen)| policy.step(seen));
         (update.grad_norm, update.clipped, update.scale_mean) = (norm, factor < 1.0, rates.scale_mean);
         Ok(update)
     }
@@ -226,7 +228,7 @@ struct Pass {
 }
 
 impl Pass {
-    fn note(self, sum: &mut Update, epoch: &mut Epoch) {
+    fn note(self, policies: &[Policy], sum: &mut Update, epoch: &mut Epoch) {
         let Pass { part, share, shares_n, coefficients, found } = self;
         let weighted: f64 = found.losses_n.iter().zip(&shares_n).map(|(loss, share)| loss * share).sum();
         sum.cross_entropy += weighted;
@@ -237,6 +239,9 @@ impl Pass {
         }
         sum.add_documents(&part.offsets_b1, &found.losses_n);
         for (slot, layer) in found.layers.iter().enumerate() {
+            let input = RouterInput::new(&part.offsets_b1, &part.tokens_n, layer.layer);
+            let input = input.with_scores(&layer.scores_ne, layer.routing.num_ids);
+            policies[slot].observe(&mut sum.observations[slot], &input, &layer.routing);
             epoch.observe(slot, &layer.scores_ne, &layer.routing, &part.tokens_n);
             sum.add_experts(layer.layer, share.tokens * layer.routing.active_per_token());
         }
