@@ -540,7 +540,7 @@ fn values_from_code_are_taken_as_they_are_and_null_takes_out() {
     assert_eq!(router(&set("model.router.p", json!([0.6, 0.4, 0.2])).unwrap())["p"], json!([0.6, 0.4, 0.2]));
     assert_eq!(
         set("losses", json!({ "z": 0.1, "balance": 1 })).unwrap().losses,
-        Losses { z: 0.1, balance: 1.0, ..Losses::default() }
+        Losses { z: 0.1, balance: 1.0, ..Run::load("stage1", &[]).unwrap().losses }
     );
     assert_eq!(set("phase.chat", Json::Null).unwrap().phase("chat").batch_size, 8);
     assert_eq!(set("name", json!(3)).unwrap_err().to_string(), "--set: name = 3: expected a text");
