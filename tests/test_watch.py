@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import pty
 import select
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from moe_lab import watch
+from moe_lab import frames, watch
 from runs import DENSE, Story, write
 
 
@@ -47,6 +48,24 @@ def test_rows_are_seen_as_they_come_and_a_torn_one_when_it_is_whole(run: Path) -
     append(run, '{"step": broken}\n[1]\n')
     assert view.follower.look()
     assert view.follower.state.latest["step"] == 99
+
+
+def test_a_run_whose_process_is_gone_is_killed_and_no_longer_waited_for(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def owned_by(process: int, boot: str) -> str:
+        (run / "run.lock").write_text(f"{process} on {platform.node()} since 2026-01-01T00:00:00Z (boot {boot})\n")
+        return frames.status(run)
+
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    assert frames.status(run) == "running", "without a lock nothing is known"
+    assert owned_by(os.getpid(), boot) == "running"
+    assert owned_by(os.getpid(), "another") == "killed"
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    assert owned_by(gone.pid, boot) == "killed"
+    watch.watch(run, Console(file=StringIO()), 0.1)
+    assert f"its process is gone: go on with python -m moe_lab resume {run}" in capsys.readouterr().out
 
 
 def test_a_stream_that_was_cut_back_is_read_anew(run: Path) -> None:

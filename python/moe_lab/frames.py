@@ -1,6 +1,7 @@
 """Run directories -> Python: metrics.jsonl as polars frames, run.json and run.toml as dicts; nothing compiled here."""
 
 import json
+import platform
 import re
 import tomllib
 from collections.abc import Iterable
@@ -186,6 +187,27 @@ def read_run(run: Place) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: is '{run}' the directory of a run?")
     return json_object(path)
+
+
+def status(run: Place) -> str:
+    """What run.json says, or "killed" where it says running and the process that trained it is gone."""
+    said = str(read_run(run).get("status"))
+    return "killed" if said == "running" and _is_gone(Path(run) / "run.lock") else said
+
+
+def _is_gone(lock: Path) -> bool:
+    """Whether the owner that a run.lock names was a process of this machine and is no more; an owner who ended as he
+    should leaves it empty."""
+    try:
+        with lock.open("rb") as file:
+            owner = file.read(300).decode(errors="replace")
+    except OSError:
+        return False
+    found = re.match(r"(\d+) on (\S+) since \S+ \(boot (\S+)\)", owner)
+    if found is None or found[2] != platform.node():
+        return False
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return not Path("/proc", found[1]).exists() or (boot.exists() and boot.read_text().strip() != found[3])
 
 
 def json_object(path: Path) -> dict[str, Any]:

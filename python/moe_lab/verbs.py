@@ -414,12 +414,12 @@ def _listed(path: Path) -> dict[str, Any]:
     from moe_lab import frames
 
     try:
-        record = frames.read_run(path)
+        record, status = frames.read_run(path), frames.status(path)
     except ValueError:
-        record = {"status": "damaged run.json"}
+        record, status = {}, "damaged run.json"
     results = record.get("results") or {}
     shown = {key: results.get(key) for key in ("loss", "excess", "experts_per_token", "seconds")}
-    return {"run": str(path), "id": record.get("id"), "status": record.get("status"), **shown}
+    return {"run": str(path), "id": record.get("id"), "status": status, **shown}
 
 
 def _print_listed(listed: list[dict[str, Any]]) -> None:

@@ -119,7 +119,7 @@ class View:
 
     @property
     def status(self) -> str:
-        return str(frames.read_run(self.run).get("status"))
+        return frames.status(self.run)
 
     def render(self, width: int, height: int) -> RenderableType:
         draw: tuple[Callable[[int, int], RenderableType], ...] = (
@@ -280,10 +280,12 @@ def watch(run: frames.Place, console: Console, interval: float = 2.0, once: bool
 
 def _in_pipe(view: View, interval: float) -> None:
     print(view.line(), flush=True)
-    while view.status == "running":
+    while (status := view.status) == "running":
         time.sleep(interval)
         if view.follower.look():
             print(view.line(), flush=True)
+    if status == "killed":
+        print(f"its process is gone: go on with python -m moe_lab resume {view.run}", flush=True)
 
 
 def _on_terminal(view: View, console: Console, interval: float) -> None:
