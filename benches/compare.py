@@ -193,16 +193,19 @@ def slug(kind: dict) -> str:
     return re.sub(r"[^a-z0-9]+", "-", words).strip("-")
 
 
+def results_file(options: argparse.Namespace) -> Path:
+    return options.out or sides.HERE / "results" / f"{slug(machine())}.json"
+
+
 def save(name: str, results: object, options: argparse.Namespace) -> None:
     import torch
 
-    kind = machine()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    path = options.out or sides.HERE / "results" / f"{slug(kind)}.json"
+    path = results_file(options)
     path.parent.mkdir(parents=True, exist_ok=True)
     known = json.loads(path.read_text()) if path.exists() else {}
     known[name] = {
-        "machine": kind | {"threads": options.threads},
+        "machine": machine() | {"threads": options.threads},
         "torch": torch.__version__,
         "commit": commit,
         "seconds_per_round": options.seconds,
@@ -210,7 +213,6 @@ def save(name: str, results: object, options: argparse.Namespace) -> None:
         "results": results,
     }
     path.write_text(json.dumps(known, indent=1) + "\n")
-    console.print(f"written: {path}")
 
 
 def run_sweep(options: argparse.Namespace, clock: Clock) -> None:
@@ -226,9 +228,9 @@ def run_sweep(options: argparse.Namespace, clock: Clock) -> None:
         lost = f"; PyTorch out of memory: {', '.join(wins)}" if wins else ""
         best = f"{result['ratio']:.2f}x of {result['fastest_torch']}" if "ratio" in result else "no variant finished"
         console.print(f"{case.name}: {best}{single}{lost}")
+        save("sweep", results, options)
     slower = [result["case"]["name"] for result in results if result.get("ratio", 2.0) < 1.0]
     console.print(f"{len(results) - len(slower)} of {len(results)} shapes at least as fast as PyTorch's best")
-    save("sweep", results, options)
 
 
 def run_presets(options: argparse.Namespace, clock: Clock) -> None:
@@ -281,6 +283,7 @@ def main() -> None:
         save("adaptivity", recipe.adaptivity(options, console, SMALL), options)
     else:
         run_presets(options, clock)
+    console.print(f"written: {results_file(options)}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,12 +80,16 @@ def adaptivity(options: argparse.Namespace, console: Console, case: Case) -> dic
     return {"steps": steps, "training": training(options, console)}
 
 
+def twin_width(report: dict, experts: int, hidden: int) -> int:
+    """Of a dense SwiGLU with the FLOPs of a token's experts and router together."""
+    return round(report["experts_per_token"] * hidden + experts / 3)
+
+
 def step_times(options: argparse.Namespace, case: Case) -> dict:
     results = {}
     for dtype in options.dtypes:
         first = sides.ours(case.ours(), dtype, options.threads, options.seconds)
-        # Router and active experts of a token together, in the three products of a SwiGLU.
-        width = round(first["experts_per_token"] * case.hidden + case.experts / 3)
+        width = twin_width(first, case.experts, case.hidden)
         twin = replace(case, dense=True, ff=width)
         pairs = []
         for _ in range(options.rounds):
@@ -105,12 +110,14 @@ def step_times(options: argparse.Namespace, case: Case) -> dict:
 
 
 def training(options: argparse.Namespace, console: Console) -> dict:
-    """Both on Shakespeare; the target is the higher of the two lowest losses, the time that of the updates up to it."""
+    """Both on Shakespeare, the twin as wide as the adaptive model's experts of a token and its router were together; the
+    target is the higher of the two lowest losses, the time that of the updates up to it."""
+    sets: dict[str, object] = {"threads": options.threads}
     with tempfile.TemporaryDirectory() as folder:
-        runs = {
-            name: train(FOLDER / f"{name}.toml", Path(folder) / name, {"threads": options.threads})
-            for name in ("adaptive", "twin")
-        }
+        adaptive = train(FOLDER / "adaptive.toml", Path(folder) / "adaptive", sets)
+        shape = tomllib.loads((Path(folder) / "adaptive" / "run.toml").read_text())["model"]["router"]
+        sets["model.intermediate_size"] = twin_width(adaptive, shape["num_experts"], shape["expert_hidden_size"])
+        runs = {"adaptive": adaptive, "twin": train(FOLDER / "twin.toml", Path(folder) / "twin", sets)}
     target = max(min(loss for _, _, loss in run["curve"]) for run in runs.values())
     results: dict = {"target_loss": target}
     for name, run in runs.items():
