@@ -110,8 +110,8 @@ def step_times(options: argparse.Namespace, case: Case) -> dict:
 
 
 def training(options: argparse.Namespace, console: Console) -> dict:
-    """Both on Shakespeare, the twin as wide as the adaptive model's experts of a token and its router were together; the
-    target is the higher of the two lowest losses, the time that of the updates up to it."""
+    """Both on Shakespeare, the twin as wide as what a token of the adaptive model used; the target is the higher of the
+    two lowest losses, the time that of the updates up to it."""
     sets: dict[str, object] = {"threads": options.threads}
     with tempfile.TemporaryDirectory() as folder:
         adaptive = train(FOLDER / "adaptive.toml", Path(folder) / "adaptive", sets)

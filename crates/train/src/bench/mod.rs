@@ -14,6 +14,7 @@ use crate::error::TrainError;
 use crate::flops;
 use crate::learner::Learner;
 use crate::record;
+use peak::Roof;
 use serde_json::{Map, Value, json};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -105,7 +106,7 @@ pub fn bench(options: &Options, profile: bool) -> Result<(Map<String, Value>, Op
     };
     let experts_per_token = (!experts.is_empty()).then(|| experts.iter().sum::<f64>() / experts.len() as f64);
     let flops = flops::step(&case.run.model, case.vocab, &batch.offsets_b1, experts_per_token.unwrap_or(0.0));
-    let peak = (!options.no_peak).then(|| learner.pool.install(|| peak::flops(&case.run)));
+    let roof = (!options.no_peak).then(|| learner.pool.install(|| Roof::measure(&case.run)));
     let report = [
         ("preset", json!(options.preset)),
         ("pos", json!(options.position)),
@@ -125,11 +126,12 @@ pub fn bench(options: &Options, profile: bool) -> Result<(Map<String, Value>, Op
         ("experts_per_token", json!(experts_per_token)),
         ("matmul_flops_per_step", json!(flops)),
         ("matmul_gflops", json!(flops / seconds / 1e9)),
-        ("peak_gflops", json!(peak.map(|peak| peak / 1e9))),
-        ("share_of_peak", json!(peak.map(|peak| flops / seconds / peak))),
+        ("peak_gflops", json!(roof.map(|roof| roof.flops / 1e9))),
+        ("share_of_peak", json!(roof.map(|roof| flops / seconds / roof.flops))),
+        ("copy_gbytes_per_second", json!(roof.map(|roof| roof.bytes / 1e9))),
     ];
     let report = report.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
-    Ok((report, recorded.map(|profile| profile.against(peak))))
+    Ok((report, recorded.map(|profile| profile.against(roof))))
 }
 
 /// Writes the spans of `profile` as a Chrome trace (chrome://tracing, Perfetto).

@@ -1,5 +1,6 @@
 //! The spans of some steps as a table by op and direction, and as a Chrome trace.
 
+use super::peak::Roof;
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -10,8 +11,8 @@ pub struct Profile {
     events: Vec<Event>,
     steps: usize,
     wall: Duration,
-    /// FLOP/s of the machine, where it was measured.
-    peak: Option<f64>,
+    /// What the machine can do, where it was measured.
+    roof: Option<Roof>,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -24,11 +25,11 @@ struct Sum {
 
 impl Profile {
     pub fn new(events: Vec<Event>, steps: usize, wall: Duration) -> Self {
-        Profile { events, steps, wall, peak: None }
+        Profile { events, steps, wall, roof: None }
     }
 
-    pub fn against(self, peak: Option<f64>) -> Self {
-        Profile { peak, ..self }
+    pub fn against(self, roof: Option<Roof>) -> Self {
+        Profile { roof, ..self }
     }
 
     /// Spans of the step's own thread: those of other threads run beside them and are in the trace alone.
@@ -66,16 +67,20 @@ impl Profile {
         sums.sort_by_key(|(_, sum)| std::cmp::Reverse(sum.nanoseconds));
         let row = |name: &str, direction: &str, seconds: f64, sum: Sum| {
             let rate = |work: usize| if work == 0 { Value::Null } else { json!(work as f64 / seconds / 1e9) };
-            let share = |peak| sum.flops as f64 / seconds / peak;
+            let share = |roof: &Roof| sum.flops as f64 / seconds / roof.flops;
+            let bound = |roof: &Roof| roof.seconds(sum.flops as f64, sum.bytes as f64) / seconds;
             let fields = [
                 ("op", json!(name)),
                 ("direction", json!(direction)),
                 ("ms", json!(1e3 * seconds / steps)),
                 ("share", json!(seconds / wall)),
                 ("calls", json!(sum.calls as f64 / steps)),
+                ("flops", json!(sum.flops as f64 / steps)),
+                ("bytes", json!(sum.bytes as f64 / steps)),
                 ("gflops", rate(sum.flops)),
                 ("gbytes_per_second", rate(sum.bytes)),
-                ("share_of_peak", json!(self.peak.filter(|_| sum.flops > 0).map(share))),
+                ("share_of_peak", json!(self.roof.as_ref().filter(|_| sum.flops > 0).map(share))),
+                ("share_of_roof", json!(self.roof.as_ref().filter(|_| sum.flops + sum.bytes > 0).map(bound))),
             ];
             fields.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
         };
@@ -97,23 +102,28 @@ impl Profile {
     /// The rows as text.
     pub fn table(&self) -> String {
         let mut text = format!(
-            "{:<16}{:<10}{:>10}{:>8}{:>8}{:>10}{:>8}{:>9}\n",
-            "op", "", "ms/step", "share", "calls", "GFLOP/s", "GB/s", "of peak"
+            "{:<16}{:<10}{:>10}{:>8}{:>8}{:>9}{:>9}{:>10}{:>8}{:>9}{:>9}\n",
+            "op", "", "ms/step", "share", "calls", "MFLOP", "MB", "GFLOP/s", "GB/s", "of peak", "of roof"
         );
         for row in self.rows() {
             let number = |name: &str| row[name].as_f64();
             let shown = |name: &str, digits: usize| number(name).map_or(String::new(), |x| format!("{x:.digits$}"));
+            let millions =
+                |name: &str| number(name).filter(|x| *x > 0.0).map_or(String::new(), |x| format!("{:.1}", x / 1e6));
             let percent = |name: &str| number(name).map_or(String::new(), |x| format!("{:.1} %", 100.0 * x));
             text += &format!(
-                "{:<16}{:<10}{:>10}{:>8}{:>8}{:>10}{:>8}{:>9}\n",
+                "{:<16}{:<10}{:>10}{:>8}{:>8}{:>9}{:>9}{:>10}{:>8}{:>9}{:>9}\n",
                 row["op"].as_str().unwrap_or_default(),
                 row["direction"].as_str().unwrap_or_default(),
                 shown("ms", 3),
                 percent("share"),
                 shown("calls", 0),
+                millions("flops"),
+                millions("bytes"),
                 shown("gflops", 1),
                 shown("gbytes_per_second", 1),
                 percent("share_of_peak"),
+                percent("share_of_roof"),
             );
         }
         text
@@ -159,7 +169,8 @@ mod tests {
             event("outer", 0, 6_000, 7_000),
             event("elsewhere", 1, 0, 9_000),
         ];
-        let profile = Profile::new(events, 2, Duration::from_nanos(8_000)).against(Some(4e9));
+        let profile = Profile::new(events, 2, Duration::from_nanos(8_000));
+        let profile = profile.against(Some(Roof { flops: 4e9, bytes: 1e9 }));
         let rows = profile.rows();
         let row = |name: &str| rows.iter().find(|row| row["op"] == name).unwrap();
         assert_eq!((row("inner")["ms"].as_f64(), row("outer")["ms"].as_f64()), (Some(0.0015), Some(0.0015)));
@@ -167,6 +178,10 @@ mod tests {
         assert!((outside - 0.25).abs() < 1e-9 && row("inner")["calls"].as_f64() == Some(1.0), "{rows:?}");
         let share = row("inner")["share_of_peak"].as_f64().unwrap();
         assert!((share - 8000.0 / 3e-6 / 4e9).abs() < 1e-9 && rows.iter().all(|row| row["op"] != "elsewhere"));
+        assert_eq!(
+            (row("inner")["flops"].as_f64(), row("inner")["share_of_roof"].as_f64()),
+            (Some(4000.0), Some(share))
+        );
         let trace: Value = serde_json::from_str(&profile.trace()).unwrap();
         assert_eq!(trace["traceEvents"].as_array().unwrap().len(), 5);
         assert_eq!(profile.table().lines().count(), 1 + rows.len());
