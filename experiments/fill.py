@@ -1,29 +1,54 @@
-"""Fills experiments/README.md: between `<!-- fill: COMMAND -->` and `<!-- end -->` comes what the command prints.
+"""Fills the pages of experiments/: between `<!-- fill: COMMAND -->` and `<!-- end -->` come what the command prints and
+the figures of its directory, which are copied beside the page.
 
-Where its directory is not there, the place stays as it is. To be called from the root: `python experiments/fill.py`.
+Where the directory is not there, the place stays as it is. To be called from the root: `python experiments/fill.py`.
 """
 
 import re
-import shlex
+import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
-PAGE = Path(__file__).with_name("README.md")
-PLACE = re.compile(r"(<!-- fill: python (-m moe_lab table (\S+) --markdown) -->\n).*?(<!-- end -->)", re.DOTALL)
+PAGES = sorted(Path(__file__).parent.glob("**/README.md"))
+PLACE = re.compile(r"(<!-- fill: python -m moe_lab table (\S+) --markdown -->\n).*?(<!-- end -->)", re.DOTALL)
+CAPTIONS = {
+    "loss": "Loss over epochs, mean over the seeds, above the entropy floor of the data",
+    "experts": "Experts per token over epochs",
+    "l0": "Gradient norm at the embedding output over epochs",
+    "sweep": "Thresholds against loss and against experts per token",
+}
 
 
-def filled(place: re.Match[str]) -> str:
-    if not Path(place[3]).is_dir():
+def filled(page: Path, place: re.Match[str]) -> str:
+    runs = Path(place[2])
+    if not runs.is_dir():
         return place[0]
-    print(f"python {place[2]}")
-    command = [sys.executable, *shlex.split(place[2])]
-    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return f"{place[1]}\n{table.strip()}\n\n{place[4]}"
+    print(f"{page}: {runs}")
+    moe_lab("plot", place[2])
+    table = moe_lab("table", place[2], "--markdown")
+    return f"{place[1]}\n{table.strip()}\n{figures(runs / 'plots', page.parent)}\n{place[3]}"
+
+
+def moe_lab(*arguments: str) -> str:
+    command = [sys.executable, "-m", "moe_lab", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def figures(plots: Path, folder: Path) -> str:
+    """Copies the figures that have a caption beside the page; their lines."""
+    lines = []
+    for name, caption in CAPTIONS.items():
+        if (plot := plots / f"{name}.png").exists():
+            shutil.copy(plot, folder)
+            lines.append(f"\n![{caption}]({plot.name})\n")
+    return "".join(lines)
 
 
 def main() -> None:
-    PAGE.write_text(PLACE.sub(filled, PAGE.read_text()))
+    for page in PAGES:
+        page.write_text(PLACE.sub(partial(filled, page), page.read_text()))
 
 
 if __name__ == "__main__":

@@ -1,42 +1,52 @@
-"""The experiments' page: every option and run file is on it, every place to fill has its command, every link a file."""
+"""The experiments' pages: every option and run file is on one, every place to fill has its command, every link a file."""
 
 import re
 import sys
+from functools import partial
 from pathlib import Path
+
+import pytest
 
 import moe_lab
 from moe_lab.options import OPTIONS
 
 HOME = Path(__file__).resolve().parent.parent / "experiments"
-PAGE = (HOME / "README.md").read_text()
+PAGES = sorted(HOME.glob("**/README.md"))
 
 
-def test_every_option_and_its_run_files_are_on_the_page() -> None:
+def test_every_option_and_its_run_files_are_on_the_page_of_its_stage() -> None:
     for option in OPTIONS:
-        assert f"| {option.name} |" in PAGE
+        page = (HOME / f"stage{option.name[0]}" / "README.md").read_text()
+        assert f"| {option.name} |" in page
         for name in option.runs:
-            assert f"({name}.toml)" in PAGE
+            assert f"(../{name}.toml)" in page
             assert moe_lab.Run.load(name).name == name
             assert moe_lab.Run.load(str(HOME / f"{name}.toml")).diff(moe_lab.Run.load(name)) == []
 
 
-def test_links_lead_to_files() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", PAGE):
-        assert (HOME / target).exists(), target
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_links_lead_to_files(page: Path) -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
 
 
-def test_places_are_filled_by_what_the_command_prints(tmp_path: Path) -> None:
+def test_places_are_filled_by_what_the_command_prints_and_by_its_figures(tmp_path: Path) -> None:
     sys.path.insert(0, str(HOME))
     try:
         import fill  # type: ignore[import-not-found]
     finally:
         sys.path.remove(str(HOME))
-    places = fill.PLACE.findall(PAGE)
-    assert len(places) == PAGE.count("<!-- fill:") == PAGE.count("<!-- end -->")
-    elsewhere = PAGE.replace("runs/", f"{tmp_path}/none/")
-    assert fill.PLACE.sub(fill.filled, elsewhere) == elsewhere
-    text = f"a\n<!-- fill: python -m moe_lab table {tmp_path} --markdown -->\nold\n<!-- end -->\nb"
-    told = type("Done", (), {"stdout": "| new |\n"})
-    fill.subprocess = type("Fake", (), {"run": staticmethod(lambda *_, **__: told)})
-    assert "old" not in (new := fill.PLACE.sub(fill.filled, text))
-    assert "-->\n\n| new |\n\n<!-- end -->\nb" in new
+    text = "".join(page.read_text() for page in PAGES)
+    assert len(fill.PLACE.findall(text)) == text.count("<!-- fill:") == text.count("<!-- end -->") == 5
+    page = tmp_path / "README.md"
+    elsewhere = text.replace("runs/", f"{tmp_path}/none/")
+    assert fill.PLACE.sub(partial(fill.filled, page), elsewhere) == elsewhere
+    runs = tmp_path / "runs"
+    (runs / "plots").mkdir(parents=True)
+    (runs / "plots" / "loss.png").write_bytes(b"figure")
+    fill.moe_lab = lambda verb, *_: "| new |\n" if verb == "table" else ""
+    text = f"a\n<!-- fill: python -m moe_lab table {runs} --markdown -->\nold\n<!-- end -->\nb"
+    new = fill.PLACE.sub(partial(fill.filled, page), text)
+    assert "old" not in new
+    assert f"-->\n\n| new |\n\n![{fill.CAPTIONS['loss']}](loss.png)\n\n<!-- end -->\nb" in new
+    assert (tmp_path / "loss.png").read_bytes() == b"figure"
