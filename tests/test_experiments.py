@@ -1,4 +1,4 @@
-"""The experiments' pages: every option and run file is on one, every place to fill has its command, every link a file."""
+"""The experiments' pages: options and run files, places to fill and their commands, links and their files."""
 
 import re
 import sys
