@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export VIRTUAL_ENV := $(abspath $(VENV))
 export CARGO_TERM_COLOR ?= never
 
-.PHONY: help baseline build build-torch test test-rust test-python test-torch test-full test-faults test-faults-long test-faults-times test-asan test-valgrind fuzz bench bench-gpu lint format clean
+.PHONY: help baseline build build-torch test test-rust test-python test-torch test-full test-faults test-faults-long test-faults-times test-isa test-asan test-valgrind fuzz bench bench-gpu lint format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -78,6 +78,21 @@ test-faults-long: ## the same at every operation and thousands of times: at leas
 
 test-faults-times: ## how long recovery takes and what saving costs, measured: nothing else should run
 	cargo test --release -p train --test faults -- --ignored --nocapture --test-threads=1 sizes::
+
+# The tests themselves say what the machine has: the refusal of a set without a name lists the others.
+ISA_SETS := portable avx2 avx512 avx512bf16 amx
+ISA_TEST := cargo test --release -p tensor --lib --
+
+test-isa: ## the parity tests once for every instruction set that this machine has
+	cargo test --release -p tensor --lib --no-run
+	@has=$$(MOE_LAB_ISA=none $(ISA_TEST) ops::rms_norm 2>&1 | sed -n 's/.*this machine has \(.*\); unset it.*/\1/p' | head -1); \
+	[ -n "$$has" ] || { echo "test-isa: the tests did not say which instruction sets this machine has"; exit 1; }; \
+	for set in $(ISA_SETS); do \
+		case ", $$has," in \
+			*", $$set,"*) echo "== $$set"; MOE_LAB_ISA=$$set $(ISA_TEST) kernels ops || exit 1;; \
+			*) echo "== $$set: skipped, this machine has $$has";; \
+		esac; \
+	done
 
 # Nightly switches of the stable compiler, for this target alone.
 HOST := $(shell rustc -vV | sed -n 's/^host: //p')

@@ -55,6 +55,17 @@ pub fn analytic<T: Real>(
     params: &[f64],
     op: impl for<'a> Fn(&mut Tape<'a, T>, &[Value<T>]) -> Vec<Value<T>>,
 ) -> (f64, Vec<Vec<f64>>) {
+    let (value, gradients, _) = evaluate(engine, inputs, params, op);
+    (value, gradients)
+}
+
+/// The same, and the outputs themselves.
+fn evaluate<T: Real>(
+    engine: Engine,
+    inputs: &[Input],
+    params: &[f64],
+    op: impl for<'a> Fn(&mut Tape<'a, T>, &[Value<T>]) -> Vec<Value<T>>,
+) -> (f64, Vec<Vec<f64>>, Vec<Vec<f64>>) {
     let cast = |x: &[f64]| x.iter().map(|x| T::from_f64(*x)).collect::<Vec<T>>();
     let params = cast(params);
     let arena = Arena::default();
@@ -62,6 +73,7 @@ pub fn analytic<T: Real>(
     let leaves: Vec<Value<T>> = inputs.iter().map(|i| tape.leaf(&cast(&i.data), i.rows, i.width)).collect();
     let outputs = op(&mut tape, &leaves);
     let loss = project(&mut tape, &outputs);
+    let found = outputs.iter().map(|y| y.data().iter().map(|y| y.to_f64()).collect()).collect();
     drop(outputs);
     let value = loss.scalar().to_f64();
     let mut flat = vec![T::ZERO; params.len()];
@@ -70,7 +82,7 @@ pub fn analytic<T: Real>(
         leaves.iter().map(|leaf| grads.of(leaf).iter().map(|g| g.to_f64()).collect()).collect()
     };
     gradients.push(flat.iter().map(|g| g.to_f64()).collect());
-    (value, gradients)
+    (value, gradients, found)
 }
 
 /// The largest difference between the tape's gradients and central differences, relative to 1 + the largest gradient. Bar of the tests: 1e-7.
@@ -124,4 +136,56 @@ pub fn parity<T: Real>(
         (value - expected).abs(),
         |worst, (a, b)| if (a - b).is_nan() { f64::NAN } else { worst.max((a - b).abs()) },
     ) / scale
+}
+
+/// The largest difference between the CPU face and the reference in any array: the gradients of the inputs, of the parameters, and the outputs. Each is
+/// relative to the largest number of its array, so that small arrays are held as strictly as large ones, but to no less than a tenth of the `typical`
+/// size of such numbers: in an array of one or two, terms may cancel by chance.
+#[cfg(test)]
+pub fn apart<T: Real>(
+    inputs: &[Input],
+    params: &[f64],
+    typical: &[f64],
+    op: impl for<'a> Fn(&mut Tape<'a, T>, &[Value<T>]) -> Vec<Value<T>>,
+) -> f64 {
+    let arrays = |engine| {
+        let (_, gradients, outputs) = evaluate(engine, inputs, params, &op);
+        [gradients, outputs].concat()
+    };
+    let (found, expected) = (arrays(Engine::Cpu), arrays(Engine::Reference));
+    let lengths = |arrays: &[Vec<f64>]| arrays.iter().map(Vec::len).collect::<Vec<_>>();
+    assert!(lengths(&found) == lengths(&expected) && found.len() == typical.len());
+    let gap = |(a, b): (&f64, &f64)| if (a - b).is_nan() { f64::INFINITY } else { (a - b).abs() };
+    let relative = |((found, expected), typical): ((&Vec<f64>, &Vec<f64>), &f64)| {
+        let scale = expected.iter().fold(typical / 10.0, |m, x| m.max(x.abs()));
+        found.iter().zip(expected).map(gap).fold(0.0, f64::max) / scale
+    };
+    found.iter().zip(&expected).zip(typical).map(relative).fold(0.0, f64::max)
+}
+
+/// Shapes and magnitudes that the parity tests of all ops draw.
+#[cfg(test)]
+pub mod generated {
+    use proptest::prelude::*;
+
+    /// None, one, or few rows: most cross no block of a fast face, some cross one.
+    pub fn rows() -> impl Strategy<Value = usize> {
+        prop_oneof![1 => Just(0), 1 => Just(1), 6 => 2..30usize, 2 => 30..110usize]
+    }
+
+    /// Widths of whole and broken lanes and tiles.
+    pub fn width() -> impl Strategy<Value = usize> {
+        prop_oneof![prop::sample::select(vec![1, 2, 3, 7, 16, 17, 31, 33]), 1..40usize]
+    }
+
+    /// Rows and two widths: one shape in ten has up to `most` of them, beyond the sizes from where a fast face cuts blocks and uses threads.
+    pub fn shape(most: (usize, usize)) -> impl Strategy<Value = (usize, usize, usize)> {
+        let (rows_of_many, wide) = (most.0 / 2..most.0, || most.1 / 2..most.1);
+        prop_oneof![9 => (rows(), width(), width()), 1 => (rows_of_many, wide(), wide())]
+    }
+
+    /// The size of a case's inputs, from 1/1000 to 30.
+    pub fn magnitude() -> impl Strategy<Value = f64> {
+        (-3.0..1.48f64).prop_map(|exponent| 10f64.powf(exponent))
+    }
 }

@@ -55,7 +55,30 @@ pub fn weighted_sum<'a, T: Real>(tape: &mut Tape<'a, T>, terms: &[(&Value<T>, f6
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::check;
+    use crate::check::{self, generated};
+    use proptest::prelude::*;
+
+    fn apart<T: Real>(n: usize, d: usize, magnitude: f64, seed: u64) -> f64 {
+        let inputs = [magnitude, 1.0].map(|scale| check::Input::random(seed, n, d, scale));
+        check::apart::<T>(&inputs, &[], &[1.0; 4], |tape, x| {
+            let once = add(tape, &x[0], &x[1]);
+            vec![add(tape, &once, &x[0])]
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(200))]
+        #[test]
+        fn any_shape_and_magnitude_agrees_with_the_reference(
+            n in generated::rows(),
+            d in prop_oneof![4 => generated::width(), 1 => 80..300usize],
+            magnitude in generated::magnitude(),
+            seed in 0u64..1000,
+        ) {
+            let (wide, narrow) = (apart::<f64>(n, d, magnitude, seed), apart::<f32>(n, d, magnitude, seed));
+            prop_assert!(wide < 1e-13 && narrow < 1e-5, "{} {}", wide, narrow);
+        }
+    }
 
     #[test]
     fn gradients_agree_with_differences_and_with_the_reference() {

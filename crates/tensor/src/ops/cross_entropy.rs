@@ -222,7 +222,10 @@ fn reference<'a, T: Real>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::check::generated;
+    use crate::random::{Purpose, Random};
     use crate::{Layout, check};
+    use proptest::prelude::*;
 
     fn case(n: usize, d: usize, v: usize, scale: f64) -> ([check::Input; 1], Vec<f64>, Param, Targets) {
         let layout = Layout::new([("w".into(), vec![v, d], true)]);
@@ -276,6 +279,75 @@ mod tests {
                 );
             }
         }
+    }
+
+    /// Any targets, with weights of which about `share` are not zero.
+    fn targets((n, v): (usize, usize), share: f64, seed: u64) -> Targets {
+        let random = Random::new(seed, Purpose::Test);
+        let weight = |t| if random.uniform(t, 1) < share { [0.25, 1.0, 3.0][random.below(t, 2, 3)] } else { 0.0 };
+        Targets {
+            ids_n: (0..n as u64).map(|t| random.below(t, 0, v) as u32).collect(),
+            weights_n: (0..n as u64).map(weight).collect(),
+        }
+    }
+
+    /// Loss, losses of the rows and gradients, for logits of about `size`.
+    fn apart<T: Real>(
+        (n, d, v): (usize, usize, usize),
+        targets: &Targets,
+        smoothing: f64,
+        size: f64,
+        seed: u64,
+    ) -> f64 {
+        let layout = Layout::new([("w".into(), vec![v, d], true)]);
+        let magnitude = (size / (d as f64).sqrt()).sqrt();
+        let (weight, params) = (layout.get("w").unwrap(), check::normals(seed, layout.len(), magnitude));
+        let inputs = [check::Input::random(seed + 1, n, d, magnitude)];
+        // A row's gradient is about its share of the loss, times a row of W or of x.
+        let counted = targets.weights_n.iter().filter(|w| **w > 0.0).count().max(1) as f64;
+        let typical = [magnitude / counted, magnitude / counted, 1.0 + size, 1.0 + size];
+        check::apart::<T>(&inputs, &params, &typical, |tape, x| {
+            let (loss, rows) = smoothed(tape, &x[0], weight, targets, smoothing);
+            let rows: Vec<T> = rows.into_iter().map(T::from_f64).collect();
+            vec![loss, tape.constant(&rows, n, 1)]
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(300))]
+        #[test]
+        fn any_shape_targets_and_smoothing_agree_with_the_reference(
+            shape in prop_oneof![
+                30 => (generated::rows(), generated::width(), prop_oneof![generated::width(), 40..600usize]),
+                1 => (2 * LEAST..2 * LEAST + 30, 1..4usize, CHUNK / LEAST..CHUNK / LEAST + 40), // three chunks
+            ],
+            share in prop_oneof![Just(0.0), Just(0.3), Just(1.0)],
+            smoothing in prop_oneof![Just(0.0), 0.0..0.9],
+            size in generated::magnitude(),
+            seed in 0u64..1000,
+        ) {
+            let targets = targets((shape.0, shape.2), share, seed);
+            let wide = apart::<f64>(shape, &targets, smoothing, size, seed);
+            let narrow = apart::<f32>(shape, &targets, smoothing, size, seed);
+            prop_assert!(wide < 1e-12 && narrow < 1e-4, "{} {}", wide, narrow);
+        }
+    }
+
+    #[test]
+    fn bytes_do_not_depend_on_the_number_of_threads() {
+        let (inputs, params, weight, targets) = case(600, 17, 2100, 1.0);
+        let run = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let op = |tape: &mut Tape<'_, f32>, x: &[Value<f32>]| {
+                let (loss, rows) = smoothed(tape, &x[0], weight, &targets, 0.1);
+                let rows: Vec<f32> = rows.into_iter().map(|loss| loss as f32).collect();
+                vec![loss, tape.constant(&rows, 600, 1)]
+            };
+            let (value, gradients) = pool.install(|| check::analytic::<f32>(Engine::Cpu, &inputs, &params, op));
+            (value.to_bits(), gradients.into_iter().flatten().map(f64::to_bits).collect::<Vec<_>>())
+        };
+        let one = run(1);
+        assert!([2, 3, 8].into_iter().all(|threads| run(threads) == one));
     }
 
     #[test]

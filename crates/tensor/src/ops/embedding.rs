@@ -54,17 +54,28 @@ pub fn embedding<'a, T: Real>(tape: &mut Tape<'a, T>, ids_n: &Arc<[u32]>, table:
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::check::generated;
     use crate::{Layout, check};
     use proptest::prelude::*;
 
+    fn apart<T: Real>(ids: &Arc<[u32]>, d: usize, magnitude: f64, seed: u64) -> f64 {
+        let layout = Layout::new([("t".into(), vec![90, d], true)]);
+        let (table, params) = (layout.get("t").unwrap(), check::normals(seed, layout.len(), magnitude));
+        check::apart::<T>(&[], &params, &[1.0, magnitude], |tape, _| vec![embedding(tape, ids, table)])
+    }
+
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(100))]
+        #![proptest_config(ProptestConfig::with_cases(200))]
         #[test]
-        fn any_ids_agree_with_the_reference(ids in prop::collection::vec(0u32..90, 1..200), d in 1usize..20) {
+        fn any_ids_agree_with_the_reference(
+            ids in prop_oneof![prop::collection::vec(0u32..90, 0..200), prop::collection::vec(7u32..9, 0..200)],
+            d in prop_oneof![4 => generated::width(), 1 => 80..300usize],
+            magnitude in generated::magnitude(),
+            seed in 0u64..1000,
+        ) {
             let ids: Arc<[u32]> = ids.into();
-            let layout = Layout::new([("t".into(), vec![90, d], true)]);
-            let (table, params) = (layout.get("t").unwrap(), check::normals(1, layout.len(), 1.0));
-            prop_assert!(check::parity::<f64>(&[], &params, |tape, _| vec![embedding(tape, &ids, table)]) < 1e-13);
+            let (wide, narrow) = (apart::<f64>(&ids, d, magnitude, seed), apart::<f32>(&ids, d, magnitude, seed));
+            prop_assert!(wide < 1e-13 && narrow < 1e-5, "{} {}", wide, narrow);
         }
     }
 

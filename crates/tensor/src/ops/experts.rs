@@ -351,9 +351,10 @@ fn cpu<'a, T: Real>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::check::{self, Input};
+    use crate::check::{self, Input, generated};
     use crate::ops::swiglu::swiglu;
     use crate::{Arena, Layout};
+    use proptest::prelude::*;
 
     fn assignments(num_experts: usize, rows: &[&[u32]]) -> Arc<Assignments> {
         let mut row_offsets_n1 = vec![0];
@@ -419,6 +420,40 @@ mod tests {
             vec![experts(tape, &v[0], &v[1], &routing, gate_up, down)]
         });
         assert!(wide < 1e-11 && narrow < 1e-4, "{wide} {narrow}");
+    }
+
+    /// Ids of the experts of every token, of any number, some of them twice, some of them none that computes: with up to 6 experts, 0 to 3 a token.
+    fn choices(n: usize) -> impl Strategy<Value = Vec<Vec<u32>>> {
+        let id = prop_oneof![12 => 0..6u32, 1 => Just(u32::MAX)];
+        prop::collection::vec(prop::collection::vec(id, 0..4), n)
+    }
+
+    /// With pre-activations of about `size`, whose products are squares of it.
+    fn apart<T: Real>(rows: &[Vec<u32>], (e, d, g): (usize, usize, usize), size: f64, seed: u64) -> f64 {
+        let routing = assignments(e, &rows.iter().map(Vec::as_slice).collect::<Vec<_>>());
+        let (gate_up, down, params) = setup(e, d, g);
+        let weights = Input::random(seed + 1, routing.expert_ids_a.len(), 1, 1.0);
+        let inputs = [Input::random(seed, routing.num_tokens(), d, size / (d as f64).sqrt()), weights];
+        let [first, second] = [size, size * size];
+        // The inputs enter twice, so that their gradient is added to as well as written.
+        check::apart::<T>(&inputs, &params, &[first, second, second, second, second], |tape, v| {
+            (0..2).map(|_| experts(tape, &v[0], &v[1], &routing, gate_up, down)).collect()
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(200))]
+        #[test]
+        fn any_routing_shape_and_magnitude_agrees_with_the_reference(
+            (rows, d, g) in generated::shape((700, 60)).prop_flat_map(|(n, d, g)| (choices(n), Just(d), Just(g))),
+            e in 1usize..7,
+            size in generated::magnitude(),
+            seed in 0u64..1000,
+        ) {
+            let wide = apart::<f64>(&rows, (e, d, g), size, seed);
+            let narrow = apart::<f32>(&rows, (e, d, g), size, seed);
+            prop_assert!(wide < 1e-12 && narrow < 1e-4, "{} {}", wide, narrow);
+        }
     }
 
     #[test]

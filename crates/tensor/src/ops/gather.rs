@@ -93,7 +93,8 @@ pub fn scatter<'a, T: Real>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::check::{self, Input};
+    use crate::check::{self, Input, generated};
+    use proptest::prelude::*;
 
     const ROWS: [&[u32]; 4] = [&[], &[3], &[0, 2, 5], &[0, 1, 2, 3, 4, 5]];
 
@@ -113,6 +114,33 @@ mod tests {
             if m > 0 {
                 assert!(check::parity::<f64>(&inputs, &[], op) < 1e-13, "{rows:?}");
             }
+        }
+    }
+
+    fn apart<T: Real>(taken: &[bool], d: usize, magnitude: f64, seed: u64) -> f64 {
+        let rows: Arc<[u32]> = (0u32..).zip(taken).filter(|(_, taken)| **taken).map(|(t, _)| t).collect();
+        let (n, m) = (taken.len(), rows.len());
+        let inputs = [(n, d, magnitude), (m, d, magnitude), (m, 1, 1.0)];
+        let inputs = inputs.map(|(rows, width, scale)| Input::random(seed + width as u64, rows, width, scale));
+        let typical = [1.0, 1.0, magnitude * (d as f64).sqrt(), 1.0, magnitude, magnitude];
+        check::apart::<T>(&inputs, &[], &typical, |tape, v| {
+            let some = gather(tape, &v[0], &rows);
+            let sum = scatter(tape, &v[0], &v[1], &v[2], &rows);
+            vec![scatter(tape, &sum, &some, &v[2], &rows), some]
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(200))]
+        #[test]
+        fn any_rows_and_magnitude_agree_with_the_reference(
+            taken in generated::rows().prop_flat_map(|n| prop::collection::vec(any::<bool>(), n)),
+            d in prop_oneof![4 => generated::width(), 1 => 80..300usize],
+            magnitude in generated::magnitude(),
+            seed in 0u64..1000,
+        ) {
+            let (wide, narrow) = (apart::<f64>(&taken, d, magnitude, seed), apart::<f32>(&taken, d, magnitude, seed));
+            prop_assert!(wide < 1e-13 && narrow < 1e-4, "{} {}", wide, narrow);
         }
     }
 

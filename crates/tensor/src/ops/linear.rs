@@ -132,7 +132,9 @@ impl<'a, T: Real> Weight<'a, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::check::generated;
     use crate::{Layout, check};
+    use proptest::prelude::*;
 
     #[test]
     fn gradients_agree_with_differences_and_with_the_reference() {
@@ -163,6 +165,36 @@ mod tests {
             }
             assert!(check::parity::<f64>(&inputs, &params, |tape, x| linears(tape, &x[0], &weights)) < 1e-12);
             assert!(check::parity::<f32>(&inputs, &params, |tape, x| linears(tape, &x[0], &weights)) < 1e-4);
+        }
+    }
+
+    fn apart<T: Real>((n, d, f): (usize, usize, usize), others: &[usize], magnitude: f64, seed: u64) -> f64 {
+        let heights: Vec<usize> = [&[f], others].concat();
+        let layout = Layout::new(heights.iter().enumerate().map(|(i, f)| (format!("w{i}"), vec![*f, d], true)));
+        let weights: Vec<_> =
+            (0..heights.len()).map(|i| (layout.get(&format!("w{i}")).unwrap(), Precision::F32)).collect();
+        let params = check::normals(seed, layout.len(), 1.0);
+        let inputs = [check::Input::random(seed + 1, n, d, magnitude)];
+        let mut typical = vec![magnitude; 2 + weights.len() + 1];
+        (typical[0], typical[1]) = (1.0, magnitude * (n.max(1) as f64).sqrt());
+        // The input enters twice, so that its gradient is added to as well as written.
+        check::apart::<T>(&inputs, &params, &typical, |tape, x| {
+            [linears(tape, &x[0], &weights), vec![linear(tape, &x[0], weights[0].0)]].concat()
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(200))]
+        #[test]
+        fn any_shapes_and_magnitude_agree_with_the_reference(
+            shape in generated::shape((1000, 70)),
+            others in prop::collection::vec(1usize..20, 0..3),
+            magnitude in generated::magnitude(),
+            seed in 0u64..1000,
+        ) {
+            let wide = apart::<f64>(shape, &others, magnitude, seed);
+            let narrow = apart::<f32>(shape, &others, magnitude, seed);
+            prop_assert!(wide < 1e-12 && narrow < 1e-5, "{} {}", wide, narrow);
         }
     }
 

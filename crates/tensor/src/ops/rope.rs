@@ -69,8 +69,10 @@ pub fn rope<'a, T: Real>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::check::{self, Input};
+    use crate::check::{self, Input, generated};
     use crate::ops::attention::{Attention, Position, attention};
+    use crate::random::{Purpose, Random};
+    use proptest::prelude::*;
 
     #[test]
     fn gradients_agree_with_differences_and_with_the_reference() {
@@ -84,6 +86,31 @@ mod tests {
             if rows < 40 {
                 assert!(check::worst(Engine::Cpu, &inputs, &[], op) < 1e-8, "{rows} {heads} {width}");
             }
+        }
+    }
+
+    fn apart<T: Real>(rows: usize, (heads, half): (usize, usize), base: f64, magnitude: f64, seed: u64) -> f64 {
+        let random = Random::new(seed, Purpose::Test);
+        let positions: Arc<[u32]> = (0..rows as u64).map(|t| random.below(t, 0, 1 << 17) as u32).collect();
+        let inputs = [Input::random(seed, rows, 2 * heads * half, magnitude)];
+        check::apart::<T>(&inputs, &[], &[1.0, 1.0, magnitude], |tape, v| {
+            vec![rope(tape, &v[0], heads, base, &positions)]
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(200))]
+        #[test]
+        fn any_heads_positions_and_magnitude_agree_with_the_reference(
+            rows in generated::rows(),
+            heads in (1usize..7, generated::width()),
+            base in 2.0..1e6,
+            magnitude in generated::magnitude(),
+            seed in 0u64..1000,
+        ) {
+            let wide = apart::<f64>(rows, heads, base, magnitude, seed);
+            let narrow = apart::<f32>(rows, heads, base, magnitude, seed);
+            prop_assert!(wide < 1e-13 && narrow < 1e-5, "{} {}", wide, narrow);
         }
     }
 

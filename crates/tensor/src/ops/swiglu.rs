@@ -181,7 +181,9 @@ impl<T: Real> Kernel for ActivateBackward<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::check::generated;
     use crate::{Layout, check};
+    use proptest::prelude::*;
 
     fn setup(d: usize, f: usize, trainable: bool) -> (Layout, [Param; 3], Vec<f64>) {
         let layout = Layout::new([
@@ -208,6 +210,42 @@ mod tests {
             let narrow = check::parity::<f32>(&inputs, &params, |tape, x| vec![swiglu(tape, &x[0], gate, up, down)]);
             assert!(wide < 1e-11 && narrow < 1e-4, "{n} {d} {f}: {wide} {narrow}");
         }
+    }
+
+    /// With pre-activations of about `size`, whose products are squares of it.
+    fn apart<T: Real>((n, d, f): (usize, usize, usize), size: f64, seed: u64) -> f64 {
+        let (_, [gate, up, down], params) = setup(d, f, true);
+        let inputs = [check::Input::random(seed, n, d, size / (d as f64).sqrt())];
+        check::apart::<T>(&inputs, &params, &[size, size * size, size * size], |tape, x| {
+            vec![swiglu(tape, &x[0], gate, up, down)]
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(200))]
+        #[test]
+        fn any_shape_and_magnitude_agrees_with_the_reference(
+            shape in generated::shape((300, 100)),
+            size in generated::magnitude(),
+            seed in 0u64..1000,
+        ) {
+            let (wide, narrow) = (apart::<f64>(shape, size, seed), apart::<f32>(shape, size, seed));
+            prop_assert!(wide < 1e-12 && narrow < 1e-4, "{} {}", wide, narrow);
+        }
+    }
+
+    #[test]
+    fn bytes_do_not_depend_on_the_number_of_threads() {
+        let (_, [gate, up, down], params) = setup(64, 48, true);
+        let inputs = [check::Input::random(2, 700, 64, 1.0)];
+        let run = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let op = |tape: &mut Tape<'_, f32>, x: &[Value<f32>]| vec![swiglu(tape, &x[0], gate, up, down)];
+            let (value, gradients) = pool.install(|| check::analytic::<f32>(Engine::Cpu, &inputs, &params, op));
+            (value.to_bits(), gradients.into_iter().flatten().map(f64::to_bits).collect::<Vec<_>>())
+        };
+        let one = run(1);
+        assert!([2, 3, 8].into_iter().all(|threads| run(threads) == one));
     }
 
     #[test]

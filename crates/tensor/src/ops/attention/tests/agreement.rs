@@ -155,6 +155,17 @@ proptest! {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig { cases: 60, failure_persistence: None, ..ProptestConfig::default() })]
+    #[test]
+    fn generated_shapes_equal_the_reference_in_single_precision(case in cases(23), seed in 0u64..1000) {
+        let numbers = case.numbers(seed, 1.0);
+        prop_assume!(smooth(&case, &numbers));
+        let found = case.parity::<f32>(&numbers);
+        prop_assert!(found < 1e-4, "{:?}: {}", case, found);
+    }
+}
+
+proptest! {
     #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
     /// Documents that span several blocks and tiles, scores from nearly equal to extreme, and any number of threads.
     #[test]
