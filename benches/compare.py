@@ -6,6 +6,7 @@
     compare.py --sweep         24 shapes that cover every pair of width, context, experts and p
     compare.py --recipe        nanoGPT's CPU recipe on Shakespeare: wall time and held-out loss of both sides
     compare.py --adaptivity    an adaptive model beside its dense twin of equal active FLOPs
+    compare.py --memory        our memory estimate beside the measured peak, over shapes
 
 A ratio is ours / PyTorch in tokens per second. The best round of each side makes it; the lowest and highest ratio of
 rounds next to each other are its spread. PyTorch out of memory counts as a win, shown as such.
@@ -24,6 +25,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+import memory
 import recipe
 import sides
 from cases import COMPILED_IN_SWEEP, DENSE_SMALL, PRESETS, SEED, SMALL, SWEEP, Case, Variant, sweep_case, variants
@@ -250,7 +252,7 @@ def run_presets(options: argparse.Namespace, clock: Clock) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for flag in ("quick", "sweep", "recipe", "adaptivity"):
+    for flag in ("quick", "sweep", "recipe", "adaptivity", "memory"):
         parser.add_argument(f"--{flag}", action="store_true")
     parser.add_argument("--cases", nargs="*", choices=list(PRESETS))
     parser.add_argument(
@@ -281,6 +283,8 @@ def main() -> None:
         save("recipe", recipe.shakespeare(options, console, multiplies_bf16()), options)
     elif options.adaptivity:
         save("adaptivity", recipe.adaptivity(options, console, SMALL), options)
+    elif options.memory:
+        save("memory", memory.measure(options, console), options)
     else:
         run_presets(options, clock)
     console.print(f"written: {results_file(options)}")

@@ -1,5 +1,5 @@
 //! What a run will take, before it is begun: memory, disk, time. Memory is counted array by array as the ops keep them for the walk back;
-//! `benches/memory.py` shows how near that comes to the measured peak.
+//! `make bench ARGS=--memory` shows how near that comes to the measured peak.
 
 use crate::bench::product_flops;
 use crate::data::{Batch, DocumentSet};
@@ -18,6 +18,8 @@ use tensor::random::Purpose;
 
 /// A process that has loaded nothing, bytes.
 const PROCESS: f64 = 10e6;
+/// What comes to it in training beside the arrays below: rooms of the products, gaps of the heap.
+const HEAP: f64 = 3e6;
 /// Logits that the cross-entropy holds at a time, in numbers.
 const LOGITS: f64 = (1u64 << 19) as f64;
 /// Numbers of weights that one op packs at most.
@@ -51,7 +53,7 @@ impl Memory {
             gradients: if train.sam > 0.0 || train.noise_scale > 0 { 2.0 * params } else { params },
             optimizer: moments * params,
             activations: number * activations(run, train.activation_checkpointing, vocab, tokens as f64, score_std),
-            process: record::memory_bytes().map_or(PROCESS, |bytes| bytes as f64),
+            process: record::memory_bytes().map_or(PROCESS, |bytes| bytes as f64) + HEAP,
         }
     }
 
@@ -100,7 +102,8 @@ fn activations(run: &Run, checkpoints: bool, vocab: usize, n: f64, score_std: f6
     let routed = (0..model.num_layers.min(MAX_LAYERS)).filter(|&i| model.depths.routes(i)).count() as f64;
     let part = model.depths.capacity * (block + 2.0 * d) + d;
     let blocks = if checkpoints { layers * (d + scores) + block } else { (layers - routed) * block + routed * part };
-    let per_token = blocks + 6.0 * d + passing + rows;
+    // The gradients of keys and values lie there twice on the way back, by document and joined.
+    let per_token = blocks + 6.0 * d + 2.0 * kv + passing + rows;
     let v = vocab as f64;
     // Weights as packed for the products of an op: of the experts, of attention, of the output projection in both directions.
     let experts = model.router.experts().map_or(0.0, |e| 3.0 * e.num_experts as f64 * e.expert_hidden_size as f64 * d);
