@@ -133,8 +133,10 @@ def test_what_cannot_be_compared_is_refused_in_one_sentence(tmp_path: Path) -> N
         comparison.compare([*control, *family(tmp_path, "quick", [0.2, 0.2], TOP_P, quick=True)])
     with pytest.raises(ValueError, match="are the same run"):
         comparison.compare([*control, *family(tmp_path, "again", [0.2, 0.2])])
-    with pytest.raises(ValueError, match=r"the run '.*' has no loss yet"):
-        comparison.compare([*control, *family(tmp_path, "open", [0.2], results={"loss": None})])
+    with pytest.raises(ValueError, match=r"the run '.*' is stopped, not completed: .*resume"):
+        comparison.compare([*control, *family(tmp_path, "open", [0.2], status="stopped")])
+    with pytest.raises(ValueError, match=r"the run '.*' is diverged: .*rerun"):
+        comparison.compare([*control, *family(tmp_path, "bad", [0.2], status="diverged")])
 
 
 def test_what_is_shown_is_valid_json_too(tmp_path: Path) -> None:

@@ -157,9 +157,29 @@ def test_the_parent_that_the_run_names_is_compared(tmp_path: Path) -> None:
     assert failed(write(tmp_path / "orphan", Story(parent="gone"))) == set()
 
 
-def test_an_unfinished_parent_is_refused(tmp_path: Path) -> None:
+UNFINISHED = {
+    "stopped": r"is stopped, not completed: go on with it first \(python -m moe_lab resume .*parent\)",
+    "running": r"is running, not completed: .*resume",
+    "killed": r"is killed, not completed: .*resume",
+    "failed": r"is failed: .*\(python -m moe_lab rerun .*parent --set KEY=VALUE\)",
+    "diverged": r"is diverged: .*rerun .* --set KEY=VALUE",
+}
+
+
+@pytest.mark.parametrize("status", UNFINISHED)
+def test_an_unfinished_parent_is_refused_although_its_facts_phase_left_a_loss(
+    tmp_path: Path, status: str
+) -> None:
+    parent = write(tmp_path / "parent", Story(router=DENSE, status=status, trained=40, loss=0.1))
+    run = write(tmp_path / "run", Story(parent="parent"))
+    with pytest.raises(ValueError, match=f"the parent '.*parent' {UNFINISHED[status]}"):
+        gates.judge(run, parent)
+    assert failed(run) == set()  # nor is it taken where run.json alone names it
+
+
+def test_a_parent_without_a_loss_is_refused(tmp_path: Path) -> None:
     parent = write(tmp_path / "parent", Story(router=DENSE, results={"loss": None}))
-    with pytest.raises(ValueError, match="has no loss yet"):
+    with pytest.raises(ValueError, match="measured no loss"):
         gates.judge(write(tmp_path / "run", Story()), parent)
 
 

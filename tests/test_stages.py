@@ -199,7 +199,9 @@ def test_a_finished_parent_serves_instead_of_a_new_one(tmp_path: Path) -> None:
     [
         (Story(router=DENSE, seed=7), "has seed 7, but the stage runs seed 1"),
         (Story(router=DENSE, quick=True), "must both be --quick or neither"),
-        (Story(router=DENSE, results={"loss": None}), "has no loss yet"),
+        (Story(router=DENSE, results={"loss": None}), "measured no loss"),
+        (Story(router=DENSE, status="stopped"), "is stopped, not completed: .*resume"),
+        (Story(router=DENSE, status="diverged"), "is diverged: .*rerun"),
     ],
 )
 def test_a_parent_that_cannot_be_compared_is_refused(tmp_path: Path, story: Story, sentence: str) -> None:
@@ -247,8 +249,9 @@ def test_a_diverged_run_is_a_result_that_fails(tmp_path: Path) -> None:
     assert [verdict.passed for verdict in result.verdicts] == [False, True]
 
 
-def test_a_diverged_parent_fails_the_comparison_and_not_the_program(tmp_path: Path) -> None:
-    result = stage(stages.Plan(), tmp_path / "s", FakeLab(diverge="parent-seed1", losses={"parent-seed1": None}))
+@pytest.mark.parametrize("loss", [None, 0.9])  # in its facts phase; in its chat phase, with the loss of the facts
+def test_a_diverged_parent_fails_the_comparison_and_not_the_program(tmp_path: Path, loss: float | None) -> None:
+    result = stage(stages.Plan(), tmp_path / "s", FakeLab(diverge="parent-seed1", losses={"parent-seed1": loss}))
     assert [each.name for each in result.verdicts[0].criteria if not each.passed] == ["no worse than parent"]
 
 

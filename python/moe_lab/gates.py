@@ -146,11 +146,10 @@ def is_quick(config: dict[str, Any]) -> bool:
 
 
 def named_parent(run: frames.Place, record: dict[str, Any]) -> Path | None:
-    """The run whose id run.json names as parent, where it lies beside this one and has a loss."""
+    """The run whose id run.json names as parent, where it lies beside this one and is finished."""
     named = record.get("parent")
     beside = Path(run).resolve().parent / str(named)
-    there = bool(named) and frames.is_run(beside)
-    return beside if there and loss_of(frames.read_run(beside)) is not None else None
+    return beside if named and frames.is_run(beside) and unfinished(beside) is None else None
 
 
 def parent_record(record: dict[str, Any], parent: frames.Place) -> dict[str, Any]:
@@ -167,11 +166,26 @@ def trained_on(record: dict[str, Any]) -> dict[str, str]:
 
 
 def finished(run: frames.Place, role: str = "parent") -> dict[str, Any]:
-    """run.json of a run that has a loss. Raises ValueError for one that has none yet."""
-    record = frames.read_run(run)
-    if loss_of(record) is None:
-        raise ValueError(f"the {role} '{run}' has no loss yet: finish it first (python -m moe_lab resume {run})")
-    return record
+    """run.json of a completed run that has a loss. Raises ValueError with the remedy for any other."""
+    why = unfinished(run)
+    if why is not None:
+        raise ValueError(f"the {role} '{run}' {why}")
+    return frames.read_run(run)
+
+
+def unfinished(run: frames.Place) -> str | None:
+    """Why a run cannot be compared, and what to do about it; None for a completed one that has a loss.
+
+    The status decides: a run that ended in its chat phase has the loss of its facts phase in run.json already.
+    """
+    status = frames.status(run)
+    if status in ("failed", "diverged"):
+        return f"is {status}: train it once more with a change (python -m moe_lab rerun {run} --set KEY=VALUE)"
+    if status != "completed":
+        return f"is {status}, not completed: go on with it first (python -m moe_lab resume {run})"
+    if loss_of(frames.read_run(run)) is None:
+        return "measured no loss: only runs with chat data, or a text with a held-out part (data.val_fraction), compare"
+    return None
 
 
 def loss_of(record: dict[str, Any]) -> float | None:

@@ -450,11 +450,12 @@ def verdict_over_seeds(gate: str, label: str, own: list[gates.Verdict], pairs: l
 
 
 def _losses(run: str, parent: str) -> tuple[float | None, float | None]:
-    """Of a run and of its parent; refuses a parent with other data. A parent that diverged in this stage has none."""
-    record, before = frames.read_run(run), frames.read_run(parent)
-    if before.get("status") != "diverged":
-        before = gates.parent_record(record, parent)
-    return gates.loss_of(record), gates.loss_of(before)
+    """Of a run and of its parent; refuses a parent with other data. One that diverged in this stage has none."""
+    record = frames.read_run(run)
+    own = None if record.get("status") == "diverged" else gates.loss_of(record)
+    if frames.read_run(parent).get("status") == "diverged":
+        return own, None
+    return own, gates.loss_of(gates.parent_record(record, parent))
 
 
 def _over_seeds(same: tuple[gates.Criterion, ...]) -> gates.Criterion:
