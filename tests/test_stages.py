@@ -360,6 +360,17 @@ def test_a_study_looks_at_the_parents_experts_once(tmp_path: Path, monkeypatch: 
     assert not stages.rejudge(out).passed
 
 
+def test_a_study_leaves_the_parent_of_another_option_alone(tmp_path: Path) -> None:
+    """4b has a parent that reads a text; 4c is about the experts of stage 1."""
+    out, plan = tmp_path / "s", stages.Plan(stage="stage4", options=("4b", "4c"), seeds=(1, 2))
+    result = stage(plan, out, FakeLab())
+    assert [path.name for path in sorted((out / "specialization").iterdir())] == ["stage1-seed1", "stage1-seed2"]
+    study = next(verdict for verdict in result.verdicts if verdict.gate == "option 4c")
+    assert study.passed
+    assert study.criteria[0].measured == ", ".join(["completed, facts 100/100, chat 100/100"] * 2)
+    assert stages.rejudge(out).verdicts == result.verdicts
+
+
 def test_options_are_named_or_all_that_are_there() -> None:
     assert [option.name for option in options.chosen("stage5", None)][:2] == ["5a", "5b"]
     assert options.chosen("stage2", "2C")[0].runs == ("stage2c", "stage2c_exponential")

@@ -215,10 +215,8 @@ def run(plan: Plan, out: Path, lab: Lab, say: Say, at_once: int = 1) -> Stage:
         return Stage(str(out), signal=stopped, stage=plan.stage)
     runs = [(cell, str(place(cell, out))) for cell, _ in prepared]
     for option in map(named, plan.options):
-        if option.specializes:
-            for cell, path in runs:
-                if cell.role == "parent":
-                    specialize(path, out, lab, say)
+        for path in studied(option, runs):
+            specialize(path, out, lab, say)
     return _conclude(plan, out, runs)
 
 
@@ -356,6 +354,11 @@ def specialize(run: frames.Place, out: Path, lab: Lab, say: Say) -> None:
     study.save(study.collect(model, study.own_texts(model)), folder)
 
 
+def studied(option: Option, runs: Sequence[tuple[Cell, str]]) -> list[str]:
+    """The runs whose experts an option studies: those of its own parent, and not of another option's."""
+    return [path for cell, path in runs if option.specializes and cell.name == f"{option.parent}-seed{cell.seed}"]
+
+
 def study_of(out: Path, run: frames.Place) -> Path:
     return out / "specialization" / Path(run).name
 
@@ -389,7 +392,7 @@ def _judge(plan: Plan, out: Path, runs: list[tuple[Cell, str]]) -> Stage:
         rows.append(told)
     arms = dict.fromkeys(row["arm"] for row in rows if row["arm"] is not None)
     found = [_verdict_of_arm([row for row in rows if row["arm"] == arm], rows, verdicts) for arm in arms]
-    found += [_verdict_of_study(option, rows, out) for option in map(named, plan.options) if option.specializes]
+    found += [_verdict_of_study(option, runs, out) for option in map(named, plan.options) if option.specializes]
     return Stage(str(out), tuple(rows), tuple(found), stage=plan.stage)
 
 
@@ -426,8 +429,8 @@ def same_experts(pairs: Sequence[tuple[str, str]]) -> gates.Criterion:
     return gates.same_experts([(used(run), used(parent)) for run, parent in pairs])
 
 
-def _verdict_of_study(option: Option, rows: list[dict[str, Any]], out: Path) -> gates.Verdict:
-    parents = [row["run"] for row in rows if row["role"] == "parent"]
+def _verdict_of_study(option: Option, runs: list[tuple[Cell, str]], out: Path) -> gates.Verdict:
+    parents = studied(option, runs)
     own = [own_verdict(run, gate=gates.OPTION) for run in parents]
     return verdict_of_study(f"option {option.name}", "parent's experts", own, [study_of(out, run) for run in parents])
 
