@@ -24,6 +24,7 @@ class Story:
     quick: bool = False
     parent: str | None = None
     data: str = "hash of the data"
+    text: bool = False  # on a plain text: one phase, held-out losses, two updates an epoch
     loss: float = 0.21
     results: dict[str, Any] = field(default_factory=dict)
     layer: Callable[[int, float], Layer] | None = None  # (block, progress 0..1) -> the moe measures of one layer
@@ -58,9 +59,11 @@ def write(folder: Path, story: Story) -> Path:
 def _toml(story: Story) -> str:
     quick = "quick = true\n" if story.quick else ""
     sizes = "" if "dense" in story.router else "expert_hidden_size = 16\n"
+    data = 'text = "tinyshakespeare"' if story.text else "max_length = 80"
+    length = f"max_steps = {2 * story.epochs}" if story.text else f"epochs = {story.epochs}"
     return (
-        f'name = "{story.name}"\nseed = {story.seed}\n{quick}[data]\nmax_length = 80\n'
-        f"[model]\nhidden_size = 32\n[model.router]\n{story.router}\n{sizes}[train]\nepochs = {story.epochs}\n"
+        f'name = "{story.name}"\nseed = {story.seed}\n{quick}[data]\n{data}\n'
+        f"[model]\nhidden_size = 32\n[model.router]\n{story.router}\n{sizes}[train]\n{length}\n"
     )
 
 
@@ -77,7 +80,10 @@ def _record(story: Story) -> dict[str, Any]:
         "id": story.name,
         "status": story.status,
         "parent": story.parent,
-        "data": {"chat": {"sha256": story.data}, "paraphrases": {"sha256": story.name}},
+        "data": {
+            "text" if story.text else "chat": {"sha256": story.data},
+            "paraphrases": {"sha256": story.name},
+        },
         "results": {**results, **story.results},
     }
 
@@ -85,7 +91,8 @@ def _record(story: Story) -> dict[str, Any]:
 def _stream(story: Story) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [{"step": 0, "ts": 0.0, "tokens": 0, "kind": "event", "event": "run_started"}]
     step = 0
-    for phase, epochs in (("facts", story.epochs), ("chat", story.trained)):
+    documents = (("facts", story.epochs), ("chat", story.trained))
+    for phase, epochs in (("text", story.trained),) if story.text else documents:
         for epoch in range(1, epochs + 1):
             progress = (epoch - 1) / max(1, epochs - 1)
             for _ in range(2):
@@ -93,7 +100,10 @@ def _stream(story: Story) -> list[dict[str, Any]]:
                 rows.append(_place(step, "train", phase, epoch) | _step(progress))
             if "dense" not in story.router:
                 rows.append(_place(step, "moe", phase, epoch) | _moe(story, progress))
-            rows.append(_place(step, "eval", phase, epoch) | _epoch(progress, story.loss if phase == "chat" else 0.3))
+            rows.append(_place(step, "eval", phase, epoch) | _epoch(progress, 0.3 if phase == "facts" else story.loss))
+            if story.text:
+                rows[-1]["eval/loss"] = rows[-1]["epoch/loss"] + 0.1
+                del rows[-1]["epoch/floor"]
     return rows
 
 

@@ -223,20 +223,14 @@ def test_an_option_is_judged_by_its_parent_and_not_by_its_routing(tmp_path: Path
     assert failed(write(tmp_path / "mute", Story(results={"recite": 0})), gate=gates.OPTION) == {"recites"}
 
 
-def on_text(folder: Path, eval_loss: float, steps: int) -> Path:
-    """A run of 400 updates on a text."""
-    run = write(folder, Story(results={"eval_loss": eval_loss}))
-    toml = (run / "run.toml").read_text().replace("[data]\n", '[data]\ntext = "tinyshakespeare"\n')
-    (run / "run.toml").write_text(toml.replace("epochs = 100", f"max_steps = {steps}"))
-    record = (run / "run.json").read_text().replace('"chat": {', '"text": {', 1)
-    (run / "run.json").write_text(record)
-    return run
+def on_text(folder: Path, eval_loss: float, **changes: Any) -> Path:
+    return write(folder, Story(text=True, results={"eval_loss": eval_loss}, **changes))
 
 
 def test_an_option_on_a_text_is_judged_by_its_held_out_loss(tmp_path: Path) -> None:
-    parent = on_text(tmp_path / "parent", 1.70, 400)
-    assert not failed(on_text(tmp_path / "good", 1.71, 400), parent=parent, gate=gates.OPTION)
-    assert failed(on_text(tmp_path / "short", 1.70, 401), parent=parent, gate=gates.OPTION) == {"completes"}
-    assert failed(on_text(tmp_path / "bad", 2.1, 400), parent=parent, gate=gates.OPTION) == {gates.PARENT, "coherent"}
+    parent = on_text(tmp_path / "parent", 1.70)
+    assert not failed(on_text(tmp_path / "good", 1.71), parent=parent, gate=gates.OPTION)
+    assert failed(on_text(tmp_path / "short", 1.70, trained=99), parent=parent, gate=gates.OPTION) == {"completes"}
+    assert failed(on_text(tmp_path / "bad", 2.1), parent=parent, gate=gates.OPTION) == {gates.PARENT, "coherent"}
     with pytest.raises(gates.NoGateError):
         gates.judge(parent)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from moe_lab import gates, options, stages, tables
+from moe_lab import gates, options, stages, tables, verbs
 from runs import DENSE, Story, write
 
 
@@ -58,7 +58,7 @@ class FakeLab:
         self.trained.append(name)
         self.parents[name] = parent
         routers = {"baseline": DENSE, "stage1_top2": 'kind = "top_k"\nk = 2'}
-        top_p = f'kind = "top_p"\np = {wanted.get("model.router.p", 0.4)}'
+        top_p = f'kind = "top_p"\np = {wanted.get("model.router.p", 0.4)}\nswitch = "{wanted.get("switch", "")}"'
         status = "stopped" if name == self.stop_at else "diverged" if name == self.diverge else "completed"
         epochs = 10 if wanted.get("quick") else 100
         story = Story(
@@ -70,6 +70,8 @@ class FakeLab:
             status,
             bool(wanted.get("quick")),
             parent,
+            data=run.source if run.source == "text" else "documents",
+            text=run.source == "text",
         )
         loss = self.losses.get(name, 0.21)
         write(Path(out), story.but(results={"loss": None}) if loss is None else story.but(loss=loss))
@@ -183,13 +185,13 @@ def test_a_run_with_other_settings_is_not_taken_for_the_wanted_one(tmp_path: Pat
 
 
 def test_a_finished_parent_serves_instead_of_a_new_one(tmp_path: Path) -> None:
-    parent = write(tmp_path / "base", Story(router=DENSE, loss=0.1))
+    parent = write(tmp_path / "base", Story(router=DENSE, loss=0.1, data="documents"))
     lab = FakeLab()
     result = stage(stages.Plan(parents=(str(parent),)), tmp_path / "s", lab)
     assert lab.trained == ["top_p-0.4-seed1", "top_k-2-seed1"]
     assert not result.passed
     assert stages.rejudge(tmp_path / "s").verdicts == result.verdicts
-    twin = write(tmp_path / "twin", Story(router=DENSE, loss=0.1))
+    twin = write(tmp_path / "twin", Story(router=DENSE, loss=0.1, data="documents"))
     with pytest.raises(ValueError, match="both have seed 1"):
         stage(stages.Plan(parents=(str(parent), str(twin))), tmp_path / "t", FakeLab())
 
@@ -319,7 +321,7 @@ def test_thresholds_are_compared_at_equal_mean_experts(tmp_path: Path) -> None:
 
 
 def test_a_given_parent_is_what_the_options_change(tmp_path: Path) -> None:
-    parent = write(tmp_path / "mine", Story(loss=0.2))
+    parent = write(tmp_path / "mine", Story(loss=0.2, data="documents"))
     (parent / "overrides.json").write_text(json.dumps({"train.epochs": 100}))
     lab = FakeLab()
     plan = stages.Plan(stage="stage2", options=("2c",), parents=(str(parent),))
@@ -330,6 +332,45 @@ def test_a_given_parent_is_what_the_options_change(tmp_path: Path) -> None:
     other = stages.Plan(stage="stage2", options=("2c",), parents=(str(parent),), overrides={"train.clip": 1.0})
     with pytest.raises(ValueError, match=r"trained with train\.clip = None, now 1\.0 is asked for; leave out"):
         stage(other, tmp_path / "t", FakeLab())
+
+
+def compared(out: Path, capsys: pytest.CaptureFixture[str]) -> list[tuple[str, str]]:
+    """Control and arm of everything that `compare` shows of a stage."""
+    capsys.readouterr()
+    assert verbs.compare([str(out)], as_json=True) == 0
+    told = json.loads(capsys.readouterr().out)["comparisons"]
+    return [(each["control"], each["arm"]) for each in told]
+
+
+def test_every_run_of_a_stage_is_compared_with_its_own_parent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """4a and 4b have parents on different data; no parent comes first in the alphabet."""
+    plan = stages.Plan(stage="stage4", options=("4a", "4b", "4c"), seeds=(1, 2))
+    stage(plan, tmp_path / "s", FakeLab())
+    assert [[Path(run).name for run in family] for family in stages.families(tmp_path / "s")] == [
+        ["stage1-seed1", "stage4a-seed1", "stage1-seed2", "stage4a-seed2"],
+        ["text-seed1", "stage4b-seed1", "text-seed2", "stage4b-seed2"],
+    ]
+    arms = [("top_p 0.4", f"top_p 0.4 ({name}-seed1)") for name in ("stage4a", "stage4b")]
+    assert compared(tmp_path / "s", capsys) == arms
+
+
+def test_a_given_parent_is_the_control_of_its_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parents = [write(tmp_path / f"mine-{seed}", Story(seed=seed, name="mine", data="documents")) for seed in (1, 2)]
+    for parent in parents:
+        (parent / "overrides.json").write_text("{}")
+    plan = stages.Plan(stage="stage2", options=("2c",), seeds=(1, 2), parents=tuple(map(str, parents)))
+    stage(plan, tmp_path / "s", FakeLab())
+    arms = [("top_p 0.4", f"top_p 0.4 ({name}-seed1)") for name in ("stage2c", "stage2c_exponential")]
+    assert compared(tmp_path / "s", capsys) == arms
+    assert stages.families(tmp_path / "s")[0][0] == str(parents[0])
+
+
+def test_a_stage_that_is_not_complete_is_not_compared(tmp_path: Path) -> None:
+    stage(WARMUP, tmp_path / "s", FakeLab(stop_at="stage2c-seed2"))
+    with pytest.raises(ValueError, match=r"is not complete: go on with python -m moe_lab resume"):
+        verbs.compare([str(tmp_path / "s")])
 
 
 def test_keys_of_documents_stay_away_from_the_parent_that_reads_a_text() -> None:

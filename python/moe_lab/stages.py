@@ -231,11 +231,26 @@ def is_complete(out: Path) -> bool:
 
 def rejudge(out: Path) -> Stage:
     """The stage's gate once more, from the files of its runs."""
+    return _judge(_plan(out), out, _runs(out))
+
+
+def families(out: Path) -> list[list[str]]:
+    """The runs of every parent before those of the models that change it: what is compared with one another.
+
+    A given parent lies elsewhere, and parents of one stage may have different data.
+    """
+    found: dict[str, list[str]] = {}
+    for cell, path in _runs(out):
+        found.setdefault(model_of(cell.parent or cell.name), []).append(path)
+    return list(found.values())
+
+
+def _runs(out: Path) -> list[tuple[Cell, str]]:
+    """The runs that stage.json names. Raises ValueError where the stage has not been run to its end."""
     entries = _record(out).get("runs")
     if not entries:
         raise ValueError(f"the stage '{out}' is not complete: go on with python -m moe_lab resume {out}")
-    runs = [(_cell_of(entry), str(_there(out, entry["run"]))) for entry in entries]
-    return _judge(_plan(out), out, runs)
+    return [(_cell_of(entry), str(_there(out, entry["run"]))) for entry in entries]
 
 
 def _cell_of(entry: dict[str, Any]) -> Cell:
@@ -388,7 +403,7 @@ def _judge(plan: Plan, out: Path, runs: list[tuple[Cell, str]]) -> Stage:
         told = {**tables.summary(path, verdict), "role": cell.role, "name": cell.name, "p": cell.p}
         told |= {"option": cell.option, "arm": cell.arm, "parent": cell.parent, "gate": verdict.as_dict()}
         if plan.stage != "stage1":
-            told["model"] = cell.name.rpartition("-seed")[0]
+            told["model"] = model_of(cell.name)
         rows.append(told)
     arms = dict.fromkeys(row["arm"] for row in rows if row["arm"] is not None)
     found = [_verdict_of_arm([row for row in rows if row["arm"] == arm], rows, verdicts) for arm in arms]
@@ -474,11 +489,16 @@ def is_own(stage: Stage, run: str) -> bool:
     return not os.path.isabs(_relative(Path(stage.out), run))
 
 
+def model_of(name: str) -> str:
+    """What the runs of all seeds have in common in their names."""
+    return name.rpartition("-seed")[0]
+
+
 def by_model(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     """Runs of the same model (of all seeds), in the order of the stage."""
     found: dict[str, list[str]] = {}
     for row in rows:
-        found.setdefault(str(row["name"]).rpartition("-seed")[0], []).append(str(row["run"]))
+        found.setdefault(model_of(str(row["name"])), []).append(str(row["run"]))
     return found
 
 
