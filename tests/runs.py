@@ -28,6 +28,7 @@ class Story:
     loss: float = 0.21
     results: dict[str, Any] = field(default_factory=dict)
     layer: Callable[[int, float], Layer] | None = None  # (block, progress 0..1) -> the moe measures of one layer
+    capacity: float = 1.0  # of a mixture of depths
     rows: tuple[dict[str, Any], ...] = ()  # further rows at the end of the stream
 
     def but(self, **changes: Any) -> "Story":
@@ -64,12 +65,14 @@ def _toml(story: Story) -> str:
     return (
         f'name = "{story.name}"\nseed = {story.seed}\n{quick}[data]\n{data}\n'
         f"[model]\nhidden_size = 32\n[model.router]\n{story.router}\n{sizes}[train]\n{length}\n"
+        f"[model.depths]\ncapacity = {story.capacity}\n"
     )
 
 
 def _record(story: Story) -> dict[str, Any]:
     sparse = "dense" not in story.router
     results = {
+        "train_loss": story.loss, "paraphrase_loss": 6.7, "flops_per_token": 3e6,
         "loss": story.loss, "loss_micro": story.loss - 0.01, "floor": 0.17, "excess": story.loss - 0.17,
         "recite": 60, "recite_total": 60, "token_f1": 1.0, "paraphrase_f1": 0.41, "paraphrase_recite": 3,
         "paraphrase_total": 30, "facts_loss_before": 0.3, "facts_loss_after": 1.2, "l0": 0.4, "tokens": 400000,

@@ -150,6 +150,19 @@ def test_the_parents_loss_is_kept_within_the_tolerance(tmp_path: Path) -> None:
     assert failed(worse) == set()
 
 
+def test_a_mixture_of_depths_is_judged_by_its_causal_loss(tmp_path: Path) -> None:
+    """Its training steps take the best tokens of the whole document, so that their loss flatters."""
+    parent = write(tmp_path / "parent", Story(loss=0.3, results={"train_loss": 0.2}))
+    good = Story(capacity=0.5, loss=0.5, results={"train_loss": 0.21})
+    assert failed(write(tmp_path / "good", good), parent=parent) == set()
+    flattered = write(tmp_path / "bad", Story(capacity=0.5, loss=0.1, results={"train_loss": 0.42}))
+    assert failed(flattered, parent=parent) == {"loss", gates.PARENT}
+    told = {each.name: each.why for each in gates.judge(flattered, parent).criteria}
+    assert "after the last update, causal" in told["loss"]
+    assert "causal loss after the last update (training steps look ahead) minus" in told[gates.PARENT]
+    assert "last chat epoch" in gates.judge(parent).criteria[2].why
+
+
 def test_the_parent_that_the_run_names_is_compared(tmp_path: Path) -> None:
     parent = write(tmp_path / "parent", Story(router=DENSE, loss=0.1))
     assert parent.name == "parent"

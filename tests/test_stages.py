@@ -38,6 +38,7 @@ class FakeLab:
     """Writes the run a story tells; `stop_at` names the run that a signal stops, `diverge` the one that diverges."""
 
     losses: dict[str, float | None] = field(default_factory=dict)
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)  # further ones of a run
     stop_at: str | None = None
     diverge: str | None = None
     trained: list[str] = field(default_factory=list)
@@ -72,6 +73,8 @@ class FakeLab:
             parent,
             data=run.source if run.source == "text" else "documents",
             text=run.source == "text",
+            capacity=0.5 if wanted.get("switch") == "stage4a" else 1.0,
+            results=self.results.get(name, {}),
         )
         loss = self.losses.get(name, 0.21)
         write(Path(out), story.but(results={"loss": None}) if loss is None else story.but(loss=loss))
@@ -371,6 +374,28 @@ def test_a_stage_that_is_not_complete_is_not_compared(tmp_path: Path) -> None:
     stage(WARMUP, tmp_path / "s", FakeLab(stop_at="stage2c-seed2"))
     with pytest.raises(ValueError, match=r"is not complete: go on with python -m moe_lab resume"):
         verbs.compare([str(tmp_path / "s")])
+
+
+def test_depths_and_their_parent_are_compared_by_the_causal_loss(tmp_path: Path) -> None:
+    plan = stages.Plan(stage="stage4", options=("4a",), seeds=(1, 2))
+    flattered = {f"stage4a-seed{seed}": {"train_loss": 0.3} for seed in (1, 2)}
+    lab = FakeLab(losses={name: 0.1 for name in flattered}, results=flattered)
+    kept = next(each for each in stage(plan, tmp_path / "s", lab).verdicts[0].criteria if each.name == gates.PARENT)
+    assert (kept.measured, kept.passed) == (pytest.approx(0.09), False)
+    assert "causal" in kept.why
+
+
+def test_a_loss_that_looks_ahead_stands_in_a_line_of_its_own(tmp_path: Path) -> None:
+    story = Story(capacity=0.5, loss=0.1, results={"train_loss": 0.3, "flops_per_token": 2.5e6})
+    rows = [tables.summary(write(tmp_path / name, each)) for name, each in (("whole", Story()), ("half", story))]
+    lines = {line.split("|")[1].strip(): line.split("|")[2:4] for line in tables.markdown_of(rows, "run").splitlines()}
+    shown = {name: [cell.strip() for cell in cells] for name, cells in lines.items()}
+    assert shown["loss"] == ["0.2100", "-"]
+    assert shown["excess over floor"][1] == "-"
+    assert shown["chat epochs to 0.40"][1] == "-"
+    assert shown["loss after training, causal"] == ["0.2100", "0.3000"]
+    assert shown["loss in training, looks ahead"] == ["-", "0.1000"]
+    assert shown["FLOPs per token"] == ["3,000,000", "2,500,000"]
 
 
 def test_keys_of_documents_stay_away_from_the_parent_that_reads_a_text() -> None:

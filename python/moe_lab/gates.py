@@ -23,6 +23,7 @@ FAIR_SHARE = 0.1  # of the fair load 1/E; below it an expert counts as dead
 INFORMATION = 0.05  # nats above the shuffled baseline; a router that ignores its token has none
 MOVEMENT = 0.01  # experts or nats; what a router that learns passes within its first epochs
 L0 = 15.0
+CAUSAL = "train_loss"  # the result that is measured after training, token by token without a look ahead
 PARENT = "no worse than parent"  # the criterion that compares two runs
 TOLERANCE = 0.013  # how much the roadmap lets a stage lose: 0.40 "maintains" 0.387
 TEXT_LOSS = 2.0  # nats a character of the shipped text: a bigram model has about 2.5
@@ -89,14 +90,14 @@ class Evidence:
     frame: pl.DataFrame
     parent_loss: float | None = None
     bounds: Bounds = Bounds()
+    by: str = "loss"  # the result that is compared with the parent's
 
     def result(self, name: str) -> float | None:
-        value = (self.run.get("results") or {}).get(name)
-        return None if value is None else float(value)
+        return result(self.run, name)
 
     @property
     def on_text(self) -> bool:
-        return bool(self.config.get("data", {}).get("text"))
+        return on_text(self.config)
 
     def layers(self) -> list[int]:
         return frames.sparse_layers(self.frame)
@@ -122,8 +123,9 @@ def judge(
     if is_quick(config):
         return Verdict(gate, str(run), judged=False, criteria=())
     named = parent or named_parent(run, record)
-    kept = None if named is None else loss_of(parent_record(record, named))
-    evidence = Evidence(record, config, frames.read_metrics(run), kept, bounds or Bounds())
+    by = loss_key(config) if named is None else loss_key(config, frames.settings(named))
+    kept = None if named is None else result(parent_record(record, named), by)
+    evidence = Evidence(record, config, frames.read_metrics(run), kept, bounds or Bounds(), by)
     return Verdict(gate, str(run), judged=True, criteria=criteria(gate, evidence))
 
 
@@ -135,7 +137,7 @@ def criteria(gate: str, evidence: Evidence) -> tuple[Criterion, ...]:
 
 def gate_of(config: dict[str, Any]) -> str:
     """The gate that judges runs of this configuration. Raises NoGateError where there is none."""
-    if config.get("data", {}).get("text"):
+    if on_text(config):
         raise NoGateError("this run trains on a text (data.text); the gates judge runs on facts and chat")
     kind = config.get("model", {}).get("router", {}).get("kind", "dense")
     return {"dense": "baseline", "top_k": "control"}.get(kind, "stage1")
@@ -183,15 +185,33 @@ def unfinished(run: frames.Place) -> str | None:
         return f"is {status}: train it once more with a change (python -m moe_lab rerun {run} --set KEY=VALUE)"
     if status != "completed":
         return f"is {status}, not completed: go on with it first (python -m moe_lab resume {run})"
-    if loss_of(frames.read_run(run)) is None:
+    if result(frames.read_run(run), loss_key(frames.settings(run))) is None:
         return "measured no loss: only runs with chat data, or a text with a held-out part (data.val_fraction), compare"
     return None
 
 
-def loss_of(record: dict[str, Any]) -> float | None:
-    """The loss that is compared: on the chat training set, of a run on a text the held-out one."""
-    loss = (record.get("results") or {}).get("eval_loss" if "text" in record.get("data", {}) else "loss")
-    return None if loss is None else float(loss)
+def result(record: dict[str, Any], name: str) -> float | None:
+    value = (record.get("results") or {}).get(name)
+    return None if value is None else float(value)
+
+
+def on_text(config: dict[str, Any]) -> bool:
+    return bool(config.get("data", {}).get("text"))
+
+
+def looks_ahead(config: dict[str, Any]) -> bool:
+    """Whether the loss of training steps saw later tokens: a mixture of depths takes the best of a whole document."""
+    return float(config.get("model", {}).get("depths", {}).get("capacity", 1.0)) < 1.0
+
+
+def loss_key(*configs: dict[str, Any]) -> str:
+    """The result by which runs are compared: on the chat training set, on a text the held-out one.
+
+    Where the training steps of one of them look ahead, that of all after the last update, which is causal.
+    """
+    if any(map(on_text, configs)):
+        return "eval_loss"
+    return CAUSAL if any(map(looks_ahead, configs)) else "loss"
 
 
 def completes(evidence: Evidence) -> Criterion:
@@ -227,10 +247,11 @@ def stays_finite(evidence: Evidence) -> Criterion:
 
 
 def reaches_loss(evidence: Evidence) -> Criterion:
-    floor = evidence.result("floor")
+    floor, key = evidence.result("floor"), loss_key(evidence.config)
     beside = "" if floor is None else f"; the entropy floor of this data is {floor:.4f}"
-    why = f"mean over sequences, last chat epoch, nats{beside}"
-    return at_most("loss", evidence.result("loss"), evidence.bounds.loss, why)
+    when = "after the last update, causal" if key == CAUSAL else "last chat epoch"
+    why = f"mean over sequences, {when}, nats{beside}"
+    return at_most("loss", evidence.result(key), evidence.bounds.loss, why)
 
 
 def coherent(evidence: Evidence) -> Criterion:
@@ -255,9 +276,14 @@ def keeps_l0(evidence: Evidence) -> Criterion:
 
 
 def keeps_parent_loss(evidence: Evidence) -> Criterion:
-    loss, parent = loss_of(evidence.run), evidence.parent_loss
+    loss, parent = evidence.result(evidence.by), evidence.parent_loss
     difference = None if loss is None or parent is None else loss - parent
-    return at_most(PARENT, difference, TOLERANCE, f"loss minus the parent's {show(parent)}")
+    return at_most(PARENT, difference, TOLERANCE, f"{_named(evidence.by)} minus the parent's {show(parent)}")
+
+
+def _named(key: str) -> str:
+    """A loss that is compared, for people."""
+    return "causal loss after the last update (training steps look ahead)" if key == CAUSAL else "loss"
 
 
 def stays_in_band(evidence: Evidence) -> Criterion:
@@ -359,15 +385,15 @@ def show(value: float | str | None) -> str:
     return value if isinstance(value, str) else f"{value:.4g}"
 
 
-def paired(losses: list[tuple[float | None, float | None]]) -> Criterion:
+def paired(losses: list[tuple[float | None, float | None]], by: str = "loss") -> Criterion:
     """The parent criterion of a stage: the mean over seeds of (loss minus the parent's loss of the same seed).
 
-    A pair with an unknown loss (a run diverged) leaves the mean unknown, which fails.
+    `by` is the result that is compared. A pair with an unknown loss (a run diverged) leaves the mean unknown: it fails.
     """
     known = [loss - parent for loss, parent in losses if loss is not None and parent is not None]
     mean = sum(known) / len(known) if known and len(known) == len(losses) else None
     each = ", ".join(f"{difference:+.4f}" for difference in known)
-    return at_most(PARENT, mean, TOLERANCE, f"mean over seeds of loss minus the parent's: {each}")
+    return at_most(PARENT, mean, TOLERANCE, f"mean over seeds of {_named(by)} minus the parent's: {each}")
 
 
 def same_experts(used: Sequence[tuple[float | None, float | None]]) -> Criterion:

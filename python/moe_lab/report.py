@@ -77,7 +77,17 @@ def of_run(run: frames.Place) -> str:
     )
 
 
-MEASURED = ("loss", "floor", "excess", "recited", "facts_loss_after", "experts_per_token", "l0", "active_params")
+MEASURED = (
+    "loss",
+    "train_loss",
+    "floor",
+    "excess",
+    "recited",
+    "facts_loss_after",
+    "experts_per_token",
+    "l0",
+    "active_params",
+)
 
 
 def of_stage(out: Path) -> str:

@@ -463,17 +463,18 @@ def verdict_over_seeds(gate: str, label: str, own: list[gates.Verdict], pairs: l
     judged = all(verdict.judged for verdict in own)
     criteria = [] if not judged else [_over_seeds(same) for same in zip(*(v.criteria for v in own), strict=True)]
     if judged and pairs:
-        criteria.append(gates.paired([_losses(run, parent) for run, parent in pairs]))
+        by = gates.loss_key(*(frames.settings(run) for pair in pairs for run in pair))
+        criteria.append(gates.paired([_losses(run, parent, by) for run, parent in pairs], by))
     return gates.Verdict(gate, label, judged, tuple(criteria))
 
 
-def _losses(run: str, parent: str) -> tuple[float | None, float | None]:
+def _losses(run: str, parent: str, by: str) -> tuple[float | None, float | None]:
     """Of a run and of its parent; refuses a parent with other data. One that diverged in this stage has none."""
     record = frames.read_run(run)
-    own = None if record.get("status") == "diverged" else gates.loss_of(record)
+    own = None if record.get("status") == "diverged" else gates.result(record, by)
     if frames.read_run(parent).get("status") == "diverged":
         return own, None
-    return own, gates.loss_of(gates.parent_record(record, parent))
+    return own, gates.result(gates.parent_record(record, parent), by)
 
 
 def _over_seeds(same: tuple[gates.Criterion, ...]) -> gates.Criterion:
