@@ -180,9 +180,7 @@ UNFINISHED = {
 
 
 @pytest.mark.parametrize("status", UNFINISHED)
-def test_an_unfinished_parent_is_refused_although_its_facts_phase_left_a_loss(
-    tmp_path: Path, status: str
-) -> None:
+def test_an_unfinished_parent_is_refused_although_its_facts_phase_left_a_loss(tmp_path: Path, status: str) -> None:
     parent = write(tmp_path / "parent", Story(router=DENSE, status=status, trained=40, loss=0.1))
     run = write(tmp_path / "run", Story(parent="parent"))
     with pytest.raises(ValueError, match=f"the parent '.*parent' {UNFINISHED[status]}"):

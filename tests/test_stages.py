@@ -314,13 +314,18 @@ def test_one_arm_of_every_option_must_pass(tmp_path: Path) -> None:
     assert not stage(plan, tmp_path / "half", FakeLab(losses={"stage5b-seed1": 0.3})).passed
 
 
+def pairs(name: str, *values: tuple[float | None, float | None]) -> gates.Pairs:
+    """run.json of runs and parents as far as it tells one result."""
+    return [({"results": {name: own}}, {"results": {name: parent}}) for own, parent in values]
+
+
 def test_thresholds_are_compared_at_equal_mean_experts(tmp_path: Path) -> None:
     plan = stages.Plan(stage="stage5", options=("5a",))
     result = stage(plan, tmp_path / "s", FakeLab())
     same = result.verdicts[0].criteria[-1]
     assert (same.name, same.passed) == ("equal mean experts", True)
-    assert not gates.same_experts([(2.0, 1.7), (1.8, 1.7)]).passed
-    assert not gates.same_experts([(1.7, 1.7), (None, 1.7)]).passed
+    assert not gates.same_experts(pairs("experts_per_token", (2.0, 1.7), (1.8, 1.7))).passed
+    assert not gates.same_experts(pairs("experts_per_token", (1.7, 1.7), (None, 1.7))).passed
 
 
 def test_a_given_parent_is_what_the_options_change(tmp_path: Path) -> None:
@@ -379,7 +384,7 @@ def test_a_stage_that_is_not_complete_is_not_compared(tmp_path: Path) -> None:
 def test_depths_and_their_parent_are_compared_by_the_causal_loss(tmp_path: Path) -> None:
     plan = stages.Plan(stage="stage4", options=("4a",), seeds=(1, 2))
     flattered = {f"stage4a-seed{seed}": {"train_loss": 0.3} for seed in (1, 2)}
-    lab = FakeLab(losses={name: 0.1 for name in flattered}, results=flattered)
+    lab = FakeLab(losses=dict.fromkeys(flattered, 0.1), results=flattered)
     kept = next(each for each in stage(plan, tmp_path / "s", lab).verdicts[0].criteria if each.name == gates.PARENT)
     assert (kept.measured, kept.passed) == (pytest.approx(0.09), False)
     assert "causal" in kept.why

@@ -12,7 +12,7 @@ import polars as pl
 
 from moe_lab import frames
 
-VERSION = 2  # of the criteria and bounds below; written beside every verdict
+VERSION = 3  # of the criteria and bounds below; written beside every verdict
 
 EPOCHS = 100
 LOSS = 0.40
@@ -24,6 +24,7 @@ INFORMATION = 0.05  # nats above the shuffled baseline; a router that ignores it
 MOVEMENT = 0.01  # experts or nats; what a router that learns passes within its first epochs
 L0 = 15.0
 CAUSAL = "train_loss"  # the result that is measured after training, token by token without a look ahead
+Pairs = Sequence[tuple[dict[str, Any], dict[str, Any]]]  # run.json of a run and of its parent, a pair a seed
 PARENT = "no worse than parent"  # the criterion that compares two runs
 TOLERANCE = 0.013  # how much the roadmap lets a stage lose: 0.40 "maintains" 0.387
 TEXT_LOSS = 2.0  # nats a character of the shipped text: a bigram model has about 2.5
@@ -54,6 +55,7 @@ class Criterion:
     bound: str
     passed: bool
     why: str
+    note: bool = False  # it is shown and decides nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +68,13 @@ class Verdict:
     criteria: tuple[Criterion, ...]
 
     @property
+    def missed(self) -> tuple[Criterion, ...]:
+        """The criteria that fail it."""
+        return tuple(criterion for criterion in self.criteria if not (criterion.passed or criterion.note))
+
+    @property
     def passed(self) -> bool:
-        return self.judged and all(criterion.passed for criterion in self.criteria)
+        return self.judged and not self.missed
 
     @property
     def word(self) -> str:
@@ -390,18 +397,25 @@ def paired(losses: list[tuple[float | None, float | None]], by: str = "loss") ->
 
     `by` is the result that is compared. A pair with an unknown loss (a run diverged) leaves the mean unknown: it fails.
     """
-    known = [loss - parent for loss, parent in losses if loss is not None and parent is not None]
-    mean = sum(known) / len(known) if known and len(known) == len(losses) else None
-    each = ", ".join(f"{difference:+.4f}" for difference in known)
+    mean, each = _mean_difference(losses, "+.4f")
     return at_most(PARENT, mean, TOLERANCE, f"mean over seeds of {_named(by)} minus the parent's: {each}")
 
 
-def same_experts(used: Sequence[tuple[float | None, float | None]]) -> Criterion:
+def _mean_difference(pairs: Sequence[tuple[float | None, float | None]], form: str) -> tuple[float | None, str]:
+    """Mean over seeds of a run's number minus its parent's, None where one is unknown; each difference for people."""
+    known = [own - parent for own, parent in pairs if own is not None and parent is not None]
+    mean = sum(known) / len(known) if known and len(known) == len(pairs) else None
+    return mean, ", ".join(f"{difference:{form}}" for difference in known)
+
+
+def _numbers(pairs: Pairs, name: str) -> list[tuple[float | None, float | None]]:
+    return [(result(own, name), result(parent, name)) for own, parent in pairs]
+
+
+def same_experts(pairs: Pairs) -> Criterion:
     """Whether runs use as many experts per token as their parents, mean over seeds: else the losses do not compare."""
-    known = [own - parent for own, parent in used if own is not None and parent is not None]
-    mean = sum(known) / len(known) if known and len(known) == len(used) else None
+    mean, each = _mean_difference(_numbers(pairs, "experts_per_token"), "+.3f")
     passed = mean is not None and abs(mean) <= SAME_EXPERTS
-    each = ", ".join(f"{difference:+.3f}" for difference in known)
     why = f"mean over seeds of experts per token minus the parent's: {each}; thresholds compare at equal mean experts"
     return Criterion("equal mean experts", mean, f"-{SAME_EXPERTS} to {SAME_EXPERTS}", passed, why)
 

@@ -3,7 +3,10 @@
 A new option is a line here and a run file in experiments/; nothing else.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+
+from moe_lab import gates
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +17,7 @@ class Option:
     title: str
     runs: tuple[str, ...] = ()
     parent: str = "stage1"  # shipped run file that the runs extend
-    same_experts: bool = False  # the comparison counts only where parent and run use as many experts per token
+    asks: tuple[Callable[[gates.Pairs], gates.Criterion], ...] = ()  # beyond the gate of every option, over the seeds
     specializes: bool = False  # has no runs: the parent's experts are studied
 
     @property
@@ -32,7 +35,7 @@ OPTIONS = (
     Option("4a", "depth per token", ("stage4a",)),
     Option("4b", "window per token", ("stage4b",), parent="text"),
     Option("4c", "specialisation of the experts", specializes=True),
-    Option("5a", "threshold per layer", ("stage5a", "stage5a_roadmap"), same_experts=True),
+    Option("5a", "threshold per layer", ("stage5a", "stage5a_roadmap"), asks=(gates.same_experts,)),
     Option("5b", "threshold per token, learned", ("stage5b",)),
     Option("5c", "several lengths of text", ("stage5c",), parent="text"),
 )

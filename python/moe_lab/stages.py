@@ -423,25 +423,19 @@ def _verdict_of_arm(
     paths = {row["name"]: row["run"] for row in rows}
     pairs = [(row["run"], paths[row["parent"]]) for row in own]
     name = own[0]["option"]
-    verdict = verdict_over_seeds(
+    return verdict_over_seeds(
         "stage1" if name is None else f"option {name}",
         own[0]["arm"],
         [verdicts[row["name"]] for row in own],
         pairs,
+        asked_by(name, pairs),
     )
-    if name is None or not named(name).same_experts or not verdict.judged:
-        return verdict
-    return replace(verdict, criteria=(*verdict.criteria, same_experts(pairs)))
 
 
-def same_experts(pairs: Sequence[tuple[str, str]]) -> gates.Criterion:
-    """Whether runs and parents are compared at equal mean experts per token."""
-
-    def used(run: str) -> float | None:
-        value = (frames.read_run(run).get("results") or {}).get("experts_per_token")
-        return None if value is None else float(value)
-
-    return gates.same_experts([(used(run), used(parent)) for run, parent in pairs])
+def asked_by(option: str | None, pairs: Sequence[tuple[str, str]]) -> list[gates.Criterion]:
+    """What an option asks of its runs and their parents beyond the gate of every option."""
+    records = [(frames.read_run(run), frames.read_run(parent)) for run, parent in pairs]
+    return [ask(records) for ask in named(option).asks] if option else []
 
 
 def _verdict_of_study(option: Option, runs: list[tuple[Cell, str]], out: Path) -> gates.Verdict:
@@ -452,20 +446,24 @@ def _verdict_of_study(option: Option, runs: list[tuple[Cell, str]], out: Path) -
 
 def verdict_of_study(gate: str, label: str, own: list[gates.Verdict], studies: list[Path]) -> gates.Verdict:
     """The verdicts of runs as one, and whether the experts of every block know the class of a token."""
-    verdict = verdict_over_seeds(gate, label, own, [])
-    if not verdict.judged:
-        return verdict
-    return replace(verdict, criteria=(*verdict.criteria, gates.knows_classes(studies)))
+    return verdict_over_seeds(gate, label, own, [], [gates.knows_classes(studies)])
 
 
-def verdict_over_seeds(gate: str, label: str, own: list[gates.Verdict], pairs: list[tuple[str, str]]) -> gates.Verdict:
+def verdict_over_seeds(
+    gate: str,
+    label: str,
+    own: list[gates.Verdict],
+    pairs: list[tuple[str, str]],
+    more: Sequence[gates.Criterion] = (),
+) -> gates.Verdict:
     """The verdicts of a model's runs as one; `pairs` of run and parent decide whether the parent's loss is kept."""
-    judged = all(verdict.judged for verdict in own)
-    criteria = [] if not judged else [_over_seeds(same) for same in zip(*(v.criteria for v in own), strict=True)]
-    if judged and pairs:
+    if not all(verdict.judged for verdict in own):
+        return gates.Verdict(gate, label, False, ())
+    criteria = [_over_seeds(same) for same in zip(*(v.criteria for v in own), strict=True)]
+    if pairs:
         by = gates.loss_key(*(frames.settings(run) for pair in pairs for run in pair))
         criteria.append(gates.paired([_losses(run, parent, by) for run, parent in pairs], by))
-    return gates.Verdict(gate, label, judged, tuple(criteria))
+    return gates.Verdict(gate, label, True, (*criteria, *more))
 
 
 def _losses(run: str, parent: str, by: str) -> tuple[float | None, float | None]:

@@ -171,6 +171,9 @@ def _words(entries: list[dict[str, Any]]) -> str:
     return words[0] if len(set(words)) == 1 else f"{words.count('passed')} of {len(words)} passed"
 
 
+MARKS = {True: "[green]pass[/green]", False: "[bold red]FAIL[/bold red]"}
+
+
 def render_verdict(verdict: gates.Verdict, console: Console) -> None:
     """Every criterion with its measure and bound, then the word of the gate."""
     if not verdict.judged:
@@ -185,7 +188,7 @@ def render_verdict(verdict: gates.Verdict, console: Console) -> None:
     for column in ("", "criterion", "measured", "bound", "what is measured"):
         table.add_column(column, overflow="fold")
     for criterion in verdict.criteria:
-        mark = "[green]pass[/green]" if criterion.passed else "[bold red]FAIL[/bold red]"
+        mark = "note" if criterion.note else MARKS[criterion.passed]
         cells = (criterion.name, gates.show(criterion.measured), criterion.bound, criterion.why)
         table.add_row(mark, *map(plain, cells))
     console.print(table)
