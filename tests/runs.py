@@ -29,6 +29,7 @@ class Story:
     results: dict[str, Any] = field(default_factory=dict)
     layer: Callable[[int, float], Layer] | None = None  # (block, progress 0..1) -> the moe measures of one layer
     capacity: float = 1.0  # of a mixture of depths
+    copies: int = 0  # variants beside every document
     rows: tuple[dict[str, Any], ...] = ()  # further rows at the end of the stream
 
     def but(self, **changes: Any) -> "Story":
@@ -65,7 +66,7 @@ def _toml(story: Story) -> str:
     return (
         f'name = "{story.name}"\nseed = {story.seed}\n{quick}[data]\n{data}\n'
         f"[model]\nhidden_size = 32\n[model.router]\n{story.router}\n{sizes}[train]\n{length}\n"
-        f"[model.depths]\ncapacity = {story.capacity}\n"
+        f"[model.depths]\ncapacity = {story.capacity}\n[data.augment]\ncopies = {story.copies}\n"
     )
 
 
@@ -79,6 +80,7 @@ def _record(story: Story) -> dict[str, Any]:
         "experts_per_token": 1.7 if sparse else None, "experts_std": 0.4 if sparse else None,
         "eval_loss": 0.2, "seconds": 100.5, "tokens_per_second": 40000.0, "params": 900000, "active_params": 500000,
     }  # fmt: skip
+    variants = {role: {"sha256": f"{role} {story.seed}"} for role in ("augment", "augmented") if story.copies}
     return {
         "id": story.name,
         "status": story.status,
@@ -86,6 +88,7 @@ def _record(story: Story) -> dict[str, Any]:
         "data": {
             "text" if story.text else "chat": {"sha256": story.data},
             "paraphrases": {"sha256": story.name},
+            **variants,
         },
         "results": {**results, **story.results},
     }

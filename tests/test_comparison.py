@@ -154,11 +154,22 @@ def test_no_loss_that_looks_ahead_is_compared(tmp_path: Path) -> None:
     assert "verdict on the loss: worse" in console.export_text()
 
 
+def test_variants_of_the_documents_are_no_other_data(tmp_path: Path) -> None:
+    control, arm = family(tmp_path, "control", [0.2, 0.2], TOP_P), family(tmp_path, "arm", [0.2, 0.2], TOP_P, copies=1)
+    assert ("data.augment.copies", 0, 1) in comparison.compare([*control, *arm])[0].changes
+
+
 def test_what_is_shown_is_valid_json_too(tmp_path: Path) -> None:
     runs = [*family(tmp_path, "control", [0.21, 0.22]), *family(tmp_path, "arm", [0.2, 0.2], TOP_P)]
     told = json.loads(json.dumps(comparison.as_dict(comparison.compare(runs)[0]), allow_nan=False))
     assert told["arm"] == "top_p 0.4"
-    assert {each["measure"] for each in told["differences"]} >= {"loss", "recited", "active_params", "flops"}
+    assert {each["measure"] for each in told["differences"]} >= {
+        "loss",
+        "recited",
+        "paraphrase_loss",
+        "active_params",
+        "flops",
+    }
 
 
 @pytest.mark.parametrize(

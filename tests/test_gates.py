@@ -200,6 +200,16 @@ def test_a_parent_with_other_data_is_refused(tmp_path: Path) -> None:
         gates.judge(write(tmp_path / "run", Story()), parent)
 
 
+def test_variants_beside_the_documents_change_neither_their_loss_nor_the_protocol(tmp_path: Path) -> None:
+    """An epoch with them is up to twice as long, so that half as many are as much training."""
+    parent = write(tmp_path / "parent", Story())
+    varied = Story(copies=1, epochs=50, trained=50)
+    assert failed(write(tmp_path / "run", varied), parent=parent) == set()
+    assert failed(write(tmp_path / "short", varied.but(epochs=49, trained=49)), parent=parent) == {"completes"}
+    assert failed(write(tmp_path / "cut", varied.but(trained=49)), parent=parent) == {"completes"}
+    assert "50 epochs a phase" in gates.judge(tmp_path / "run").criteria[0].bound
+
+
 def test_a_run_on_a_text_is_refused(tmp_path: Path) -> None:
     run = write(tmp_path / "run", Story())
     (run / "run.toml").write_text('[data]\ntext = "book.txt"\n')

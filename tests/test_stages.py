@@ -381,6 +381,17 @@ def test_a_stage_that_is_not_complete_is_not_compared(tmp_path: Path) -> None:
         verbs.compare([str(tmp_path / "s")])
 
 
+def test_augmentation_is_judged_on_held_out_paraphrases(tmp_path: Path) -> None:
+    plan = stages.Plan(stage="stage3", options=("3c",), seeds=(1, 2))
+    heard = {"stage3c_updates-seed1": {"paraphrase_loss": 6.0}, "stage3c_updates-seed2": {"paraphrase_loss": 6.8}}
+    result = stage(plan, tmp_path / "s", FakeLab(results=heard))
+    told = [(verdict.run, verdict.criteria[-1].name, verdict.passed) for verdict in result.verdicts]
+    assert told == [("stage3c", "held-out paraphrases", False), ("stage3c_updates", "held-out paraphrases", True)]
+    assert result.verdicts[1].criteria[-1].measured == pytest.approx(-0.3)
+    assert result.passed
+    assert not gates.understands_paraphrases(pairs("paraphrase_loss", (6.0, None))).passed
+
+
 def test_depths_and_their_parent_are_compared_by_the_causal_loss(tmp_path: Path) -> None:
     plan = stages.Plan(stage="stage4", options=("4a",), seeds=(1, 2))
     flattered = {f"stage4a-seed{seed}": {"train_loss": 0.3} for seed in (1, 2)}

@@ -36,6 +36,7 @@ MEASURES = (
     Measure("eval_loss", "held-out loss", -1),
     Measure("recited", "training answers recited", 1),
     Measure("paraphrase_f1", "held-out paraphrases, F1", 1),
+    Measure("paraphrase_loss", "held-out paraphrases, loss", -1),
     Measure("facts_loss_after", "facts loss after chat", -1),
     Measure("epochs_to_target", "epochs to the target loss", -1),
     Measure("experts_per_token", "experts per token", 0),
@@ -123,7 +124,7 @@ def arms_of(paths: Iterable[frames.Place], target: float = gates.LOSS) -> list[A
         record, config = gates.finished(path, "run"), frames.settings(path)
         if first is None:
             first, quick = record, gates.is_quick(config)
-        if gates.trained_on(first) != gates.trained_on(record):
+        if gates.measured_on(first) != gates.measured_on(record):
             raise ValueError(f"'{path}' was trained on other data than the first run: their losses cannot be compared")
         flat = {key: value for key, value in frames.flatten(config).items() if key not in SAME}
         arm = next((arm for arm in arms if arm.config == flat), None)

@@ -25,6 +25,7 @@ MOVEMENT = 0.01  # experts or nats; what a router that learns passes within its 
 L0 = 15.0
 CAUSAL = "train_loss"  # the result that is measured after training, token by token without a look ahead
 Pairs = Sequence[tuple[dict[str, Any], dict[str, Any]]]  # run.json of a run and of its parent, a pair a seed
+BESIDE = {"paraphrases", "augment", "augmented"}  # files of a run whose documents its loss is not of
 PARENT = "no worse than parent"  # the criterion that compares two runs
 TOLERANCE = 0.013  # how much the roadmap lets a stage lose: 0.40 "maintains" 0.387
 TEXT_LOSS = 2.0  # nats a character of the shipped text: a bigram model has about 2.5
@@ -164,14 +165,14 @@ def named_parent(run: frames.Place, record: dict[str, Any]) -> Path | None:
 def parent_record(record: dict[str, Any], parent: frames.Place) -> dict[str, Any]:
     """run.json of the parent. Raises ValueError when it is unfinished or was trained on other data."""
     before = finished(parent)
-    if trained_on(before) != trained_on(record):
+    if measured_on(before) != measured_on(record):
         raise ValueError(f"the parent '{parent}' was trained on other data: the losses cannot be compared")
     return before
 
 
-def trained_on(record: dict[str, Any]) -> dict[str, str]:
-    """Hash of every file that was trained on; held-out paraphrases change no loss."""
-    return {role: file["sha256"] for role, file in record.get("data", {}).items() if role != "paraphrases"}
+def measured_on(record: dict[str, Any]) -> dict[str, str]:
+    """Hash of every file that a loss is of: neither held-out paraphrases nor the variants that augmentation adds."""
+    return {role: file["sha256"] for role, file in record.get("data", {}).items() if role not in BESIDE}
 
 
 def finished(run: frames.Place, role: str = "parent") -> dict[str, Any]:
@@ -227,11 +228,17 @@ def completes(evidence: Evidence) -> Criterion:
     rows = frames.epochs(evidence.frame)
     wanted = frames.phase_epochs(evidence.config)
     done = {phase: rows.filter(pl.col("phase") == phase).height for phase in wanted}
-    status = evidence.run.get("status")
+    status, least = evidence.run.get("status"), least_epochs(evidence.config)
     counts = ", ".join(f"{phase} {done[phase]}/{wanted[phase]}" for phase in wanted)
-    passed = status == "completed" and all(done[phase] >= max(wanted[phase], EPOCHS) for phase in wanted)
+    passed = status == "completed" and all(done[phase] >= max(wanted[phase], least) for phase in wanted)
     why = "a run that stopped early, or that was given fewer epochs, has not met the protocol"
-    return Criterion("completes", f"{status}, {counts}", f"completed, {EPOCHS} epochs a phase", passed, why)
+    return Criterion("completes", f"{status}, {counts}", f"completed, {least} epochs a phase", passed, why)
+
+
+def least_epochs(config: dict[str, Any]) -> int:
+    """Epochs a phase that the protocol asks for: with variants beside the documents as many fewer as one is longer."""
+    copies = int(config.get("data", {}).get("augment", {}).get("copies", 0))
+    return -(-EPOCHS // (1 + copies))
 
 
 def _completes_text(evidence: Evidence) -> Criterion:
@@ -385,6 +392,11 @@ def more_than(name: str, measured: float | None, bound: float, why: str) -> Crit
     return Criterion(name, measured, f"> {bound:g}", measured is not None and measured > bound, why)
 
 
+def less(name: str, difference: float | None, why: str) -> Criterion:
+    """A run that must have less of something than its parent."""
+    return Criterion(name, difference, "< 0", difference is not None and difference < 0, why)
+
+
 def show(value: float | str | None) -> str:
     """A measured value for people."""
     if value is None:
@@ -418,6 +430,12 @@ def same_experts(pairs: Pairs) -> Criterion:
     passed = mean is not None and abs(mean) <= SAME_EXPERTS
     why = f"mean over seeds of experts per token minus the parent's: {each}; thresholds compare at equal mean experts"
     return Criterion("equal mean experts", mean, f"-{SAME_EXPERTS} to {SAME_EXPERTS}", passed, why)
+
+
+def understands_paraphrases(pairs: Pairs) -> Criterion:
+    """Whether what was never seen is met with less loss than the parent has on it, mean over seeds."""
+    mean, each = _mean_difference(_numbers(pairs, "paraphrase_loss"), "+.4f")
+    return less("held-out paraphrases", mean, f"mean over seeds of their loss minus the parent's, nats: {each}")
 
 
 def knows_classes(studies: Sequence[Path]) -> Criterion:

@@ -31,7 +31,12 @@ OPTIONS = (
     Option("2c", "warm-up length and shape", ("stage2c", "stage2c_exponential")),
     Option("3a", "learning-rate schedule: floor, peak, restarts", ("stage3a", "stage3a_peak", "stage3a_sgdr")),
     Option("3b", "batch size with the rate that goes with it", ("stage3b", "stage3b_linear", "stage3b_updates")),
-    Option("3c", "augmentation of the facts and dialogues", ("stage3c",)),
+    Option(
+        "3c",
+        "augmentation of the facts and dialogues",
+        ("stage3c", "stage3c_updates"),
+        asks=(gates.understands_paraphrases,),
+    ),
     Option("4a", "depth per token", ("stage4a",)),
     Option("4b", "window per token", ("stage4b",), parent="text"),
     Option("4c", "specialisation of the experts", specializes=True),

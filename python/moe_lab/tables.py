@@ -46,6 +46,7 @@ MEASURES = (
     Measure("epochs_to_target", f"chat epochs to {gates.LOSS:.2f}", _count),
     Measure("recited", "recites", _percent, f"≥ {100 * gates.RECITE:.0f} %"),
     Measure("paraphrase_f1", "held-out paraphrases, F1", _digits(3)),
+    Measure("paraphrase_loss", "held-out paraphrases, loss", _digits(3)),
     Measure("facts_loss_before", "facts loss before chat", _digits(4)),
     Measure("facts_loss_after", "facts loss after chat", _digits(4)),
     Measure("experts_per_token", "experts/token", _digits(3), f"{gates.BAND[0]}-{gates.BAND[1]}"),
