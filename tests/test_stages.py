@@ -392,6 +392,34 @@ def test_augmentation_is_judged_on_held_out_paraphrases(tmp_path: Path) -> None:
     assert not gates.understands_paraphrases(pairs("paraphrase_loss", (6.0, None))).passed
 
 
+def told_by_2a(out: Path, results: dict[str, dict[str, Any]]) -> tuple[bool, list[tuple[str, bool, bool]]]:
+    """Whether the stage passes, and name, pass and note of what 2a asks beside the common gate."""
+    plan = stages.Plan(stage="stage2", options=("2a",), seeds=(1, 2))
+    result = stage(plan, out, FakeLab(results=results))
+    return result.passed, [(each.name, each.passed, each.note) for each in result.verdicts[0].criteria[-2:]]
+
+
+def test_checkpointing_must_save_memory_and_change_no_bit(tmp_path: Path) -> None:
+    held = {f"stage1-seed{seed}": {"arena_bytes": 3e6} for seed in (1, 2)}
+    less = held | {f"stage2a-seed{seed}": {"arena_bytes": 2e6} for seed in (1, 2)}
+    memory, bits = "memory of a step", "same loss to the bit"
+    assert told_by_2a(tmp_path / "good", less) == (True, [(memory, True, False), (bits, True, False)])
+    more = held | {f"stage2a-seed{seed}": {"arena_bytes": 3e6, "loss": 0.2100000001} for seed in (1, 2)}
+    assert told_by_2a(tmp_path / "bad", more) == (False, [(memory, False, False), (bits, False, False)])
+    assert told_by_2a(tmp_path / "old", held) == (True, [(memory, False, True), (bits, True, False)])
+    rows = stages.rejudge(tmp_path / "good").rows
+    assert "| memory of a step, MB | 3.0 ± 0.0 | 2.0 ± 0.0 |" in tables.markdown_of(rows)
+
+
+def test_a_token_of_a_mixture_of_depths_must_cost_less(tmp_path: Path) -> None:
+    plan = stages.Plan(stage="stage4", options=("4a",))
+    assert not stage(plan, tmp_path / "same", FakeLab()).passed
+    lab = FakeLab(results={"stage4a-seed1": {"flops_per_token": 2.6e6}})
+    result = stage(plan, tmp_path / "less", lab)
+    assert result.passed
+    assert result.verdicts[0].criteria[-1].why.endswith("-400,000")
+
+
 def test_depths_and_their_parent_are_compared_by_the_causal_loss(tmp_path: Path) -> None:
     plan = stages.Plan(stage="stage4", options=("4a",), seeds=(1, 2))
     flattered = {f"stage4a-seed{seed}": {"train_loss": 0.3} for seed in (1, 2)}

@@ -43,6 +43,7 @@ MEASURES = (
     Measure("active_params", "active parameters", -1),
     Measure("flops_per_token", "FLOPs per token", -1),
     Measure("flops", "training FLOPs", -1),
+    Measure("arena_bytes", "memory of a step, bytes", -1),
     Measure("seconds", "training seconds", -1),
     Measure("l0", "L0", 0),
 )

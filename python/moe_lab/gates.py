@@ -438,6 +438,33 @@ def understands_paraphrases(pairs: Pairs) -> Criterion:
     return less("held-out paraphrases", mean, f"mean over seeds of their loss minus the parent's, nats: {each}")
 
 
+def takes_fewer_flops(pairs: Pairs) -> Criterion:
+    """Whether a token costs less than in the parent, mean over seeds."""
+    mean, each = _mean_difference(_numbers(pairs, "flops_per_token"), "+,.0f")
+    return less("FLOPs per token", mean, f"mean over seeds of them minus the parent's: {each}")
+
+
+def takes_less_memory(pairs: Pairs) -> Criterion:
+    """Whether a step holds fewer bytes of activations and gradients than the parent's, mean over seeds.
+
+    The process's peak is no measure: runs of one process inherit it. A note where a build did not count the bytes.
+    """
+    name, held = "memory of a step", _numbers(pairs, "arena_bytes")
+    mean, each = _mean_difference(held, "+,.0f")
+    if any(None in pair for pair in held):
+        why = "arena_bytes is not in the results of every run and parent: train them again with a build that counts it"
+        return Criterion(name, None, "< 0", False, why, note=True)
+    return less(name, mean, f"most bytes of activations and gradients, mean over seeds minus the parent's: {each}")
+
+
+def same_bits(pairs: Pairs) -> Criterion:
+    """Whether every run has the very loss of its parent."""
+    losses = _numbers(pairs, "loss")
+    _, each = _mean_difference(losses, "+.3g")
+    passed = bool(losses) and all(own is not None and own == parent for own, parent in losses)
+    return Criterion("same loss to the bit", each or None, "0 for every seed", passed, "loss minus the parent's")
+
+
 def knows_classes(studies: Sequence[Path]) -> Criterion:
     """The permutation test of `specialize` in every block of every run: experts tell about the class of a token."""
     tables = [pl.read_csv(study / "information.csv") for study in studies if (study / "information.csv").exists()]

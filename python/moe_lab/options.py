@@ -26,7 +26,7 @@ class Option:
 
 
 OPTIONS = (
-    Option("2a", "activation checkpointing", ("stage2a",)),
+    Option("2a", "activation checkpointing", ("stage2a",), asks=(gates.takes_less_memory, gates.same_bits)),
     Option("2b", "gradient monitoring and response", ("stage2b",)),
     Option("2c", "warm-up length and shape", ("stage2c", "stage2c_exponential")),
     Option("3a", "learning-rate schedule: floor, peak, restarts", ("stage3a", "stage3a_peak", "stage3a_sgdr")),
@@ -37,7 +37,7 @@ OPTIONS = (
         ("stage3c", "stage3c_updates"),
         asks=(gates.understands_paraphrases,),
     ),
-    Option("4a", "depth per token", ("stage4a",)),
+    Option("4a", "depth per token", ("stage4a",), asks=(gates.takes_fewer_flops,)),
     Option("4b", "window per token", ("stage4b",), parent="text"),
     Option("4c", "specialisation of the experts", specializes=True),
     Option("5a", "threshold per layer", ("stage5a", "stage5a_roadmap"), asks=(gates.same_experts,)),

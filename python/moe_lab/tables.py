@@ -58,6 +58,7 @@ MEASURES = (
     Measure("flops_per_token", "FLOPs per token", _count),
     Measure("tokens_per_second", "tokens/s", _count),
     Measure("seconds", "seconds", _digits(1)),
+    Measure("arena_bytes", "memory of a step, MB", lambda value: f"{value / 1e6:,.1f}"),
     Measure("peak_memory_bytes", "peak memory, MB", lambda value: f"{value / 1e6:,.0f}"),
 )
 
