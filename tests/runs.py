@@ -24,9 +24,12 @@ class Story:
     quick: bool = False
     parent: str | None = None
     data: str = "hash of the data"
+    text: bool = False  # on a plain text: one phase, held-out losses, two updates an epoch
     loss: float = 0.21
     results: dict[str, Any] = field(default_factory=dict)
     layer: Callable[[int, float], Layer] | None = None  # (block, progress 0..1) -> the moe measures of one layer
+    capacity: float = 1.0  # of a mixture of depths
+    copies: int = 0  # variants beside every document
     rows: tuple[dict[str, Any], ...] = ()  # further rows at the end of the stream
 
     def but(self, **changes: Any) -> "Story":
@@ -58,26 +61,35 @@ def write(folder: Path, story: Story) -> Path:
 def _toml(story: Story) -> str:
     quick = "quick = true\n" if story.quick else ""
     sizes = "" if "dense" in story.router else "expert_hidden_size = 16\n"
+    data = 'text = "tinyshakespeare"' if story.text else "max_length = 80"
+    length = f"max_steps = {2 * story.epochs}" if story.text else f"epochs = {story.epochs}"
     return (
-        f'name = "{story.name}"\nseed = {story.seed}\n{quick}[data]\nmax_length = 80\n'
-        f"[model]\nhidden_size = 32\n[model.router]\n{story.router}\n{sizes}[train]\nepochs = {story.epochs}\n"
+        f'name = "{story.name}"\nseed = {story.seed}\n{quick}[data]\n{data}\n'
+        f"[model]\nhidden_size = 32\n[model.router]\n{story.router}\n{sizes}[train]\n{length}\n"
+        f"[model.depths]\ncapacity = {story.capacity}\n[data.augment]\ncopies = {story.copies}\n"
     )
 
 
 def _record(story: Story) -> dict[str, Any]:
     sparse = "dense" not in story.router
     results = {
+        "train_loss": story.loss, "paraphrase_loss": 6.7, "flops_per_token": 3e6,
         "loss": story.loss, "loss_micro": story.loss - 0.01, "floor": 0.17, "excess": story.loss - 0.17,
         "recite": 60, "recite_total": 60, "token_f1": 1.0, "paraphrase_f1": 0.41, "paraphrase_recite": 3,
         "paraphrase_total": 30, "facts_loss_before": 0.3, "facts_loss_after": 1.2, "l0": 0.4, "tokens": 400000,
         "experts_per_token": 1.7 if sparse else None, "experts_std": 0.4 if sparse else None,
         "eval_loss": 0.2, "seconds": 100.5, "tokens_per_second": 40000.0, "params": 900000, "active_params": 500000,
     }  # fmt: skip
+    variants = {role: {"sha256": f"{role} {story.seed}"} for role in ("augment", "augmented") if story.copies}
     return {
         "id": story.name,
         "status": story.status,
         "parent": story.parent,
-        "data": {"chat": {"sha256": story.data}, "paraphrases": {"sha256": story.name}},
+        "data": {
+            "text" if story.text else "chat": {"sha256": story.data},
+            "paraphrases": {"sha256": story.name},
+            **variants,
+        },
         "results": {**results, **story.results},
     }
 
@@ -85,7 +97,8 @@ def _record(story: Story) -> dict[str, Any]:
 def _stream(story: Story) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [{"step": 0, "ts": 0.0, "tokens": 0, "kind": "event", "event": "run_started"}]
     step = 0
-    for phase, epochs in (("facts", story.epochs), ("chat", story.trained)):
+    documents = (("facts", story.epochs), ("chat", story.trained))
+    for phase, epochs in (("text", story.trained),) if story.text else documents:
         for epoch in range(1, epochs + 1):
             progress = (epoch - 1) / max(1, epochs - 1)
             for _ in range(2):
@@ -93,7 +106,10 @@ def _stream(story: Story) -> list[dict[str, Any]]:
                 rows.append(_place(step, "train", phase, epoch) | _step(progress))
             if "dense" not in story.router:
                 rows.append(_place(step, "moe", phase, epoch) | _moe(story, progress))
-            rows.append(_place(step, "eval", phase, epoch) | _epoch(progress, story.loss if phase == "chat" else 0.3))
+            rows.append(_place(step, "eval", phase, epoch) | _epoch(progress, 0.3 if phase == "facts" else story.loss))
+            if story.text:
+                rows[-1]["eval/loss"] = rows[-1]["epoch/loss"] + 0.1
+                del rows[-1]["epoch/floor"]
     return rows
 
 

@@ -133,15 +133,43 @@ def test_what_cannot_be_compared_is_refused_in_one_sentence(tmp_path: Path) -> N
         comparison.compare([*control, *family(tmp_path, "quick", [0.2, 0.2], TOP_P, quick=True)])
     with pytest.raises(ValueError, match="are the same run"):
         comparison.compare([*control, *family(tmp_path, "again", [0.2, 0.2])])
-    with pytest.raises(ValueError, match=r"the run '.*' has no loss yet"):
-        comparison.compare([*control, *family(tmp_path, "open", [0.2], results={"loss": None})])
+    with pytest.raises(ValueError, match=r"the run '.*' is stopped, not completed: .*resume"):
+        comparison.compare([*control, *family(tmp_path, "open", [0.2], status="stopped")])
+    with pytest.raises(ValueError, match=r"the run '.*' is diverged: .*rerun"):
+        comparison.compare([*control, *family(tmp_path, "bad", [0.2], status="diverged")])
+
+
+def test_no_loss_that_looks_ahead_is_compared(tmp_path: Path) -> None:
+    """A mixture of depths is compared by its causal loss, and runs in no race; FLOPs per token are shown."""
+    control = family(tmp_path, "control", [0.21, 0.22, 0.21], TOP_P)
+    causal = {"train_loss": 0.4, "flops_per_token": 2.5e6, "eval_loss": None}
+    arm = family(tmp_path, "arm", [0.1, 0.1, 0.1], TOP_P, capacity=0.5, results=causal)
+    (found,) = comparison.compare([*control, *arm])
+    verdicts = {each.measure.key: each.verdict for each in found.differences}
+    assert not {"loss", "epochs_to_target"} & set(verdicts)
+    assert (verdicts["train_loss"], verdicts["flops_per_token"]) == ("worse", "better")
+    assert found.speedups == ()
+    console = Console(record=True, width=140)
+    comparison.render(found, console)
+    assert "verdict on the loss: worse" in console.export_text()
+
+
+def test_variants_of_the_documents_are_no_other_data(tmp_path: Path) -> None:
+    control, arm = family(tmp_path, "control", [0.2, 0.2], TOP_P), family(tmp_path, "arm", [0.2, 0.2], TOP_P, copies=1)
+    assert ("data.augment.copies", 0, 1) in comparison.compare([*control, *arm])[0].changes
 
 
 def test_what_is_shown_is_valid_json_too(tmp_path: Path) -> None:
     runs = [*family(tmp_path, "control", [0.21, 0.22]), *family(tmp_path, "arm", [0.2, 0.2], TOP_P)]
     told = json.loads(json.dumps(comparison.as_dict(comparison.compare(runs)[0]), allow_nan=False))
     assert told["arm"] == "top_p 0.4"
-    assert {each["measure"] for each in told["differences"]} >= {"loss", "recited", "active_params", "flops"}
+    assert {each["measure"] for each in told["differences"]} >= {
+        "loss",
+        "recited",
+        "paraphrase_loss",
+        "active_params",
+        "flops",
+    }
 
 
 @pytest.mark.parametrize(

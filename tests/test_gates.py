@@ -150,6 +150,19 @@ def test_the_parents_loss_is_kept_within_the_tolerance(tmp_path: Path) -> None:
     assert failed(worse) == set()
 
 
+def test_a_mixture_of_depths_is_judged_by_its_causal_loss(tmp_path: Path) -> None:
+    """Its training steps take the best tokens of the whole document, so that their loss flatters."""
+    parent = write(tmp_path / "parent", Story(loss=0.3, results={"train_loss": 0.2}))
+    good = Story(capacity=0.5, loss=0.5, results={"train_loss": 0.21})
+    assert failed(write(tmp_path / "good", good), parent=parent) == set()
+    flattered = write(tmp_path / "bad", Story(capacity=0.5, loss=0.1, results={"train_loss": 0.42}))
+    assert failed(flattered, parent=parent) == {"loss", gates.PARENT}
+    told = {each.name: each.why for each in gates.judge(flattered, parent).criteria}
+    assert "after the last update, causal" in told["loss"]
+    assert "causal loss after the last update (training steps look ahead) minus" in told[gates.PARENT]
+    assert "last chat epoch" in gates.judge(parent).criteria[2].why
+
+
 def test_the_parent_that_the_run_names_is_compared(tmp_path: Path) -> None:
     parent = write(tmp_path / "parent", Story(router=DENSE, loss=0.1))
     assert parent.name == "parent"
@@ -157,9 +170,27 @@ def test_the_parent_that_the_run_names_is_compared(tmp_path: Path) -> None:
     assert failed(write(tmp_path / "orphan", Story(parent="gone"))) == set()
 
 
-def test_an_unfinished_parent_is_refused(tmp_path: Path) -> None:
+UNFINISHED = {
+    "stopped": r"is stopped, not completed: go on with it first \(python -m moe_lab resume .*parent\)",
+    "running": r"is running, not completed: .*resume",
+    "killed": r"is killed, not completed: .*resume",
+    "failed": r"is failed: .*\(python -m moe_lab rerun .*parent --set KEY=VALUE\)",
+    "diverged": r"is diverged: .*rerun .* --set KEY=VALUE",
+}
+
+
+@pytest.mark.parametrize("status", UNFINISHED)
+def test_an_unfinished_parent_is_refused_although_its_facts_phase_left_a_loss(tmp_path: Path, status: str) -> None:
+    parent = write(tmp_path / "parent", Story(router=DENSE, status=status, trained=40, loss=0.1))
+    run = write(tmp_path / "run", Story(parent="parent"))
+    with pytest.raises(ValueError, match=f"the parent '.*parent' {UNFINISHED[status]}"):
+        gates.judge(run, parent)
+    assert failed(run) == set()  # nor is it taken where run.json alone names it
+
+
+def test_a_parent_without_a_loss_is_refused(tmp_path: Path) -> None:
     parent = write(tmp_path / "parent", Story(router=DENSE, results={"loss": None}))
-    with pytest.raises(ValueError, match="has no loss yet"):
+    with pytest.raises(ValueError, match="measured no loss"):
         gates.judge(write(tmp_path / "run", Story()), parent)
 
 
@@ -167,6 +198,16 @@ def test_a_parent_with_other_data_is_refused(tmp_path: Path) -> None:
     parent = write(tmp_path / "parent", Story(router=DENSE, data="another hash"))
     with pytest.raises(ValueError, match="other data"):
         gates.judge(write(tmp_path / "run", Story()), parent)
+
+
+def test_variants_beside_the_documents_change_neither_their_loss_nor_the_protocol(tmp_path: Path) -> None:
+    """An epoch with them is up to twice as long, so that half as many are as much training."""
+    parent = write(tmp_path / "parent", Story())
+    varied = Story(copies=1, epochs=50, trained=50)
+    assert failed(write(tmp_path / "run", varied), parent=parent) == set()
+    assert failed(write(tmp_path / "short", varied.but(epochs=49, trained=49)), parent=parent) == {"completes"}
+    assert failed(write(tmp_path / "cut", varied.but(trained=49)), parent=parent) == {"completes"}
+    assert "50 epochs a phase" in gates.judge(tmp_path / "run").criteria[0].bound
 
 
 def test_a_run_on_a_text_is_refused(tmp_path: Path) -> None:
@@ -203,20 +244,14 @@ def test_an_option_is_judged_by_its_parent_and_not_by_its_routing(tmp_path: Path
     assert failed(write(tmp_path / "mute", Story(results={"recite": 0})), gate=gates.OPTION) == {"recites"}
 
 
-def on_text(folder: Path, eval_loss: float, steps: int) -> Path:
-    """A run of 400 updates on a text."""
-    run = write(folder, Story(results={"eval_loss": eval_loss}))
-    toml = (run / "run.toml").read_text().replace("[data]\n", '[data]\ntext = "tinyshakespeare"\n')
-    (run / "run.toml").write_text(toml.replace("epochs = 100", f"max_steps = {steps}"))
-    record = (run / "run.json").read_text().replace('"chat": {', '"text": {', 1)
-    (run / "run.json").write_text(record)
-    return run
+def on_text(folder: Path, eval_loss: float, **changes: Any) -> Path:
+    return write(folder, Story(text=True, results={"eval_loss": eval_loss}, **changes))
 
 
 def test_an_option_on_a_text_is_judged_by_its_held_out_loss(tmp_path: Path) -> None:
-    parent = on_text(tmp_path / "parent", 1.70, 400)
-    assert not failed(on_text(tmp_path / "good", 1.71, 400), parent=parent, gate=gates.OPTION)
-    assert failed(on_text(tmp_path / "short", 1.70, 401), parent=parent, gate=gates.OPTION) == {"completes"}
-    assert failed(on_text(tmp_path / "bad", 2.1, 400), parent=parent, gate=gates.OPTION) == {gates.PARENT, "coherent"}
+    parent = on_text(tmp_path / "parent", 1.70)
+    assert not failed(on_text(tmp_path / "good", 1.71), parent=parent, gate=gates.OPTION)
+    assert failed(on_text(tmp_path / "short", 1.70, trained=99), parent=parent, gate=gates.OPTION) == {"completes"}
+    assert failed(on_text(tmp_path / "bad", 2.1), parent=parent, gate=gates.OPTION) == {gates.PARENT, "coherent"}
     with pytest.raises(gates.NoGateError):
         gates.judge(parent)

@@ -94,6 +94,27 @@ def test_a_notebook_shows_figures_without_pyplot(frame: pl.DataFrame) -> None:
     assert figure._repr_png_().startswith(b"\x89PNG")
 
 
+def lines(figure: Figure) -> set[str]:
+    """What is written at the ends of lines and beside bounds."""
+    return {text.get_text().partition(":")[0] for axes in figure.axes for text in axes.texts}
+
+
+def test_texts_and_documents_have_figures_of_their_own(tmp_path: Path) -> None:
+    """Nats per character and nats per word on one scale say nothing, and the target is one of documents."""
+    story = Story(epochs=3, trained=3)
+    stories = {"stage1": story, "text": story.but(text=True), "stage4b": story.but(text=True, loss=1.7)}
+    streams = {name: [frames.read_metrics(write(tmp_path / name, each))] for name, each in stories.items()}
+    figures = plots.comparisons(streams)
+    assert set(figures) == {"loss", "experts", "l0", "text_loss", "text_experts", "text_l0"}
+    assert lines(figures["loss"]) == {"stage1", "entropy floor", "target 0.4"} | {"facts", "chat"}
+    assert lines(figures["text_loss"]) == {"text", "stage4b"}
+    assert lines(figures["text_l0"]) == {"text", "stage4b"}
+    held_out = points(streams["stage4b"][0], "eval", "eval/loss")
+    assert drawn(figures["text_loss"], "stage4b") == held_out
+    alone = plots.comparisons({"text": streams["text"]})
+    assert set(alone) == {"text_loss", "text_experts", "text_l0"}
+
+
 def test_nothing_to_draw_is_said(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(ValueError, match="no metrics yet"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from moe_lab import gates, jobs, roadmap
+from moe_lab import gates, jobs, roadmap, stages, tables
 from runs import Story, write
 from sleeper import note
 from test_stages import FakeLab
@@ -48,6 +48,21 @@ def test_a_failed_gate_of_a_control_stops_nothing(tmp_path: Path) -> None:
     result = roadmap.run(PLAN, tmp_path / "road", lab, silent)
     assert result.failed is None
     assert result.verdicts["stage1_top2"].word == "FAILED"
+
+
+def test_what_an_option_asks_beyond_the_milestones_numbers_is_a_note(tmp_path: Path) -> None:
+    """5a at unequal mean experts: its stage fails it, the roadmap tells it."""
+    names = [f"stage5a-seed{seed}" for seed in (1, 2)]
+    out = tmp_path / "road"
+    result = roadmap.run(PLAN, out, FakeLab(results={name: {"experts_per_token": 1.4} for name in names}), silent)
+    assert result.failed is None
+    note = result.verdicts["stage5a"].criteria[-1]
+    assert (note.name, note.passed, note.note) == ("equal mean experts", False, True)
+    console = Console(record=True, width=200)
+    tables.render_verdict(result.verdicts["stage5a"], console)
+    assert "note" in console.export_text()
+    stage = stages.asked_by("5a", [(str(out / name), str(out / f"stage4b_documents-seed{name[-1]}")) for name in names])
+    assert [(each.passed, each.note) for each in stage] == [(False, False)]
 
 
 def test_a_second_start_trains_only_what_is_missing(tmp_path: Path) -> None:

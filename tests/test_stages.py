@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from moe_lab import gates, options, stages, tables
+from moe_lab import gates, options, stages, tables, verbs
 from runs import DENSE, Story, write
 
 
@@ -38,6 +38,7 @@ class FakeLab:
     """Writes the run a story tells; `stop_at` names the run that a signal stops, `diverge` the one that diverges."""
 
     losses: dict[str, float | None] = field(default_factory=dict)
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)  # further ones of a run
     stop_at: str | None = None
     diverge: str | None = None
     trained: list[str] = field(default_factory=list)
@@ -58,7 +59,7 @@ class FakeLab:
         self.trained.append(name)
         self.parents[name] = parent
         routers = {"baseline": DENSE, "stage1_top2": 'kind = "top_k"\nk = 2'}
-        top_p = f'kind = "top_p"\np = {wanted.get("model.router.p", 0.4)}'
+        top_p = f'kind = "top_p"\np = {wanted.get("model.router.p", 0.4)}\nswitch = "{wanted.get("switch", "")}"'
         status = "stopped" if name == self.stop_at else "diverged" if name == self.diverge else "completed"
         epochs = 10 if wanted.get("quick") else 100
         story = Story(
@@ -70,6 +71,10 @@ class FakeLab:
             status,
             bool(wanted.get("quick")),
             parent,
+            data=run.source if run.source == "text" else "documents",
+            text=run.source == "text",
+            capacity=0.5 if wanted.get("switch") == "stage4a" else 1.0,
+            results=self.results.get(name, {}),
         )
         loss = self.losses.get(name, 0.21)
         write(Path(out), story.but(results={"loss": None}) if loss is None else story.but(loss=loss))
@@ -183,13 +188,13 @@ def test_a_run_with_other_settings_is_not_taken_for_the_wanted_one(tmp_path: Pat
 
 
 def test_a_finished_parent_serves_instead_of_a_new_one(tmp_path: Path) -> None:
-    parent = write(tmp_path / "base", Story(router=DENSE, loss=0.1))
+    parent = write(tmp_path / "base", Story(router=DENSE, loss=0.1, data="documents"))
     lab = FakeLab()
     result = stage(stages.Plan(parents=(str(parent),)), tmp_path / "s", lab)
     assert lab.trained == ["top_p-0.4-seed1", "top_k-2-seed1"]
     assert not result.passed
     assert stages.rejudge(tmp_path / "s").verdicts == result.verdicts
-    twin = write(tmp_path / "twin", Story(router=DENSE, loss=0.1))
+    twin = write(tmp_path / "twin", Story(router=DENSE, loss=0.1, data="documents"))
     with pytest.raises(ValueError, match="both have seed 1"):
         stage(stages.Plan(parents=(str(parent), str(twin))), tmp_path / "t", FakeLab())
 
@@ -199,7 +204,9 @@ def test_a_finished_parent_serves_instead_of_a_new_one(tmp_path: Path) -> None:
     [
         (Story(router=DENSE, seed=7), "has seed 7, but the stage runs seed 1"),
         (Story(router=DENSE, quick=True), "must both be --quick or neither"),
-        (Story(router=DENSE, results={"loss": None}), "has no loss yet"),
+        (Story(router=DENSE, results={"loss": None}), "measured no loss"),
+        (Story(router=DENSE, status="stopped"), "is stopped, not completed: .*resume"),
+        (Story(router=DENSE, status="diverged"), "is diverged: .*rerun"),
     ],
 )
 def test_a_parent_that_cannot_be_compared_is_refused(tmp_path: Path, story: Story, sentence: str) -> None:
@@ -247,8 +254,9 @@ def test_a_diverged_run_is_a_result_that_fails(tmp_path: Path) -> None:
     assert [verdict.passed for verdict in result.verdicts] == [False, True]
 
 
-def test_a_diverged_parent_fails_the_comparison_and_not_the_program(tmp_path: Path) -> None:
-    result = stage(stages.Plan(), tmp_path / "s", FakeLab(diverge="parent-seed1", losses={"parent-seed1": None}))
+@pytest.mark.parametrize("loss", [None, 0.9])  # in its facts phase; in its chat phase, with the loss of the facts
+def test_a_diverged_parent_fails_the_comparison_and_not_the_program(tmp_path: Path, loss: float | None) -> None:
+    result = stage(stages.Plan(), tmp_path / "s", FakeLab(diverge="parent-seed1", losses={"parent-seed1": loss}))
     assert [each.name for each in result.verdicts[0].criteria if not each.passed] == ["no worse than parent"]
 
 
@@ -306,17 +314,22 @@ def test_one_arm_of_every_option_must_pass(tmp_path: Path) -> None:
     assert not stage(plan, tmp_path / "half", FakeLab(losses={"stage5b-seed1": 0.3})).passed
 
 
+def pairs(name: str, *values: tuple[float | None, float | None]) -> gates.Pairs:
+    """run.json of runs and parents as far as it tells one result."""
+    return [({"results": {name: own}}, {"results": {name: parent}}) for own, parent in values]
+
+
 def test_thresholds_are_compared_at_equal_mean_experts(tmp_path: Path) -> None:
     plan = stages.Plan(stage="stage5", options=("5a",))
     result = stage(plan, tmp_path / "s", FakeLab())
     same = result.verdicts[0].criteria[-1]
     assert (same.name, same.passed) == ("equal mean experts", True)
-    assert not gates.same_experts([(2.0, 1.7), (1.8, 1.7)]).passed
-    assert not gates.same_experts([(1.7, 1.7), (None, 1.7)]).passed
+    assert not gates.same_experts(pairs("experts_per_token", (2.0, 1.7), (1.8, 1.7))).passed
+    assert not gates.same_experts(pairs("experts_per_token", (1.7, 1.7), (None, 1.7))).passed
 
 
 def test_a_given_parent_is_what_the_options_change(tmp_path: Path) -> None:
-    parent = write(tmp_path / "mine", Story(loss=0.2))
+    parent = write(tmp_path / "mine", Story(loss=0.2, data="documents"))
     (parent / "overrides.json").write_text(json.dumps({"train.epochs": 100}))
     lab = FakeLab()
     plan = stages.Plan(stage="stage2", options=("2c",), parents=(str(parent),))
@@ -327,6 +340,106 @@ def test_a_given_parent_is_what_the_options_change(tmp_path: Path) -> None:
     other = stages.Plan(stage="stage2", options=("2c",), parents=(str(parent),), overrides={"train.clip": 1.0})
     with pytest.raises(ValueError, match=r"trained with train\.clip = None, now 1\.0 is asked for; leave out"):
         stage(other, tmp_path / "t", FakeLab())
+
+
+def compared(out: Path, capsys: pytest.CaptureFixture[str]) -> list[tuple[str, str]]:
+    """Control and arm of everything that `compare` shows of a stage."""
+    capsys.readouterr()
+    assert verbs.compare([str(out)], as_json=True) == 0
+    told = json.loads(capsys.readouterr().out)["comparisons"]
+    return [(each["control"], each["arm"]) for each in told]
+
+
+def test_every_run_of_a_stage_is_compared_with_its_own_parent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """4a and 4b have parents on different data; no parent comes first in the alphabet."""
+    plan = stages.Plan(stage="stage4", options=("4a", "4b", "4c"), seeds=(1, 2))
+    stage(plan, tmp_path / "s", FakeLab())
+    assert [[Path(run).name for run in family] for family in stages.families(tmp_path / "s")] == [
+        ["stage1-seed1", "stage4a-seed1", "stage1-seed2", "stage4a-seed2"],
+        ["text-seed1", "stage4b-seed1", "text-seed2", "stage4b-seed2"],
+    ]
+    arms = [("top_p 0.4", f"top_p 0.4 ({name}-seed1)") for name in ("stage4a", "stage4b")]
+    assert compared(tmp_path / "s", capsys) == arms
+
+
+def test_a_given_parent_is_the_control_of_its_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parents = [write(tmp_path / f"mine-{seed}", Story(seed=seed, name="mine", data="documents")) for seed in (1, 2)]
+    for parent in parents:
+        (parent / "overrides.json").write_text("{}")
+    plan = stages.Plan(stage="stage2", options=("2c",), seeds=(1, 2), parents=tuple(map(str, parents)))
+    stage(plan, tmp_path / "s", FakeLab())
+    arms = [("top_p 0.4", f"top_p 0.4 ({name}-seed1)") for name in ("stage2c", "stage2c_exponential")]
+    assert compared(tmp_path / "s", capsys) == arms
+    assert stages.families(tmp_path / "s")[0][0] == str(parents[0])
+
+
+def test_a_stage_that_is_not_complete_is_not_compared(tmp_path: Path) -> None:
+    stage(WARMUP, tmp_path / "s", FakeLab(stop_at="stage2c-seed2"))
+    with pytest.raises(ValueError, match=r"is not complete: go on with python -m moe_lab resume"):
+        verbs.compare([str(tmp_path / "s")])
+
+
+def test_augmentation_is_judged_on_held_out_paraphrases(tmp_path: Path) -> None:
+    plan = stages.Plan(stage="stage3", options=("3c",), seeds=(1, 2))
+    heard = {"stage3c_updates-seed1": {"paraphrase_loss": 6.0}, "stage3c_updates-seed2": {"paraphrase_loss": 6.8}}
+    result = stage(plan, tmp_path / "s", FakeLab(results=heard))
+    told = [(verdict.run, verdict.criteria[-1].name, verdict.passed) for verdict in result.verdicts]
+    assert told == [("stage3c", "held-out paraphrases", False), ("stage3c_updates", "held-out paraphrases", True)]
+    assert result.verdicts[1].criteria[-1].measured == pytest.approx(-0.3)
+    assert result.passed
+    assert not gates.understands_paraphrases(pairs("paraphrase_loss", (6.0, None))).passed
+
+
+def told_by_2a(out: Path, results: dict[str, dict[str, Any]]) -> tuple[bool, list[tuple[str, bool, bool]]]:
+    """Whether the stage passes, and name, pass and note of what 2a asks beside the common gate."""
+    plan = stages.Plan(stage="stage2", options=("2a",), seeds=(1, 2))
+    result = stage(plan, out, FakeLab(results=results))
+    return result.passed, [(each.name, each.passed, each.note) for each in result.verdicts[0].criteria[-2:]]
+
+
+def test_checkpointing_must_save_memory_and_change_no_bit(tmp_path: Path) -> None:
+    held = {f"stage1-seed{seed}": {"arena_bytes": 3e6} for seed in (1, 2)}
+    less = held | {f"stage2a-seed{seed}": {"arena_bytes": 2e6} for seed in (1, 2)}
+    memory, bits = "memory of a step", "same loss to the bit"
+    assert told_by_2a(tmp_path / "good", less) == (True, [(memory, True, False), (bits, True, False)])
+    more = held | {f"stage2a-seed{seed}": {"arena_bytes": 3e6, "loss": 0.2100000001} for seed in (1, 2)}
+    assert told_by_2a(tmp_path / "bad", more) == (False, [(memory, False, False), (bits, False, False)])
+    assert told_by_2a(tmp_path / "old", held) == (True, [(memory, False, True), (bits, True, False)])
+    rows = stages.rejudge(tmp_path / "good").rows
+    assert "| memory of a step, MB | 3.0 ± 0.0 | 2.0 ± 0.0 |" in tables.markdown_of(rows)
+
+
+def test_a_token_of_a_mixture_of_depths_must_cost_less(tmp_path: Path) -> None:
+    plan = stages.Plan(stage="stage4", options=("4a",))
+    assert not stage(plan, tmp_path / "same", FakeLab()).passed
+    lab = FakeLab(results={"stage4a-seed1": {"flops_per_token": 2.6e6}})
+    result = stage(plan, tmp_path / "less", lab)
+    assert result.passed
+    assert result.verdicts[0].criteria[-1].why.endswith("-400,000")
+
+
+def test_depths_and_their_parent_are_compared_by_the_causal_loss(tmp_path: Path) -> None:
+    plan = stages.Plan(stage="stage4", options=("4a",), seeds=(1, 2))
+    flattered = {f"stage4a-seed{seed}": {"train_loss": 0.3} for seed in (1, 2)}
+    lab = FakeLab(losses=dict.fromkeys(flattered, 0.1), results=flattered)
+    kept = next(each for each in stage(plan, tmp_path / "s", lab).verdicts[0].criteria if each.name == gates.PARENT)
+    assert (kept.measured, kept.passed) == (pytest.approx(0.09), False)
+    assert "causal" in kept.why
+
+
+def test_a_loss_that_looks_ahead_stands_in_a_line_of_its_own(tmp_path: Path) -> None:
+    story = Story(capacity=0.5, loss=0.1, results={"train_loss": 0.3, "flops_per_token": 2.5e6})
+    rows = [tables.summary(write(tmp_path / name, each)) for name, each in (("whole", Story()), ("half", story))]
+    lines = {line.split("|")[1].strip(): line.split("|")[2:4] for line in tables.markdown_of(rows, "run").splitlines()}
+    shown = {name: [cell.strip() for cell in cells] for name, cells in lines.items()}
+    assert shown["loss"] == ["0.2100", "-"]
+    assert shown["excess over floor"][1] == "-"
+    assert shown["chat epochs to 0.40"][1] == "-"
+    assert shown["loss after training, causal"] == ["0.2100", "0.3000"]
+    assert shown["loss in training, looks ahead"] == ["-", "0.1000"]
+    assert shown["FLOPs per token"] == ["3,000,000", "2,500,000"]
 
 
 def test_keys_of_documents_stay_away_from_the_parent_that_reads_a_text() -> None:
@@ -355,6 +468,17 @@ def test_a_study_looks_at_the_parents_experts_once(tmp_path: Path, monkeypatch: 
     assert stage(plan, out, FakeLab()).passed
     (out / "specialization" / "stage1-seed1" / "information.csv").unlink()
     assert not stages.rejudge(out).passed
+
+
+def test_a_study_leaves_the_parent_of_another_option_alone(tmp_path: Path) -> None:
+    """4b has a parent that reads a text; 4c is about the experts of stage 1."""
+    out, plan = tmp_path / "s", stages.Plan(stage="stage4", options=("4b", "4c"), seeds=(1, 2))
+    result = stage(plan, out, FakeLab())
+    assert [path.name for path in sorted((out / "specialization").iterdir())] == ["stage1-seed1", "stage1-seed2"]
+    study = next(verdict for verdict in result.verdicts if verdict.gate == "option 4c")
+    assert study.passed
+    assert study.criteria[0].measured == ", ".join(["completed, facts 100/100, chat 100/100"] * 2)
+    assert stages.rejudge(out).verdicts == result.verdicts
 
 
 def test_options_are_named_or_all_that_are_there() -> None:

@@ -32,14 +32,18 @@ class Measure:
 
 MEASURES = (
     Measure("loss", "loss, nats", -1),
+    Measure("train_loss", "loss after training, causal", -1),
     Measure("eval_loss", "held-out loss", -1),
     Measure("recited", "training answers recited", 1),
     Measure("paraphrase_f1", "held-out paraphrases, F1", 1),
+    Measure("paraphrase_loss", "held-out paraphrases, loss", -1),
     Measure("facts_loss_after", "facts loss after chat", -1),
     Measure("epochs_to_target", "epochs to the target loss", -1),
     Measure("experts_per_token", "experts per token", 0),
     Measure("active_params", "active parameters", -1),
+    Measure("flops_per_token", "FLOPs per token", -1),
     Measure("flops", "training FLOPs", -1),
+    Measure("arena_bytes", "memory of a step, bytes", -1),
     Measure("seconds", "training seconds", -1),
     Measure("l0", "L0", 0),
 )
@@ -121,7 +125,7 @@ def arms_of(paths: Iterable[frames.Place], target: float = gates.LOSS) -> list[A
         record, config = gates.finished(path, "run"), frames.settings(path)
         if first is None:
             first, quick = record, gates.is_quick(config)
-        if gates.trained_on(first) != gates.trained_on(record):
+        if gates.measured_on(first) != gates.measured_on(record):
             raise ValueError(f"'{path}' was trained on other data than the first run: their losses cannot be compared")
         flat = {key: value for key, value in frames.flatten(config).items() if key not in SAME}
         arm = next((arm for arm in arms if arm.config == flat), None)
@@ -154,7 +158,7 @@ def sample_of(path: frames.Place, target: float = gates.LOSS) -> Sample:
     total = training_flops(frame, config, results)
     measured = {
         **{measure.key: summary.get(measure.key) for measure in MEASURES},
-        "epochs_to_target": tables.epochs_to(frame, target, str(last)),
+        "epochs_to_target": None if gates.looks_ahead(config) else tables.epochs_to(frame, target, str(last)),
         "flops": None if total is None else float(total.last() or 0.0),  # type: ignore[arg-type]
     }
     kept = {key: float(value) for key, value in measured.items() if value is not None and isfinite(float(value))}
@@ -186,9 +190,10 @@ def course(frame: pl.DataFrame, config: dict[str, Any], results: dict[str, Any])
     """Loss at the end of every epoch of the last phase beside what the phase has cost by then.
 
     The phases before it have a fixed length, so they are no part of the race. Seconds are those of the training steps.
+    Empty where these losses look ahead: nobody races against them.
     """
     empty = pl.DataFrame(schema=dict.fromkeys(("loss", "seconds", "flops", "tokens"), pl.Float64))
-    if not {"phase", "epoch", "epoch/loss"} <= set(frame.columns):
+    if gates.looks_ahead(config) or not {"phase", "epoch", "epoch/loss"} <= set(frame.columns):
         return empty
     steps = frame.filter(pl.col("kind") == "train")
     flops = training_flops(frame, config, results)
@@ -273,11 +278,11 @@ def verdict(interval: Interval, noise: float | None, better: int) -> str:
 def _speedup(cost: str, control: Arm, arm: Arm, seeds: Sequence[int]) -> Speedup | None:
     ratios = []
     for seed in seeds:
-        own = control.samples[seed].course
-        if own.height < 2 or own[cost].null_count():
+        own, other = control.samples[seed].course, arm.samples[seed].course
+        if min(own.height, other.height) < 2 or own[cost].null_count():
             return None
         goal = float(own["loss"][-1])
-        theirs = cost_to(arm.samples[seed].course, goal, cost)
+        theirs = cost_to(other, goal, cost)
         mine = cost_to(own, goal, cost)
         if theirs and mine:
             ratios.append(log(mine / theirs))
@@ -361,8 +366,9 @@ def render(comparison: Comparison, console: Console) -> None:
         console.print(_race(race), highlight=False)
     changed = "; ".join(f"{key}: {_value(old)} -> {_value(new)}" for key, old, new in comparison.changes)
     console.print(f"changed: {plain(changed)}", highlight=False)
-    words = [each.verdict for each in comparison.differences if each.measure.key in ("loss", "eval_loss")]
-    console.print(f"verdict on the loss: {words[-1] if words else 'not measured'}\n", highlight=False)
+    words = {each.measure.key: each.verdict for each in comparison.differences}
+    word = next((words[key] for key in ("eval_loss", "loss", gates.CAUSAL) if key in words), "not measured")
+    console.print(f"verdict on the loss: {word}\n", highlight=False)
 
 
 COLOURS = {"better": "[green]{}[/green]", "worse": "[red]{}[/red]"}

@@ -270,6 +270,11 @@ def sparse_layers(frame: pl.DataFrame) -> list[int]:
     return sorted({int(match[1]) for name in frame.columns if (match := _LAYER.match(name))})
 
 
+def is_of_text(frame: pl.DataFrame) -> bool:
+    """Whether a stream is of a run on a plain text."""
+    return "phase" in frame.columns and "text" in frame["phase"]
+
+
 def epochs(frame: pl.DataFrame) -> pl.DataFrame:
     """One row per epoch in the order they were trained: the epoch-end measures (kinds eval and moe) as they stand in
     the stream, and the mean over the epoch's steps of the numbers of kind train. `index` counts on across phases.

@@ -12,7 +12,7 @@ import polars as pl
 
 from moe_lab import frames
 
-VERSION = 2  # of the criteria and bounds below; written beside every verdict
+VERSION = 3  # of the criteria and bounds below; written beside every verdict
 
 EPOCHS = 100
 LOSS = 0.40
@@ -23,6 +23,9 @@ FAIR_SHARE = 0.1  # of the fair load 1/E; below it an expert counts as dead
 INFORMATION = 0.05  # nats above the shuffled baseline; a router that ignores its token has none
 MOVEMENT = 0.01  # experts or nats; what a router that learns passes within its first epochs
 L0 = 15.0
+CAUSAL = "train_loss"  # the result that is measured after training, token by token without a look ahead
+Pairs = Sequence[tuple[dict[str, Any], dict[str, Any]]]  # run.json of a run and of its parent, a pair a seed
+BESIDE = {"paraphrases", "augment", "augmented"}  # files of a run whose documents its loss is not of
 PARENT = "no worse than parent"  # the criterion that compares two runs
 TOLERANCE = 0.013  # how much the roadmap lets a stage lose: 0.40 "maintains" 0.387
 TEXT_LOSS = 2.0  # nats a character of the shipped text: a bigram model has about 2.5
@@ -53,6 +56,7 @@ class Criterion:
     bound: str
     passed: bool
     why: str
+    note: bool = False  # it is shown and decides nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +69,13 @@ class Verdict:
     criteria: tuple[Criterion, ...]
 
     @property
+    def missed(self) -> tuple[Criterion, ...]:
+        """The criteria that fail it."""
+        return tuple(criterion for criterion in self.criteria if not (criterion.passed or criterion.note))
+
+    @property
     def passed(self) -> bool:
-        return self.judged and all(criterion.passed for criterion in self.criteria)
+        return self.judged and not self.missed
 
     @property
     def word(self) -> str:
@@ -89,14 +98,14 @@ class Evidence:
     frame: pl.DataFrame
     parent_loss: float | None = None
     bounds: Bounds = Bounds()
+    by: str = "loss"  # the result that is compared with the parent's
 
     def result(self, name: str) -> float | None:
-        value = (self.run.get("results") or {}).get(name)
-        return None if value is None else float(value)
+        return result(self.run, name)
 
     @property
     def on_text(self) -> bool:
-        return bool(self.config.get("data", {}).get("text"))
+        return on_text(self.config)
 
     def layers(self) -> list[int]:
         return frames.sparse_layers(self.frame)
@@ -122,8 +131,9 @@ def judge(
     if is_quick(config):
         return Verdict(gate, str(run), judged=False, criteria=())
     named = parent or named_parent(run, record)
-    kept = None if named is None else loss_of(parent_record(record, named))
-    evidence = Evidence(record, config, frames.read_metrics(run), kept, bounds or Bounds())
+    by = loss_key(config) if named is None else loss_key(config, frames.settings(named))
+    kept = None if named is None else result(parent_record(record, named), by)
+    evidence = Evidence(record, config, frames.read_metrics(run), kept, bounds or Bounds(), by)
     return Verdict(gate, str(run), judged=True, criteria=criteria(gate, evidence))
 
 
@@ -135,7 +145,7 @@ def criteria(gate: str, evidence: Evidence) -> tuple[Criterion, ...]:
 
 def gate_of(config: dict[str, Any]) -> str:
     """The gate that judges runs of this configuration. Raises NoGateError where there is none."""
-    if config.get("data", {}).get("text"):
+    if on_text(config):
         raise NoGateError("this run trains on a text (data.text); the gates judge runs on facts and chat")
     kind = config.get("model", {}).get("router", {}).get("kind", "dense")
     return {"dense": "baseline", "top_k": "control"}.get(kind, "stage1")
@@ -146,38 +156,70 @@ def is_quick(config: dict[str, Any]) -> bool:
 
 
 def named_parent(run: frames.Place, record: dict[str, Any]) -> Path | None:
-    """The run whose id run.json names as parent, where it lies beside this one and has a loss."""
+    """The run whose id run.json names as parent, where it lies beside this one and is finished."""
     named = record.get("parent")
     beside = Path(run).resolve().parent / str(named)
-    there = bool(named) and frames.is_run(beside)
-    return beside if there and loss_of(frames.read_run(beside)) is not None else None
+    return beside if named and frames.is_run(beside) and unfinished(beside) is None else None
 
 
 def parent_record(record: dict[str, Any], parent: frames.Place) -> dict[str, Any]:
     """run.json of the parent. Raises ValueError when it is unfinished or was trained on other data."""
     before = finished(parent)
-    if trained_on(before) != trained_on(record):
+    if measured_on(before) != measured_on(record):
         raise ValueError(f"the parent '{parent}' was trained on other data: the losses cannot be compared")
     return before
 
 
-def trained_on(record: dict[str, Any]) -> dict[str, str]:
-    """Hash of every file that was trained on; held-out paraphrases change no loss."""
-    return {role: file["sha256"] for role, file in record.get("data", {}).items() if role != "paraphrases"}
+def measured_on(record: dict[str, Any]) -> dict[str, str]:
+    """Hash of every file that a loss is of: neither held-out paraphrases nor the variants that augmentation adds."""
+    return {role: file["sha256"] for role, file in record.get("data", {}).items() if role not in BESIDE}
 
 
 def finished(run: frames.Place, role: str = "parent") -> dict[str, Any]:
-    """run.json of a run that has a loss. Raises ValueError for one that has none yet."""
-    record = frames.read_run(run)
-    if loss_of(record) is None:
-        raise ValueError(f"the {role} '{run}' has no loss yet: finish it first (python -m moe_lab resume {run})")
-    return record
+    """run.json of a completed run that has a loss. Raises ValueError with the remedy for any other."""
+    why = unfinished(run)
+    if why is not None:
+        raise ValueError(f"the {role} '{run}' {why}")
+    return frames.read_run(run)
 
 
-def loss_of(record: dict[str, Any]) -> float | None:
-    """The loss that is compared: on the chat training set, of a run on a text the held-out one."""
-    loss = (record.get("results") or {}).get("eval_loss" if "text" in record.get("data", {}) else "loss")
-    return None if loss is None else float(loss)
+def unfinished(run: frames.Place) -> str | None:
+    """Why a run cannot be compared, and what to do about it; None for a completed one that has a loss.
+
+    The status decides: a run that ended in its chat phase has the loss of its facts phase in run.json already.
+    """
+    status = frames.status(run)
+    if status in ("failed", "diverged"):
+        return f"is {status}: train it once more with a change (python -m moe_lab rerun {run} --set KEY=VALUE)"
+    if status != "completed":
+        return f"is {status}, not completed: go on with it first (python -m moe_lab resume {run})"
+    if result(frames.read_run(run), loss_key(frames.settings(run))) is None:
+        return "measured no loss: only runs with chat data, or a text with a held-out part (data.val_fraction), compare"
+    return None
+
+
+def result(record: dict[str, Any], name: str) -> float | None:
+    value = (record.get("results") or {}).get(name)
+    return None if value is None else float(value)
+
+
+def on_text(config: dict[str, Any]) -> bool:
+    return bool(config.get("data", {}).get("text"))
+
+
+def looks_ahead(config: dict[str, Any]) -> bool:
+    """Whether the loss of training steps saw later tokens: a mixture of depths takes the best of a whole document."""
+    return float(config.get("model", {}).get("depths", {}).get("capacity", 1.0)) < 1.0
+
+
+def loss_key(*configs: dict[str, Any]) -> str:
+    """The result by which runs are compared: on the chat training set, on a text the held-out one.
+
+    Where the training steps of one of them look ahead, that of all after the last update, which is causal.
+    """
+    if any(map(on_text, configs)):
+        return "eval_loss"
+    return CAUSAL if any(map(looks_ahead, configs)) else "loss"
 
 
 def completes(evidence: Evidence) -> Criterion:
@@ -186,11 +228,17 @@ def completes(evidence: Evidence) -> Criterion:
     rows = frames.epochs(evidence.frame)
     wanted = frames.phase_epochs(evidence.config)
     done = {phase: rows.filter(pl.col("phase") == phase).height for phase in wanted}
-    status = evidence.run.get("status")
+    status, least = evidence.run.get("status"), least_epochs(evidence.config)
     counts = ", ".join(f"{phase} {done[phase]}/{wanted[phase]}" for phase in wanted)
-    passed = status == "completed" and all(done[phase] >= max(wanted[phase], EPOCHS) for phase in wanted)
+    passed = status == "completed" and all(done[phase] >= max(wanted[phase], least) for phase in wanted)
     why = "a run that stopped early, or that was given fewer epochs, has not met the protocol"
-    return Criterion("completes", f"{status}, {counts}", f"completed, {EPOCHS} epochs a phase", passed, why)
+    return Criterion("completes", f"{status}, {counts}", f"completed, {least} epochs a phase", passed, why)
+
+
+def least_epochs(config: dict[str, Any]) -> int:
+    """Epochs a phase that the protocol asks for: with variants beside the documents as many fewer as one is longer."""
+    copies = int(config.get("data", {}).get("augment", {}).get("copies", 0))
+    return -(-EPOCHS // (1 + copies))
 
 
 def _completes_text(evidence: Evidence) -> Criterion:
@@ -213,10 +261,11 @@ def stays_finite(evidence: Evidence) -> Criterion:
 
 
 def reaches_loss(evidence: Evidence) -> Criterion:
-    floor = evidence.result("floor")
+    floor, key = evidence.result("floor"), loss_key(evidence.config)
     beside = "" if floor is None else f"; the entropy floor of this data is {floor:.4f}"
-    why = f"mean over sequences, last chat epoch, nats{beside}"
-    return at_most("loss", evidence.result("loss"), evidence.bounds.loss, why)
+    when = "after the last update, causal" if key == CAUSAL else "last chat epoch"
+    why = f"mean over sequences, {when}, nats{beside}"
+    return at_most("loss", evidence.result(key), evidence.bounds.loss, why)
 
 
 def coherent(evidence: Evidence) -> Criterion:
@@ -241,9 +290,14 @@ def keeps_l0(evidence: Evidence) -> Criterion:
 
 
 def keeps_parent_loss(evidence: Evidence) -> Criterion:
-    loss, parent = loss_of(evidence.run), evidence.parent_loss
+    loss, parent = evidence.result(evidence.by), evidence.parent_loss
     difference = None if loss is None or parent is None else loss - parent
-    return at_most(PARENT, difference, TOLERANCE, f"loss minus the parent's {show(parent)}")
+    return at_most(PARENT, difference, TOLERANCE, f"{_named(evidence.by)} minus the parent's {show(parent)}")
+
+
+def _named(key: str) -> str:
+    """A loss that is compared, for people."""
+    return "causal loss after the last update (training steps look ahead)" if key == CAUSAL else "loss"
 
 
 def stays_in_band(evidence: Evidence) -> Criterion:
@@ -338,6 +392,11 @@ def more_than(name: str, measured: float | None, bound: float, why: str) -> Crit
     return Criterion(name, measured, f"> {bound:g}", measured is not None and measured > bound, why)
 
 
+def less(name: str, difference: float | None, why: str) -> Criterion:
+    """A run that must have less of something than its parent."""
+    return Criterion(name, difference, "< 0", difference is not None and difference < 0, why)
+
+
 def show(value: float | str | None) -> str:
     """A measured value for people."""
     if value is None:
@@ -345,25 +404,65 @@ def show(value: float | str | None) -> str:
     return value if isinstance(value, str) else f"{value:.4g}"
 
 
-def paired(losses: list[tuple[float | None, float | None]]) -> Criterion:
+def paired(losses: list[tuple[float | None, float | None]], by: str = "loss") -> Criterion:
     """The parent criterion of a stage: the mean over seeds of (loss minus the parent's loss of the same seed).
 
-    A pair with an unknown loss (a run diverged) leaves the mean unknown, which fails.
+    `by` is the result that is compared. A pair with an unknown loss (a run diverged) leaves the mean unknown: it fails.
     """
-    known = [loss - parent for loss, parent in losses if loss is not None and parent is not None]
-    mean = sum(known) / len(known) if known and len(known) == len(losses) else None
-    each = ", ".join(f"{difference:+.4f}" for difference in known)
-    return at_most(PARENT, mean, TOLERANCE, f"mean over seeds of loss minus the parent's: {each}")
+    mean, each = _mean_difference(losses, "+.4f")
+    return at_most(PARENT, mean, TOLERANCE, f"mean over seeds of {_named(by)} minus the parent's: {each}")
 
 
-def same_experts(used: Sequence[tuple[float | None, float | None]]) -> Criterion:
+def _mean_difference(pairs: Sequence[tuple[float | None, float | None]], form: str) -> tuple[float | None, str]:
+    """Mean over seeds of a run's number minus its parent's, None where one is unknown; each difference for people."""
+    known = [own - parent for own, parent in pairs if own is not None and parent is not None]
+    mean = sum(known) / len(known) if known and len(known) == len(pairs) else None
+    return mean, ", ".join(f"{difference:{form}}" for difference in known)
+
+
+def _numbers(pairs: Pairs, name: str) -> list[tuple[float | None, float | None]]:
+    return [(result(own, name), result(parent, name)) for own, parent in pairs]
+
+
+def same_experts(pairs: Pairs) -> Criterion:
     """Whether runs use as many experts per token as their parents, mean over seeds: else the losses do not compare."""
-    known = [own - parent for own, parent in used if own is not None and parent is not None]
-    mean = sum(known) / len(known) if known and len(known) == len(used) else None
+    mean, each = _mean_difference(_numbers(pairs, "experts_per_token"), "+.3f")
     passed = mean is not None and abs(mean) <= SAME_EXPERTS
-    each = ", ".join(f"{difference:+.3f}" for difference in known)
     why = f"mean over seeds of experts per token minus the parent's: {each}; thresholds compare at equal mean experts"
     return Criterion("equal mean experts", mean, f"-{SAME_EXPERTS} to {SAME_EXPERTS}", passed, why)
+
+
+def understands_paraphrases(pairs: Pairs) -> Criterion:
+    """Whether what was never seen is met with less loss than the parent has on it, mean over seeds."""
+    mean, each = _mean_difference(_numbers(pairs, "paraphrase_loss"), "+.4f")
+    return less("held-out paraphrases", mean, f"mean over seeds of their loss minus the parent's, nats: {each}")
+
+
+def takes_fewer_flops(pairs: Pairs) -> Criterion:
+    """Whether a token costs less than in the parent, mean over seeds."""
+    mean, each = _mean_difference(_numbers(pairs, "flops_per_token"), "+,.0f")
+    return less("FLOPs per token", mean, f"mean over seeds of them minus the parent's: {each}")
+
+
+def takes_less_memory(pairs: Pairs) -> Criterion:
+    """Whether a step holds fewer bytes of activations and gradients than the parent's, mean over seeds.
+
+    The process's peak is no measure: runs of one process inherit it. A note where a build did not count the bytes.
+    """
+    name, held = "memory of a step", _numbers(pairs, "arena_bytes")
+    mean, each = _mean_difference(held, "+,.0f")
+    if any(None in pair for pair in held):
+        why = "arena_bytes is not in the results of every run and parent: train them again with a build that counts it"
+        return Criterion(name, None, "< 0", False, why, note=True)
+    return less(name, mean, f"most bytes of activations and gradients, mean over seeds minus the parent's: {each}")
+
+
+def same_bits(pairs: Pairs) -> Criterion:
+    """Whether every run has the very loss of its parent."""
+    losses = _numbers(pairs, "loss")
+    _, each = _mean_difference(losses, "+.3g")
+    passed = bool(losses) and all(own is not None and own == parent for own, parent in losses)
+    return Criterion("same loss to the bit", each or None, "0 for every seed", passed, "loss minus the parent's")
 
 
 def knows_classes(studies: Sequence[Path]) -> Criterion:

@@ -3,7 +3,10 @@
 A new option is a line here and a run file in experiments/; nothing else.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+
+from moe_lab import gates
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +17,7 @@ class Option:
     title: str
     runs: tuple[str, ...] = ()
     parent: str = "stage1"  # shipped run file that the runs extend
-    same_experts: bool = False  # the comparison counts only where parent and run use as many experts per token
+    asks: tuple[Callable[[gates.Pairs], gates.Criterion], ...] = ()  # beyond the gate of every option, over the seeds
     specializes: bool = False  # has no runs: the parent's experts are studied
 
     @property
@@ -23,16 +26,21 @@ class Option:
 
 
 OPTIONS = (
-    Option("2a", "activation checkpointing", ("stage2a",)),
+    Option("2a", "activation checkpointing", ("stage2a",), asks=(gates.takes_less_memory, gates.same_bits)),
     Option("2b", "gradient monitoring and response", ("stage2b",)),
     Option("2c", "warm-up length and shape", ("stage2c", "stage2c_exponential")),
     Option("3a", "learning-rate schedule: floor, peak, restarts", ("stage3a", "stage3a_peak", "stage3a_sgdr")),
     Option("3b", "batch size with the rate that goes with it", ("stage3b", "stage3b_linear", "stage3b_updates")),
-    Option("3c", "augmentation of the facts and dialogues", ("stage3c",)),
-    Option("4a", "depth per token", ("stage4a",)),
+    Option(
+        "3c",
+        "augmentation of the facts and dialogues",
+        ("stage3c", "stage3c_updates"),
+        asks=(gates.understands_paraphrases,),
+    ),
+    Option("4a", "depth per token", ("stage4a",), asks=(gates.takes_fewer_flops,)),
     Option("4b", "window per token", ("stage4b",), parent="text"),
     Option("4c", "specialisation of the experts", specializes=True),
-    Option("5a", "threshold per layer", ("stage5a", "stage5a_roadmap"), same_experts=True),
+    Option("5a", "threshold per layer", ("stage5a", "stage5a_roadmap"), asks=(gates.same_experts,)),
     Option("5b", "threshold per token, learned", ("stage5b",)),
     Option("5c", "several lengths of text", ("stage5c",), parent="text"),
 )

@@ -193,15 +193,33 @@ def _over_seeds(runs: Sequence[pl.DataFrame], name: str) -> tuple[pl.DataFrame, 
 
 
 def comparisons(models: Mapping[str, Sequence[pl.DataFrame]]) -> dict[str, Figure]:
-    """Models in one figure a measure, each the mean of its runs (one a seed)."""
+    """Models in one figure a measure, each the mean of its runs (one a seed); those on a text in figures of their own.
+
+    A text's losses are of characters and held out: neither the scale nor the roadmap's numbers of documents apply.
+    """
+    on_text = {name for name, runs in models.items() if any(map(frames.is_of_text, runs))}
+    documents = {name: runs for name, runs in models.items() if name not in on_text}
+    text = {name: runs for name, runs in models.items() if name in on_text}
+    figures: dict[str, Figure] = {}
+    if documents:
+        unit = "nats, mean over sequences"
+        figures["loss"] = compare(documents, "epoch/loss", "Training loss", unit, True, "epoch/floor", gates.LOSS)
+        figures |= _courses(documents)
+        if "experts" in figures:
+            figures["experts"].axes[0].axhspan(*gates.BAND, color=COLOURS[2], alpha=0.12, lw=0)
+    if text:
+        figures["text_loss"] = compare(text, "eval/loss", "Held-out loss, text", "nats per token", True)
+        figures |= {f"text_{name}": figure for name, figure in _courses(text).items()}
+    return figures
+
+
+def _courses(models: Mapping[str, Sequence[pl.DataFrame]]) -> dict[str, Figure]:
+    """Experts per token of the models that have any, and L0 of all."""
     sparse = {name: runs for name, runs in models.items() if any(map(frames.sparse_layers, runs))}
-    unit = "nats, mean over sequences"
-    loss = compare(models, "epoch/loss", "Training loss", unit, True, "epoch/floor", gates.LOSS)
-    figures = {"loss": loss}
+    figures = {}
     if sparse:
-        experts = compare(sparse, "moe/experts_per_token", "Experts per token", "mean over tokens and layers")
-        experts.axes[0].axhspan(*gates.BAND, color=COLOURS[2], alpha=0.12, lw=0)
-        figures["experts"] = experts
+        unit = "mean over tokens and layers"
+        figures["experts"] = compare(sparse, "moe/experts_per_token", "Experts per token", unit)
     figures["l0"] = compare(models, "epoch/l0_mean", "L0: gradient norm at the embedding output", "per sequence")
     return figures
 

@@ -77,7 +77,17 @@ def of_run(run: frames.Place) -> str:
     )
 
 
-MEASURED = ("loss", "floor", "excess", "recited", "facts_loss_after", "experts_per_token", "l0", "active_params")
+MEASURED = (
+    "loss",
+    "train_loss",
+    "floor",
+    "excess",
+    "recited",
+    "facts_loss_after",
+    "experts_per_token",
+    "l0",
+    "active_params",
+)
 
 
 def of_stage(out: Path) -> str:
@@ -102,7 +112,7 @@ def of_stage(out: Path) -> str:
 
 def _parent_of(rows: Sequence[Mapping[str, Any]], name: str, paths: Mapping[str, str]) -> str | None:
     """The first run that the model is compared with."""
-    kept = next((row["parent"] for row in rows if str(row["name"]).rpartition("-seed")[0] == name), None)
+    kept = next((row["parent"] for row in rows if stages.model_of(str(row["name"])) == name), None)
     return None if kept is None else paths.get(kept)
 
 

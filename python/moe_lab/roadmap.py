@@ -4,7 +4,7 @@ A step of milestones 2 to 4 is the configuration of the step it names as parent 
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
@@ -175,11 +175,7 @@ def _settle(
     verdicts[step.name] = verdict = judge(step, milestone.bounds, plan, out)
     if not step.judged or not verdict.judged or verdict.passed:
         return None
-    missed = (
-        f"{each.name} is {gates.show(each.measured)}, must be {each.bound}"
-        for each in verdict.criteria
-        if not each.passed
-    )
+    missed = (f"{each.name} is {gates.show(each.measured)}, must be {each.bound}" for each in verdict.missed)
     return Result(str(out), verdicts, step.name, "; ".join(missed))
 
 
@@ -194,14 +190,18 @@ def plan_of(out: Path) -> Plan:
 
 
 def judge(step: Step, bounds: gates.Bounds, plan: Plan, out: Path) -> gates.Verdict:
-    """The step's gate over all seeds, with its parent's loss paired by seed."""
+    """The step's gate over all seeds, with its parent's loss paired by seed.
+
+    A milestone's gate is the roadmap's numbers alone: what an option asks beyond them in its stage is a note here.
+    """
     runs = [_path(out, step.runs, seed) for seed in plan.seeds]
     own = [stages.own_verdict(run, bounds) for run in runs]
     if step.role == "study":
         studies = [stages.study_of(out, run) for run in runs]
         return stages.verdict_of_study(own[0].gate, step.name, own, studies)
     pairs = [(_path(out, step.name, seed), _path(out, step.parent, seed)) for seed in plan.seeds if step.parent]
-    return stages.verdict_over_seeds(own[0].gate, step.name, own, pairs)
+    notes = [replace(criterion, note=True) for criterion in stages.asked_by(step.option, pairs)]
+    return stages.verdict_over_seeds(own[0].gate, step.name, own, pairs, notes)
 
 
 def explain(run: frames.Place) -> str:

@@ -215,10 +215,8 @@ def run(plan: Plan, out: Path, lab: Lab, say: Say, at_once: int = 1) -> Stage:
         return Stage(str(out), signal=stopped, stage=plan.stage)
     runs = [(cell, str(place(cell, out))) for cell, _ in prepared]
     for option in map(named, plan.options):
-        if option.specializes:
-            for cell, path in runs:
-                if cell.role == "parent":
-                    specialize(path, out, lab, say)
+        for path in studied(option, runs):
+            specialize(path, out, lab, say)
     return _conclude(plan, out, runs)
 
 
@@ -233,11 +231,26 @@ def is_complete(out: Path) -> bool:
 
 def rejudge(out: Path) -> Stage:
     """The stage's gate once more, from the files of its runs."""
+    return _judge(_plan(out), out, _runs(out))
+
+
+def families(out: Path) -> list[list[str]]:
+    """The runs of every parent before those of the models that change it: what is compared with one another.
+
+    A given parent lies elsewhere, and parents of one stage may have different data.
+    """
+    found: dict[str, list[str]] = {}
+    for cell, path in _runs(out):
+        found.setdefault(model_of(cell.parent or cell.name), []).append(path)
+    return list(found.values())
+
+
+def _runs(out: Path) -> list[tuple[Cell, str]]:
+    """The runs that stage.json names. Raises ValueError where the stage has not been run to its end."""
     entries = _record(out).get("runs")
     if not entries:
         raise ValueError(f"the stage '{out}' is not complete: go on with python -m moe_lab resume {out}")
-    runs = [(_cell_of(entry), str(_there(out, entry["run"]))) for entry in entries]
-    return _judge(_plan(out), out, runs)
+    return [(_cell_of(entry), str(_there(out, entry["run"]))) for entry in entries]
 
 
 def _cell_of(entry: dict[str, Any]) -> Cell:
@@ -356,6 +369,11 @@ def specialize(run: frames.Place, out: Path, lab: Lab, say: Say) -> None:
     study.save(study.collect(model, study.own_texts(model)), folder)
 
 
+def studied(option: Option, runs: Sequence[tuple[Cell, str]]) -> list[str]:
+    """The runs whose experts an option studies: those of its own parent, and not of another option's."""
+    return [path for cell, path in runs if option.specializes and cell.name == f"{option.parent}-seed{cell.seed}"]
+
+
 def study_of(out: Path, run: frames.Place) -> Path:
     return out / "specialization" / Path(run).name
 
@@ -385,11 +403,11 @@ def _judge(plan: Plan, out: Path, runs: list[tuple[Cell, str]]) -> Stage:
         told = {**tables.summary(path, verdict), "role": cell.role, "name": cell.name, "p": cell.p}
         told |= {"option": cell.option, "arm": cell.arm, "parent": cell.parent, "gate": verdict.as_dict()}
         if plan.stage != "stage1":
-            told["model"] = cell.name.rpartition("-seed")[0]
+            told["model"] = model_of(cell.name)
         rows.append(told)
     arms = dict.fromkeys(row["arm"] for row in rows if row["arm"] is not None)
     found = [_verdict_of_arm([row for row in rows if row["arm"] == arm], rows, verdicts) for arm in arms]
-    found += [_verdict_of_study(option, rows, out) for option in map(named, plan.options) if option.specializes]
+    found += [_verdict_of_study(option, runs, out) for option in map(named, plan.options) if option.specializes]
     return Stage(str(out), tuple(rows), tuple(found), stage=plan.stage)
 
 
@@ -405,56 +423,56 @@ def _verdict_of_arm(
     paths = {row["name"]: row["run"] for row in rows}
     pairs = [(row["run"], paths[row["parent"]]) for row in own]
     name = own[0]["option"]
-    verdict = verdict_over_seeds(
+    return verdict_over_seeds(
         "stage1" if name is None else f"option {name}",
         own[0]["arm"],
         [verdicts[row["name"]] for row in own],
         pairs,
+        asked_by(name, pairs),
     )
-    if name is None or not named(name).same_experts or not verdict.judged:
-        return verdict
-    return replace(verdict, criteria=(*verdict.criteria, same_experts(pairs)))
 
 
-def same_experts(pairs: Sequence[tuple[str, str]]) -> gates.Criterion:
-    """Whether runs and parents are compared at equal mean experts per token."""
-
-    def used(run: str) -> float | None:
-        value = (frames.read_run(run).get("results") or {}).get("experts_per_token")
-        return None if value is None else float(value)
-
-    return gates.same_experts([(used(run), used(parent)) for run, parent in pairs])
+def asked_by(option: str | None, pairs: Sequence[tuple[str, str]]) -> list[gates.Criterion]:
+    """What an option asks of its runs and their parents beyond the gate of every option."""
+    records = [(frames.read_run(run), frames.read_run(parent)) for run, parent in pairs]
+    return [ask(records) for ask in named(option).asks] if option else []
 
 
-def _verdict_of_study(option: Option, rows: list[dict[str, Any]], out: Path) -> gates.Verdict:
-    parents = [row["run"] for row in rows if row["role"] == "parent"]
+def _verdict_of_study(option: Option, runs: list[tuple[Cell, str]], out: Path) -> gates.Verdict:
+    parents = studied(option, runs)
     own = [own_verdict(run, gate=gates.OPTION) for run in parents]
     return verdict_of_study(f"option {option.name}", "parent's experts", own, [study_of(out, run) for run in parents])
 
 
 def verdict_of_study(gate: str, label: str, own: list[gates.Verdict], studies: list[Path]) -> gates.Verdict:
     """The verdicts of runs as one, and whether the experts of every block know the class of a token."""
-    verdict = verdict_over_seeds(gate, label, own, [])
-    if not verdict.judged:
-        return verdict
-    return replace(verdict, criteria=(*verdict.criteria, gates.knows_classes(studies)))
+    return verdict_over_seeds(gate, label, own, [], [gates.knows_classes(studies)])
 
 
-def verdict_over_seeds(gate: str, label: str, own: list[gates.Verdict], pairs: list[tuple[str, str]]) -> gates.Verdict:
+def verdict_over_seeds(
+    gate: str,
+    label: str,
+    own: list[gates.Verdict],
+    pairs: list[tuple[str, str]],
+    more: Sequence[gates.Criterion] = (),
+) -> gates.Verdict:
     """The verdicts of a model's runs as one; `pairs` of run and parent decide whether the parent's loss is kept."""
-    judged = all(verdict.judged for verdict in own)
-    criteria = [] if not judged else [_over_seeds(same) for same in zip(*(v.criteria for v in own), strict=True)]
-    if judged and pairs:
-        criteria.append(gates.paired([_losses(run, parent) for run, parent in pairs]))
-    return gates.Verdict(gate, label, judged, tuple(criteria))
+    if not all(verdict.judged for verdict in own):
+        return gates.Verdict(gate, label, False, ())
+    criteria = [_over_seeds(same) for same in zip(*(v.criteria for v in own), strict=True)]
+    if pairs:
+        by = gates.loss_key(*(frames.settings(run) for pair in pairs for run in pair))
+        criteria.append(gates.paired([_losses(run, parent, by) for run, parent in pairs], by))
+    return gates.Verdict(gate, label, True, (*criteria, *more))
 
 
-def _losses(run: str, parent: str) -> tuple[float | None, float | None]:
-    """Of a run and of its parent; refuses a parent with other data. A parent that diverged in this stage has none."""
-    record, before = frames.read_run(run), frames.read_run(parent)
-    if before.get("status") != "diverged":
-        before = gates.parent_record(record, parent)
-    return gates.loss_of(record), gates.loss_of(before)
+def _losses(run: str, parent: str, by: str) -> tuple[float | None, float | None]:
+    """Of a run and of its parent; refuses a parent with other data. One that diverged in this stage has none."""
+    record = frames.read_run(run)
+    own = None if record.get("status") == "diverged" else gates.result(record, by)
+    if frames.read_run(parent).get("status") == "diverged":
+        return own, None
+    return own, gates.result(gates.parent_record(record, parent), by)
 
 
 def _over_seeds(same: tuple[gates.Criterion, ...]) -> gates.Criterion:
@@ -470,11 +488,16 @@ def is_own(stage: Stage, run: str) -> bool:
     return not os.path.isabs(_relative(Path(stage.out), run))
 
 
+def model_of(name: str) -> str:
+    """What the runs of all seeds have in common in their names."""
+    return name.rpartition("-seed")[0]
+
+
 def by_model(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     """Runs of the same model (of all seeds), in the order of the stage."""
     found: dict[str, list[str]] = {}
     for row in rows:
-        found.setdefault(str(row["name"]).rpartition("-seed")[0], []).append(str(row["run"]))
+        found.setdefault(model_of(str(row["name"])), []).append(str(row["run"]))
     return found
 
 

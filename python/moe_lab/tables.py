@@ -40,10 +40,13 @@ MEASURES = (
     Measure("loss", "loss", _digits(4), f"≤ {gates.LOSS:.2f}"),
     Measure("floor", "entropy floor", _digits(4)),
     Measure("excess", "excess over floor", _digits(4)),
+    Measure("train_loss", "loss after training, causal", _digits(4)),
+    Measure("loss_ahead", "loss in training, looks ahead", _digits(4)),
     Measure("eval_loss", "held-out loss", _digits(4)),
     Measure("epochs_to_target", f"chat epochs to {gates.LOSS:.2f}", _count),
     Measure("recited", "recites", _percent, f"≥ {100 * gates.RECITE:.0f} %"),
     Measure("paraphrase_f1", "held-out paraphrases, F1", _digits(3)),
+    Measure("paraphrase_loss", "held-out paraphrases, loss", _digits(3)),
     Measure("facts_loss_before", "facts loss before chat", _digits(4)),
     Measure("facts_loss_after", "facts loss after chat", _digits(4)),
     Measure("experts_per_token", "experts/token", _digits(3), f"{gates.BAND[0]}-{gates.BAND[1]}"),
@@ -52,26 +55,33 @@ MEASURES = (
     Measure("l0", "L0", _digits(2), f"≤ {gates.L0:g}"),
     Measure("params", "parameters", _count),
     Measure("active_params", "active parameters", _count),
+    Measure("flops_per_token", "FLOPs per token", _count),
     Measure("tokens_per_second", "tokens/s", _count),
     Measure("seconds", "seconds", _digits(1)),
+    Measure("arena_bytes", "memory of a step, MB", lambda value: f"{value / 1e6:,.1f}"),
     Measure("peak_memory_bytes", "peak memory, MB", lambda value: f"{value / 1e6:,.0f}"),
 )
 
 
 def summary(run: frames.Place, verdict: gates.Verdict | None = None) -> dict[str, Any]:
-    """One run as a flat dict: its `results`, what the table derives from them, and the word of its gate."""
+    """One run as a flat dict: its `results`, what the table derives from them, and the word of its gate.
+
+    Where training steps look ahead, their loss stands under `loss_ahead`, so that nothing is compared with it.
+    """
     record, config = frames.read_run(run), frames.settings(run)
     results = record.get("results") or {}
     good, total = results.get("recite"), results.get("recite_total")
+    ahead = gates.looks_ahead(config)
     return {
         **results,
+        **({"loss_ahead": results.get("loss"), "loss": None, "excess": None} if ahead else {}),
         "run": str(run),
         "name": config.get("name"),
         "model": model_name(config),
         "seed": config.get("seed"),
         "status": record.get("status"),
         "recited": good / total if good is not None and total else None,
-        "epochs_to_target": epochs_to(frames.read_metrics(run), gates.LOSS),
+        "epochs_to_target": None if ahead else epochs_to(frames.read_metrics(run), gates.LOSS),
         "verdict": word(run) if verdict is None else verdict.word,
     }
 
@@ -163,6 +173,9 @@ def _words(entries: list[dict[str, Any]]) -> str:
     return words[0] if len(set(words)) == 1 else f"{words.count('passed')} of {len(words)} passed"
 
 
+MARKS = {True: "[green]pass[/green]", False: "[bold red]FAIL[/bold red]"}
+
+
 def render_verdict(verdict: gates.Verdict, console: Console) -> None:
     """Every criterion with its measure and bound, then the word of the gate."""
     if not verdict.judged:
@@ -177,7 +190,7 @@ def render_verdict(verdict: gates.Verdict, console: Console) -> None:
     for column in ("", "criterion", "measured", "bound", "what is measured"):
         table.add_column(column, overflow="fold")
     for criterion in verdict.criteria:
-        mark = "[green]pass[/green]" if criterion.passed else "[bold red]FAIL[/bold red]"
+        mark = "note" if criterion.note else MARKS[criterion.passed]
         cells = (criterion.name, gates.show(criterion.measured), criterion.bound, criterion.why)
         table.add_row(mark, *map(plain, cells))
     console.print(table)

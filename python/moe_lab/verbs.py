@@ -28,6 +28,8 @@ from moe_lab.terminal import (
 from moe_lab.text import shown
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import polars as pl
 
 
@@ -112,22 +114,31 @@ def compare(
     target: Annotated[float, typer.Option(help='The loss of "epochs to the target loss".')] = 0.40,
     as_json: Json = False,
 ) -> int:
-    """Differences from a control over paired seeds.
+    """Differences from a control over paired seeds; a stage alone: of every run from its parent.
 
     Mean difference with its bootstrap interval, noise floor, verdict, and speed to the control's loss.
     """
-    from moe_lab import comparison, frames
+    from moe_lab import comparison
 
-    paths = [path for run in runs for path in (frames.find_runs(run) if os.path.isdir(run) else [Path(run)])]
-    if not paths:
-        raise ValueError(f"there are no runs in {', '.join(runs)}")
-    found = comparison.compare(paths, target)
+    found = [each for family in _families(runs) for each in comparison.compare(family, target)]
     if as_json:
         print_json({"comparisons": [comparison.as_dict(each) for each in found]})
     else:
         for each in found:
             comparison.render(each, console())
     return DONE
+
+
+def _families(runs: list[str]) -> "Sequence[Sequence[str | Path]]":
+    """What is compared together, the control first: the runs as they are named, those of a stage with their parents."""
+    from moe_lab import frames, stages
+
+    if len(runs) == 1 and frames.is_stage(runs[0]):
+        return stages.families(Path(runs[0]))
+    paths = [path for run in runs for path in (frames.find_runs(run) if os.path.isdir(run) else [Path(run)])]
+    if not paths:
+        raise ValueError(f"there are no runs in {', '.join(runs)}")
+    return [paths]
 
 
 @app.command()

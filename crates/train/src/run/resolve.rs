@@ -24,6 +24,7 @@ pub(super) const STANDARD: &[(&str, &str)] = &[
     ("stage3b_linear", include_str!("../../../../experiments/stage3b_linear.toml")),
     ("stage3b_updates", include_str!("../../../../experiments/stage3b_updates.toml")),
     ("stage3c", include_str!("../../../../experiments/stage3c.toml")),
+    ("stage3c_updates", include_str!("../../../../experiments/stage3c_updates.toml")),
     ("stage4a", include_str!("../../../../experiments/stage4a.toml")),
     ("stage4b", include_str!("../../../../experiments/stage4b.toml")),
     ("stage4b_documents", include_str!("../../../../experiments/stage4b_documents.toml")),

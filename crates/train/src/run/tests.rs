@@ -91,7 +91,9 @@ fn an_option_changes_what_its_name_says_and_nothing_else() {
         assert_eq!(changed(name, "stage1"), keys, "{name}");
     }
     assert_eq!(changed("stage3b_linear", "stage3b"), ["train.batch_scaling"]);
-    assert_eq!(changed("stage3b_updates", "stage3b"), ["train.epochs"]);
+    assert_eq!(changed("stage3b_updates", "stage3b"), ["train.epochs", "train.warmup_epochs"]);
+    let lengths = ["chat.train.epochs", "chat.train.warmup_epochs", "facts.train.epochs", "facts.train.warmup_epochs"];
+    assert_eq!(changed("stage3c_updates", "stage3c"), lengths.map(|key| format!("phase.{key}")));
     assert_eq!(changed("stage5c", "text"), ["data.lengths"]);
     let windows =
         |name: &str, parent: &str| changed(name, parent).iter().all(|key| key.starts_with("model.adaptive_window."));
