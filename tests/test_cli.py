@@ -195,6 +195,12 @@ def test_a_run_is_trained_shown_and_used(tiny: Path) -> None:
     drawn = cli("plot", str(run))
     assert all(Path(line).exists() for line in drawn.stdout.splitlines())
     assert json.loads(cli("eval", str(run), "--json").stdout)["recite_total"] == 20
+    files = [f"--texts={tiny.parent / name}.json" for name in ("facts", "chat")]
+    for texts in ([], files):
+        studied = cli("specialize", str(run), *texts, "--json")
+        assert {row["view"] for row in json.loads(studied.stdout)["information"]} >= {"form", "domain"}
+    found = (run / "specialization" / "by_class.csv").read_text()
+    assert ",chat.json," in found
 
 
 def test_a_run_is_reproduced_or_the_difference_is_told(tiny: Path) -> None:

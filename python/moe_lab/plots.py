@@ -266,7 +266,7 @@ def heat(table: pl.DataFrame, down: str, across: str, measure: str, title: str) 
         for y, x, value in table.filter(pl.col("layer") == layer).select(down, across, measure).iter_rows():
             cells[rows.index(y), columns.index(x)] = np.nan if value is None else value
         image = axes.imshow(cells, aspect="auto", cmap="viridis", vmin=0.0, vmax=high, interpolation="none")
-        axes.set_yticks(range(len(rows)), [str(row) for row in rows], fontsize=8)
+        axes.set_yticks(range(len(rows)), [str(row) for row in rows], fontsize=8, parse_math=False)  # names of files
         axes.set_xticks(range(len(columns)), [str(column) for column in columns], fontsize=8)
         axes.set_ylabel(f"block {layer}", color=INK)
     panels[-1].set_xlabel(across, color=INK)
