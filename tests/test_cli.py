@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import moe_lab
+from moe_lab import roadmap
 from runs import DENSE, Story, write
 from tiny import TINY, write_data
 
@@ -195,6 +196,12 @@ def test_a_run_is_trained_shown_and_used(tiny: Path) -> None:
     drawn = cli("plot", str(run))
     assert all(Path(line).exists() for line in drawn.stdout.splitlines())
     assert json.loads(cli("eval", str(run), "--json").stdout)["recite_total"] == 20
+    files = [f"--texts={tiny.parent / name}.json" for name in ("facts", "chat")]
+    for texts in ([], files):
+        studied = cli("specialize", str(run), *texts, "--json")
+        assert {row["view"] for row in json.loads(studied.stdout)["information"]} >= {"form", "domain"}
+    found = (run / "specialization" / "by_class.csv").read_text()
+    assert ",chat.json," in found
 
 
 def test_a_run_is_reproduced_or_the_difference_is_told(tiny: Path) -> None:
@@ -346,6 +353,51 @@ def test_options_in_small(tiny: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert (study / "specialization" / names[0] / "information.csv").is_file()
     assert "data:image/png" in (study / "report.html").read_text()
+
+
+def test_a_run_that_diverged_is_explained_and_trained_again_with_a_change(tiny: Path) -> None:
+    run, again = str(tiny.parent / "run"), str(tiny.parent / "again")
+    diverged = cli("train", str(tiny), "--set", "train.learning_rate=1e30", "--out", run)
+    assert diverged.returncode == 3, diverged.stderr
+    assert diverged.stderr.strip().splitlines()[-1].startswith("error: diverged at step 2")
+    told = json.loads((Path(run) / "failure.json").read_text())
+    assert told["step"] == 2
+    assert "NaN" in told["reason"]
+    assert "train.learning_rate" in told["remedy"]
+    refusal = cli("rerun", run, "--out", again)
+    assert refusal.returncode == 2
+    explanation, sentence = refusal.stderr.strip().splitlines()
+    assert told["reason"] in explanation
+    assert sentence == "error: the same run fails the same way: change something with --set KEY=VALUE"
+    assert not Path(again).exists()
+    done = cli("rerun", run, "--set", "train.learning_rate=3e-3", "--out", again, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["status"] == "completed"
+    assert not (Path(again) / "failure.json").exists()
+    changes = json.loads(cli("diff", run, again, "--json").stdout)["changes"]
+    assert [change["key"] for change in changes] == ["train.learning_rate"]
+
+
+@pytest.mark.slow
+def test_the_roadmap_in_small(tiny: Path) -> None:
+    """All milestones over tiny data, and the same command again: nothing is trained anew, the page is whole."""
+    sets = [f"--set={key}={value}" for key, value in write_data(tiny.parent).items()]
+    out = tiny.parent / "road"
+    command = ["roadmap", "--quick", "--jobs", "2", "--out", str(out), "--set=model.hidden_size=32", *sets]
+    done = cli(*command)
+    assert done.returncode == 0, done.stderr
+    steps = [step.name for step in roadmap.steps().values() if step.role != "study"]
+    assert done.stderr.count(": started (") == len(steps)
+    assert all(f" {step} " in done.stdout for step in steps)
+    assert done.stdout.count("not judged (quick)") == 2 * len(roadmap.steps())  # gates, and rows of the table
+    assert "The roadmap" in (out / "report.html").read_text()
+    trained = {path: path.stat().st_mtime_ns for path in out.glob("*-seed*/**/*") if path.is_file()}
+    assert len({path.relative_to(out).parts[0] for path in trained}) == len(steps)
+    again = cli(*command)
+    assert again.returncode == 0, again.stderr
+    assert ": started (" not in again.stderr
+    assert again.stdout == done.stdout
+    assert {path: path.stat().st_mtime_ns for path in trained} == trained
 
 
 def test_gates_decide_the_exit_status(tmp_path: Path) -> None:

@@ -30,9 +30,11 @@ def test_the_story_of_specialisation_holds_on_a_quick_run(tmp_path: Path, monkey
     for number, cell in enumerate(cells(ROOT / "experiments" / "specialization.ipynb")):
         if cell["cell_type"] == "code":
             exec(compile("".join(cell["source"]), f"cell {number}", "exec"), names)
-    assert set(names["told"]["view"]) == {"form", "place", "part", "sentence"}
-    forms = names["told"].filter(names["pl"].col("view") == "form")
-    assert forms["p"].max() <= 0.05, "experts know the form of a token"
+    assert set(names["told"]["view"]) == {"form", "place", "part", "sentence", "domain"}
+    for view in ("form", "domain"):
+        known = names["told"].filter(names["pl"].col("view") == view)
+        assert known["p"].max() <= 0.05, f"experts know the {view} of a token"
+    assert set(names["domains"]["class"]) == {"facts", "chat"}
     assert (names["scores"]["score"] > names["scores"]["shuffled"]).all()
     last = names["settled"].filter(names["pl"].col("step") == names["settled"]["step"].max())
     assert last["agreement"].to_list() == [1.0] * last.height
@@ -44,4 +46,6 @@ def test_the_story_of_specialisation_holds_on_a_quick_run(tmp_path: Path, monkey
     whole = {row["domain"]: row["loss"] for row in left if row["experts"] == "all"}
     alone = {row["domain"]: row["loss"] for row in left if row["experts"] == "own" and row["kept"] == 1}
     assert all(alone[domain] > whole[domain] for domain in ("facts", "chat")), "experts that are gone are missed"
-    assert {"subsets.parquet", "saturation.csv", "lift_part.png"} <= {path.name for path in names["paths"]}
+    assert {"subsets.parquet", "saturation.csv", "lift_part.png", "lift_domain.png"} <= {
+        path.name for path in names["paths"]
+    }

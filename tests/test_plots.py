@@ -126,3 +126,30 @@ def test_the_sweep_draws_a_point_for_every_run() -> None:
     lines = plots.sweep(summaries).axes[0].get_lines()
     assert list(lines[0].get_xdata()) == [0.3, 0.3, 0.5]
     assert list(lines[1].get_ydata()) == pytest.approx([0.5, 0.7])
+
+
+def test_nine_models_are_told_apart_and_their_ends_stand_above_the_floor(frame: pl.DataFrame) -> None:
+    losses = {f"model {order}": 0.2 + 0.01 * order for order in range(9)}
+    models = {name: [frame.with_columns(pl.col("epoch/loss") * (loss / 0.21))] * 2 for name, loss in losses.items()}
+    figure = plots.comparisons(models)["loss"]
+    whole, ends = figure.axes
+    looks = {(line.get_color(), line.get_linestyle()) for line in whole.get_lines() if ":" in str(line.get_label())}
+    assert len(looks) == 10  # the floor too
+    end = {str(line.get_label()).partition(":")[0]: line for line in ends.get_lines()}
+    for name, loss in losses.items():
+        assert list(end[name].get_xdata()) == [10, 11, 12]  # the second half of the six epochs of chat
+        assert end[name].get_ydata()[-1] == pytest.approx(loss - 0.17)
+
+
+def test_a_model_has_one_colour_in_all_figures(frame: pl.DataFrame, tmp_path: Path) -> None:
+    dense = frames.read_metrics(write(tmp_path / "dense", Story(DENSE, epochs=6, trained=6)))
+    colours = [
+        {line.get_color() for line in figure.axes[0].get_lines() if str(line.get_label()).startswith("sparse:")}
+        for figure in plots.comparisons({"dense": [dense], "sparse": [frame]}).values()
+    ]
+    assert colours == [{plots.COLOURS[1]}] * 3
+
+
+def test_models_without_a_floor_have_no_second_panel(frame: pl.DataFrame) -> None:
+    figures = plots.comparisons({"model": [frame.drop("epoch/floor")]})
+    assert all(len(figure.axes) == 1 for figure in figures.values())

@@ -5,10 +5,13 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.image import imread
 
 from moe_lab import report, roadmap, stages
 from runs import DENSE, Story, write
@@ -138,14 +141,61 @@ def test_the_page_of_a_roadmap_that_has_hardly_begun(tmp_path: Path) -> None:
     assert "not run" in text
 
 
-def test_a_browser_opens_it_without_a_complaint(page: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_page_of_a_roadmap_of_three_seeds_with_its_studies_is_small(tmp_path: Path) -> None:
+    """Every model over 200 epochs, and pictures of a study as large as real ones."""
+    out = tmp_path / "road"
+    roadmap.run(roadmap.Plan(seeds=(1, 2, 3)), out, FakeLab(), lambda text: None)
+    noise = np.random.default_rng(0).integers(0, 256, 60_000, dtype=np.uint8).tobytes()
+    for seed in (1, 2, 3):
+        for name in ("coactivation", "lift", "lift_domain", "lift_part", "lift_place", "lift_sentence"):
+            (out / "specialization" / f"stage3a_peak-seed{seed}" / f"{name}.png").write_bytes(noise)
+    told_by(report.write(out))
+
+
+def browse(page: Path, folder: Path, *arguments: str) -> float:
+    """Opens a page in a browser without a window; it must not complain. Returns the seconds it took."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser")
     if browser is None:
         pytest.skip("SKIPPED: no chromium on this machine")
-    picture = tmp_path / "page.png"
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
-    command += ["--window-size=1000,3000", f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={picture}"]
-    home = {**os.environ, "HOME": str(tmp_path)}
-    done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, check=True, timeout=120, env=home)
-    assert picture.stat().st_size > 20_000
+    command += ["--window-size=1000,3000", f"--user-data-dir={folder / 'profile'}", *arguments, page.as_uri()]
+    home = {**os.environ, "HOME": str(folder)}
+    start = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120, env=home)
+    seconds = time.perf_counter() - start
     assert "CONSOLE" not in done.stderr, done.stderr
+    return seconds
+
+
+LOOKS = {"light": 1, "dark": 0}  # blink's numbers of a preferred colour scheme
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_a_browser_opens_it_without_a_complaint(page: Path, tmp_path: Path, look: str) -> None:
+    picture = tmp_path / "page.png"
+    browse(page, tmp_path, f"--screenshot={picture}", f"--blink-settings=preferredColorScheme={LOOKS[look]}")
+    assert picture.stat().st_size > 20_000
+    corner = imread(picture)[0, 0, :3]
+    assert corner.mean() > 0.9 if look == "light" else corner.mean() < 0.2
+
+
+def test_a_browser_prints_it_without_a_complaint(page: Path, tmp_path: Path) -> None:
+    paper = tmp_path / "page.pdf"
+    browse(page, tmp_path, f"--print-to-pdf={paper}")
+    assert paper.read_bytes().startswith(b"%PDF")
+    assert paper.stat().st_size > 20_000
+
+
+@pytest.mark.slow
+def test_a_browser_opens_the_page_of_a_long_run_within_a_second(tmp_path: Path) -> None:
+    """200 epochs; what it takes longer than an empty page, the best of three each: other programs may be at work."""
+    page = report.write(write(tmp_path / "run", Story()))
+    empty = tmp_path / "empty.html"
+    empty.write_text("<!doctype html><title>empty</title>")
+    seconds = [
+        min(browse(each, tmp_path, f"--screenshot={tmp_path / 'page.png'}") for _ in range(3)) for each in (page, empty)
+    ]
+    print(f"{page.stat().st_size:,} bytes: {seconds[0]:.2f} s, an empty page {seconds[1]:.2f} s")
+    assert page.stat().st_size < 3_000_000
+    assert seconds[0] - seconds[1] < 1.0

@@ -179,7 +179,48 @@ def test_a_text_run_is_divided_into_halves() -> None:
             return [("text", "validation", str(number)) for number in range(10)]
 
     assert [len(texts) for texts in subsets.domains_of(Text()).values()] == [5, 5]
-    assert len(specialize.own_texts(Text(), most=4)) == 4
+    assert [len(texts) for texts in specialize.own_texts(Text(), most=4).values()] == [4]
+
+
+class ByDomain:
+    """Layer 0: the words of facts to expert 0, those of chat at random among 1..3. Layer 1: at random."""
+
+    def __init__(self) -> None:
+        self.draw = np.random.default_rng(1)
+
+    def route(self, text: str) -> dict[str, Any]:
+        tokens = text.split()
+        zero = [[0] if tokens[0] == "The" else [1 + int(self.draw.integers(3))] for _ in tokens]
+        one = [[int(self.draw.integers(4))] for _ in tokens]
+        even = np.full((len(tokens), 4), 0.25)
+        layers = [{"layer": layer, "experts": taken, "probabilities": even} for layer, taken in enumerate((zero, one))]
+        return {"tokens": tokens, "layers": layers}
+
+
+def test_an_expert_of_one_domain_is_found_in_its_layer_alone(tmp_path: Path) -> None:
+    texts = {"facts": TEXTS[::2], "chat$": TEXTS[1::2]}
+    routed = specialize.collect(ByDomain(), texts)
+    specialize.save(routed, tmp_path)
+    own = pl.read_parquet(tmp_path / "by_class.parquet").filter(pl.col("view") == "domain")
+    shares = own.filter((pl.col("layer") == 0) & (pl.col("expert") == 0)).select("class", "share").rows()
+    assert shares == [("chat$", 0.0), ("facts", 1.0)]
+    used = specialize.experts_per_token(routed).filter(pl.col("view") == "domain")
+    assert used["tokens"].to_list() == [270, 420] * 2
+    told = pl.read_csv(tmp_path / "information.csv").filter(pl.col("view") == "domain")
+    assert told["p"][0] < 0.01
+    assert told["p"][1] > 0.01
+    assert told["information"][0] == pytest.approx(-sum(x * np.log(x) for x in (270 / 690, 420 / 690)))
+    assert (tmp_path / "lift_domain.png").is_file()
+
+
+def test_texts_of_one_domain_have_no_such_view(routed: specialize.Routed) -> None:
+    assert "domain" not in set(specialize.every_information(routed)["view"])
+    alone = specialize.collect(Planted(), {"text": TEXTS})
+    assert "domain" not in set(specialize.by_class(alone)["view"])
+
+
+def test_a_run_has_its_phases_as_domains() -> None:
+    assert specialize.own_texts(Divided(), most=4) == {"facts": ["a a a"] * 2, "chat": ["c c c"] * 2}
 
 
 def test_tables_are_written_as_parquet_and_csv_with_heat_maps(routed: specialize.Routed, tmp_path: Path) -> None:
@@ -195,7 +236,17 @@ def test_tables_are_written_as_parquet_and_csv_with_heat_maps(routed: specialize
 def test_texts_come_from_files_and_what_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(["one", "two"]))
     (tmp_path / "b.txt").write_text("three\n\nfour\n")
-    assert specialize.texts_of([str(tmp_path / "a.json"), str(tmp_path / "b.txt")]) == ["one", "two", "three", "four"]
+    files = [str(tmp_path / "a.json"), str(tmp_path / "b.txt")]
+    assert specialize.texts_of(files) == {"a.json": ["one", "two"], "b.txt": ["three", "four"]}
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "b.txt").write_text("five")
+    assert list(specialize.texts_of([files[1], str(tmp_path / "c" / "b.txt")])) == [
+        files[1],
+        str(tmp_path / "c" / "b.txt"),
+    ]
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(ValueError, match=r"no texts in .*empty\.txt"):
+        specialize.texts_of([str(tmp_path / "empty.txt")])
     (tmp_path / "c.json").write_text('{"a": 1}')
     (tmp_path / "d.txt").write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match=r"d\.txt is no UTF-8 text"):

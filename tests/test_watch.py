@@ -1,5 +1,6 @@
 """Watching hand-made runs: rows as they come, torn lines, cut streams, panels, and how little it costs."""
 
+import inspect
 import json
 import os
 import platform
@@ -137,28 +138,37 @@ def test_keys_turn_the_panels(key: str, panel: int) -> None:
     assert watch.turned(1, key) == panel
 
 
-@pytest.mark.parametrize("keys", [b"3q"])
-def test_on_a_terminal_keys_work_and_watching_costs_little(run: Path, keys: bytes) -> None:
+def test_on_a_terminal_keys_work_and_watching_costs_less_than_two_percent_of_a_core(run: Path) -> None:
+    """Four looks a default interval; the best of three, as other programs may be at work."""
+    default = inspect.signature(watch.watch).parameters["interval"].default
+    interval = default / 4
     master, slave = pty.openpty()
-    command = [sys.executable, "-m", "moe_lab", "watch", str(run), "--interval", "0.5"]
+    command = [sys.executable, "-m", "moe_lab", "watch", str(run), "--interval", str(interval)]
     going = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env={**os.environ, "TERM": "xterm"})
     os.close(slave)
     until(master, b"quit")
-    before, begun = cpu(going.pid), time.monotonic()
-    for step in range(8):  # a row every quarter of a second
-        append(
-            run,
-            json.dumps({"step": 100 + step, "kind": "train", "phase": "chat", "epoch": 9, "train/loss": 0.3}) + "\n",
-        )
-        time.sleep(0.25)
-    share = (cpu(going.pid) - before) / (time.monotonic() - begun)
-    os.write(master, keys[:1])
+    share = min(cost(going.pid, run, master) * interval / default for _ in range(3))
+    os.write(master, b"3")
     until(master, b"experts/token")
-    os.write(master, keys[1:])
+    os.write(master, b"q")
     assert going.wait(10) == 0
     os.close(master)
-    print(f"watch uses {share:.1%} of a core, four looks in two seconds")
-    assert share < 0.10  # at the default pace, one look in two seconds, a quarter of it
+    print(f"watch uses {share:.2%} of a core, a look in {default:g} seconds")
+    assert share < 0.02
+
+
+def cost(pid: int, run: Path, terminal: int) -> float:
+    """Share of a core over two seconds, while the run writes as a real one does: 48 steps a second, 60 norms each."""
+    row = {"step": 100, "kind": "train", "phase": "chat", "epoch": 9, "train/loss": 0.3, "train/l0": 2.5}
+    row |= {f"grad/layer_{layer:02}/{norm}": 0.0123456 for layer in range(15) for norm in ("param_norm", "x", "y", "z")}
+    before, begun = cpu(pid), time.monotonic()
+    for _ in range(8):
+        append(run, 12 * (json.dumps(row) + "\n"))
+        end = time.monotonic() + 0.25
+        while (left := end - time.monotonic()) > 0:
+            if select.select([terminal], [], [], left)[0]:
+                os.read(terminal, 65536)  # else the watcher would wait for room on its screen
+    return (cpu(pid) - before) / (time.monotonic() - begun)
 
 
 def until(terminal: int, wanted: bytes) -> None:

@@ -1,6 +1,6 @@
 """Figures of a run: frame in, figure out. No pyplot, no global state, nothing compiled of ours."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from math import log
 from pathlib import Path
@@ -18,6 +18,8 @@ from moe_lab import frames, gates
 # Okabe and Ito's colours, told apart by colour-blind readers; black is kept for bounds.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 INK, FAINT = "#333333", "#999999"
+DASHES = "╌╌ "  # before the name of a line that is not drawn through
+STYLES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)))  # of the first lines, and where the colours come again
 
 
 class Chart(Figure):
@@ -51,7 +53,7 @@ def routing(frame: pl.DataFrame, band: tuple[float, float] = gates.BAND) -> Figu
     label = f"roadmap {band[0]:g}-{band[1]:g}"
     axes.annotate(label, (0.99, band[1]), xycoords=place, va="top", ha="right", color=COLOURS[2], fontsize=9)
     for order, layer in enumerate(frames.sparse_layers(frame)):
-        _line(axes, rows, x, f"moe/layer_{layer:02}/experts_per_token", f"block {layer}", _colour(order))
+        _line(axes, rows, x, f"moe/layer_{layer:02}/experts_per_token", f"block {layer}", **_look(order))
     _line(axes, rows, x, "moe/experts_per_token", "mean", INK, style="--")
     axes.set_ylim(bottom=0.95)
     return _finish(figure, axes, rows, x)
@@ -61,7 +63,7 @@ def entropy(frame: pl.DataFrame) -> Figure:
     """Router entropy by layer over the epochs; a uniform router has ln E."""
     rows, x, figure, axes = _start(frame, "Router entropy", "nats, mean over tokens")
     for order, layer in enumerate(frames.sparse_layers(frame)):
-        _line(axes, rows, x, f"moe/layer_{layer:02}/router_entropy", f"block {layer}", _colour(order))
+        _line(axes, rows, x, f"moe/layer_{layer:02}/router_entropy", f"block {layer}", **_look(order))
     experts = max((len(load) for load in _last_loads(rows).values()), default=0)
     if experts > 1:
         _bound(axes, log(experts), f"uniform: ln {experts}")
@@ -114,7 +116,7 @@ def gradients(frame: pl.DataFrame, measure: str = "param_norm") -> Figure:
     for axes, kind in zip(panels, ("embedding and output", "attention", "feed-forward", "norms"), strict=True):
         members = [index for index, (name, _) in enumerate(kinds) if name == kind]
         for order, index in enumerate(members):
-            _line(axes, rows, x, numbers[index], kinds[index][1], _colour(order))
+            _line(axes, rows, x, numbers[index], kinds[index][1], **_look(order))
         _log_scale(axes)
         axes.set_title(kind, loc="left", fontsize=10, color=INK, pad=16)
     for axes in panels:  # after all lines: the panels share their scale, and the labels stand on it
@@ -159,37 +161,76 @@ def compare(
 ) -> Figure:
     """One measure of several models over their epochs, each line named at its end; their common floor and a target.
 
-    Of a model with several runs (seeds) the mean is drawn, and a band from the least to the most.
+    Of a model with several runs (seeds) the mean is drawn, and a band from the least to the most. Where the floor is
+    known, a second panel shows how far above it the models end.
     """
-    figure = Chart(figsize=(9, 4.6), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    dress(axes, title, unit)
-    several = {label: [each] if isinstance(each, pl.DataFrame) else each for label, each in runs.items()}
-    every = {label: _over_seeds(each, name) for label, each in several.items()}
+    every = {label: _all_rows([each] if isinstance(each, pl.DataFrame) else each) for label, each in runs.items()}
+    ends = {} if floor is None else _ends(every, name, floor)
+    figure = Chart(figsize=(9, 8.6 if ends else 4.6), dpi=120, layout="constrained")
+    panels = figure.subplots(1 + bool(ends), 1, squeeze=False)[:, 0]
+    dress(panels[0], title, unit)
+    rows, x = _models(panels[0], every, name)
+    if floor is not None:
+        _line(panels[0], rows, x, floor, "entropy floor", INK, style="--")
+    if target is not None:
+        _bound(panels[0], target, f"target {target:g}")
+    if log_scale:
+        _log_scale(panels[0])
+    _finish(figure, panels[0], rows, x)
+    if ends:
+        rows, x = _models(panels[1], ends, EXCESS)
+        dress(panels[1], f"{title} above the entropy floor, second half of {rows['phase'][-1]}", unit)
+        _log_scale(panels[1])
+        _finish(figure, panels[1], rows, x)
+    return figure
+
+
+EXCESS = "excess"
+Rows = tuple[pl.DataFrame, str]  # what is drawn of a run, and its horizontal axis
+
+
+def _all_rows(runs: Sequence[pl.DataFrame]) -> list[Rows]:
+    return [_rows(frame) for frame in runs]
+
+
+def _models(axes: Axes, models: Mapping[str, Sequence[Rows]], name: str) -> Rows:
+    """Draws the mean of every model over its runs, and a band. Returns the rows of the longest."""
+    every = {label: _over_seeds(runs, name) for label, runs in models.items()}
     for order, (label, (rows, x)) in enumerate(every.items()):
         if {"low", "high"} <= set(rows.columns):
             axes.fill_between(rows[x], rows["low"], rows["high"], color=_colour(order), alpha=0.2, lw=0)
-        _line(axes, rows, x, name, label, _colour(order))
-    rows, x = max(every.values(), key=lambda pair: pair[0].height)
-    if floor is not None:
-        _line(axes, rows, x, floor, "entropy floor", INK, style="--")
-    if target is not None:
-        _bound(axes, target, f"target {target:g}")
-    if log_scale:
-        _log_scale(axes)
-    return _finish(figure, axes, rows, x)
+        _line(axes, rows, x, name, label, **_look(order))
+    return _longest(every.values())
 
 
-def _over_seeds(runs: Sequence[pl.DataFrame], name: str) -> tuple[pl.DataFrame, str]:
+def _longest(runs: Iterable[Rows]) -> Rows:
+    return max(runs, key=lambda pair: pair[0].height)
+
+
+def _over_seeds(runs: Sequence[Rows], name: str) -> Rows:
     """The rows of the longest run with the mean of the measure over all runs, and its least and most."""
-    every = [_rows(frame) for frame in runs]
-    rows, x = max(every, key=lambda pair: pair[0].height)
-    parts = [part.select(x, name) for part, axis in every if axis == x and name in part.columns]
+    rows, x = _longest(runs)
+    parts = [part.select(x, name) for part, axis in runs if axis == x and name in part.columns]
     if len(parts) < 2:
         return rows, x
     value = pl.col(name)
     joined = pl.concat(parts).group_by(x).agg(value.mean(), value.min().alias("low"), value.max().alias("high"))
     return rows.drop(name, strict=False).join(joined, on=x, how="left", maintain_order="left"), x
+
+
+def _ends(models: Mapping[str, Sequence[Rows]], name: str, floor: str) -> dict[str, list[Rows]]:
+    """The second half of the last phase with the excess over each run's own floor; {} where no floor is known."""
+    rows, x = _longest(run for runs in models.values() for run in runs)
+    last = rows.filter(pl.col("phase") == pl.col("phase").last())[x]
+    begin = last[len(last) // 2] if x == "index" else None
+    found = {label: [(_end(rows, begin, name, floor), x) for rows, x in runs] for label, runs in models.items()}
+    return found if any(rows.height for runs in found.values() for rows, _ in runs) else {}
+
+
+def _end(rows: pl.DataFrame, begin: int | None, name: str, floor: str) -> pl.DataFrame:
+    known = rows.filter(_known_mask(rows, name) & _known_mask(rows, floor))
+    late = known.filter(pl.col("index") >= begin) if begin and "index" in known.columns else known.clear()
+    return late.with_columns((_column(late, name) - _column(late, floor)).alias(EXCESS))
 
 
 def comparisons(models: Mapping[str, Sequence[pl.DataFrame]]) -> dict[str, Figure]:
@@ -215,11 +256,10 @@ def comparisons(models: Mapping[str, Sequence[pl.DataFrame]]) -> dict[str, Figur
 
 def _courses(models: Mapping[str, Sequence[pl.DataFrame]]) -> dict[str, Figure]:
     """Experts per token of the models that have any, and L0 of all."""
-    sparse = {name: runs for name, runs in models.items() if any(map(frames.sparse_layers, runs))}
     figures = {}
-    if sparse:
+    if any(frames.sparse_layers(frame) for runs in models.values() for frame in runs):
         unit = "mean over tokens and layers"
-        figures["experts"] = compare(sparse, "moe/experts_per_token", "Experts per token", unit)
+        figures["experts"] = compare(models, "moe/experts_per_token", "Experts per token", unit)
     figures["l0"] = compare(models, "epoch/l0_mean", "L0: gradient norm at the embedding output", "per sequence")
     return figures
 
@@ -284,7 +324,7 @@ def heat(table: pl.DataFrame, down: str, across: str, measure: str, title: str) 
         for y, x, value in table.filter(pl.col("layer") == layer).select(down, across, measure).iter_rows():
             cells[rows.index(y), columns.index(x)] = np.nan if value is None else value
         image = axes.imshow(cells, aspect="auto", cmap="viridis", vmin=0.0, vmax=high, interpolation="none")
-        axes.set_yticks(range(len(rows)), [str(row) for row in rows], fontsize=8)
+        axes.set_yticks(range(len(rows)), [str(row) for row in rows], fontsize=8, parse_math=False)  # names of files
         axes.set_xticks(range(len(columns)), [str(column) for column in columns], fontsize=8)
         axes.set_ylabel(f"block {layer}", color=INK)
     panels[-1].set_xlabel(across, color=INK)
@@ -372,15 +412,15 @@ def _log_scale(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _line(axes: Axes, rows: pl.DataFrame, x: str, name: str, label: str, colour: str, style: str = "-") -> None:
+def _line(axes: Axes, rows: pl.DataFrame, x: str, name: str, label: str, colour: str, style: Any = "-") -> None:
     """Draws the known points of a measure, one piece a phase; `_finish` writes the label at the end of the last."""
     known = _known(rows, name)
     for (phase,), piece in known.group_by("phase", maintain_order=True):
         last = phase == known["phase"][-1]
-        marker = "o" if piece.height < 12 and style == "-" else ""
+        marker = "o" if piece.height < 12 and style in STYLES else ""
         points = piece[x].to_list(), piece[name].to_list()
         named = f"{label}: {points[1][-1]:.3g}" if last else f"_{label}"
-        axes.plot(*points, style, marker=marker, ms=3.5, color=colour, lw=1.6, label=named)
+        axes.plot(*points, linestyle=style, marker=marker, ms=3.5, color=colour, lw=1.6, label=named)
 
 
 def _known(rows: pl.DataFrame, name: str) -> pl.DataFrame:
@@ -412,7 +452,7 @@ def trim(axes: Axes) -> None:
 
 def _finish(figure: Figure, axes: Axes, rows: pl.DataFrame, x: str) -> Figure:
     trim(axes)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 2.5, 5, 10]))
     if axes.get_subplotspec() is None or axes.get_subplotspec().is_last_row():  # type: ignore[union-attr]
         axes.set_xlabel("epoch" if x == "index" else "step", color=INK)
     if x == "index":
@@ -445,7 +485,8 @@ def _name_lines(figure: Figure, axes: Axes) -> None:
     for end, line in sorted(zip(heights, lines, strict=True), key=lambda pair: pair[0]):
         height = max(end, height + gap)
         look = _text(line.get_color(), "center")
-        axes.annotate(str(line.get_label()), (1.01, height), xycoords="axes fraction", **look)
+        label = f"{DASHES if line.is_dashed() else ''}{line.get_label()}"
+        axes.annotate(label, (1.01, height), xycoords="axes fraction", **look)
 
 
 def _text(colour: Any, align: str) -> dict[str, Any]:
@@ -454,6 +495,11 @@ def _text(colour: Any, align: str) -> dict[str, Any]:
 
 def _colour(order: int) -> str:
     return COLOURS[order % len(COLOURS)]
+
+
+def _look(order: int) -> dict[str, Any]:
+    """Colour and style of a line: where the colours come again, they are dashed, then dotted."""
+    return {"colour": _colour(order), "style": STYLES[order // len(COLOURS) % len(STYLES)]}
 
 
 def _kinds(count: int) -> list[tuple[str, str]]:

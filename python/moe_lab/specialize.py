@@ -1,10 +1,10 @@
-"""Which experts take which tokens: by class, word, pair and surprise; their load, and how early all this settles.
+"""Which experts take which tokens: by class, domain, word, pair and surprise; their load, and how early it settles.
 
 Definitions: OLMoE (2409.02060), with co-activation over all pairs of a token's experts.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +25,8 @@ PERMUTATIONS = 200
 OCCURRENCES = 10  # a word seen once goes to one expert by definition
 BINS = 5
 TEXTS = 1000
+
+Domains = Mapping[str, Sequence[str]]  # texts by where they came from
 
 
 class Routes(Protocol):
@@ -52,13 +54,19 @@ class Routed:
     surprise: "NDArray[np.float64]" = field(default_factory=lambda: np.empty(0))
 
 
-def collect(model: Routes, texts: Sequence[str], losses: "Sequence[NDArray[np.float64]] | None" = None) -> Routed:
-    """Routes every text; `losses` are of its tokens after the first. Raises ValueError for a model without experts."""
+def collect(
+    model: Routes, texts: Domains | Sequence[str], losses: "Sequence[NDArray[np.float64]] | None" = None
+) -> Routed:
+    """Routes every text, in the order of `flat`; `losses` are of its tokens after the first.
+
+    Raises ValueError for a model without experts.
+    """
     tokens: list[str] = []
-    views: dict[str, list[str]] = {name: [] for name in VIEWS}
+    views: dict[str, list[str]] = {name: [] for name in (*VIEWS, "domain")}
     parts: dict[int, list[NDArray[np.bool_]]] = {}
     sizes = []
-    for text in texts:
+    domains = texts if isinstance(texts, Mapping) else {"": texts}
+    for domain, text in ((domain, text) for domain, own in domains.items() for text in own):
         routed = model.route(text)
         names = [str(token) for token in routed["tokens"]]
         if not routed["layers"]:
@@ -67,6 +75,7 @@ def collect(model: Routes, texts: Sequence[str], losses: "Sequence[NDArray[np.fl
         sizes.append(len(names))
         for name, classes in VIEWS.items():
             views[name] += classes(names)
+        views["domain"] += [domain] * len(names)
         for layer in routed["layers"]:
             taken = np.zeros((len(names), np.asarray(layer["probabilities"]).shape[1]), dtype=bool)
             for row, experts in enumerate(layer["experts"]):
@@ -77,6 +86,11 @@ def collect(model: Routes, texts: Sequence[str], losses: "Sequence[NDArray[np.fl
         raise ValueError("the losses are of other texts: one for every token after the first is needed")
     layers = {layer: np.concatenate(part) for layer, part in parts.items()}
     return Routed(tuple(tokens), layers, {name: tuple(v) for name, v in views.items()}, tuple(sizes), surprise)
+
+
+def flat(texts: Domains) -> list[str]:
+    """All texts, domain by domain."""
+    return [text for own in texts.values() for text in own]
 
 
 def by_class(routed: Routed) -> pl.DataFrame:
@@ -249,7 +263,7 @@ def products(routed: Routed, batch: int, width: int, hidden: int) -> pl.DataFram
     return pl.DataFrame(rows, schema=columns, orient="row")
 
 
-def saturation(models: Sequence[tuple[int, Routes]], texts: Sequence[str]) -> pl.DataFrame:
+def saturation(models: Sequence[tuple[int, Routes]], texts: Domains | Sequence[str]) -> pl.DataFrame:
     """Per step and layer: how many of a token's experts are those of the last model; chance shuffles tokens.
 
     |A ∩ B| / |A ∪ B| where the number of experts varies, |A ∩ B| / k where it does not.
@@ -272,7 +286,8 @@ def _agreement(a: "NDArray[np.bool_]", b: "NDArray[np.bool_]") -> float:
     return float(np.mean(np.where(whole > 0, both / np.maximum(1, whole), 1.0)))
 
 
-def _all_information(routed: Routed) -> pl.DataFrame:
+def every_information(routed: Routed) -> pl.DataFrame:
+    """The information in all views that tell tokens apart."""
     return information(routed, views=tuple(_informative(routed)))
 
 
@@ -280,7 +295,7 @@ TABLES: dict[str, Callable[[Routed], pl.DataFrame]] = {
     "by_class": by_class,
     "experts_per_token": experts_per_token,
     "coactivation": coactivation,
-    "information": _all_information,
+    "information": every_information,
     "vocabulary": vocabulary,
     "vocabulary_score": vocabulary_score,
     "surprise": surprise,
@@ -288,31 +303,44 @@ TABLES: dict[str, Callable[[Routed], pl.DataFrame]] = {
 }
 
 
-def texts_of(files: Sequence[str]) -> list[str]:
-    """Documents of JSON lists of strings, or of text files, one a line."""
-    texts: list[str] = []
-    for name in files:
-        try:
-            content = Path(name).read_text(encoding="utf-8")
-            listed = json.loads(content)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{name} is no UTF-8 text ({error.reason} at byte {error.start})") from None
-        except RecursionError:
-            raise ValueError(f"{name} is nested too deeply") from None
-        except ValueError:
-            listed = [line for line in content.splitlines() if line.strip()]
-        if not isinstance(listed, list) or not all(isinstance(text, str) for text in listed):
-            raise ValueError(f"{name} is neither a JSON list of strings nor a text file")
-        texts += listed
-    if not texts:
+def texts_of(files: Sequence[str]) -> dict[str, list[str]]:
+    """Documents of JSON lists of strings, or of text files, one a line; by file, named in full where names meet."""
+    names = [Path(file).name for file in files]
+    texts = {file if names.count(name) > 1 else name: _documents(file) for file, name in zip(files, names, strict=True)}
+    if not any(texts.values()):
         raise ValueError(f"there are no texts in {', '.join(files)}")
     return texts
 
 
-def own_texts(model: Reads, most: int = TEXTS) -> list[str]:
-    """The texts that a run was trained on, or windows of its text; every so many where there are more than `most`."""
-    texts = [text for phase, part, text in model.documents() if part == "train" or phase == "text"]
-    return texts[:: -(-len(texts) // most)] if texts else []
+def _documents(file: str) -> list[str]:
+    try:
+        content = Path(file).read_text(encoding="utf-8")
+        listed = json.loads(content)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no UTF-8 text ({error.reason} at byte {error.start})") from None
+    except RecursionError:
+        raise ValueError(f"{file} is nested too deeply") from None
+    except ValueError:
+        listed = [line for line in content.splitlines() if line.strip()]
+    if not isinstance(listed, list) or not all(isinstance(text, str) for text in listed):
+        raise ValueError(f"{file} is neither a JSON list of strings nor a text file")
+    return listed
+
+
+def by_phase(model: Reads) -> dict[str, list[str]]:
+    """The texts that a run was trained on, by phase; of a text run the windows of its text."""
+    found: dict[str, list[str]] = {}
+    for phase, part, text in model.documents():
+        if part == "train" or phase == "text":
+            found.setdefault(phase, []).append(text)
+    return found
+
+
+def own_texts(model: Reads, most: int = TEXTS) -> dict[str, list[str]]:
+    """The texts of a run by phase; every so many where there are more than `most` in all."""
+    texts = by_phase(model)
+    every = max(1, -(-len(flat(texts)) // most))
+    return {phase: own[::every] for phase, own in texts.items()}
 
 
 def checkpoints(run: str | Path) -> list[tuple[int, str]]:

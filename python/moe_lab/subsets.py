@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import polars as pl
 
-from moe_lab.specialize import Reads, collect
+from moe_lab.specialize import Reads, by_phase, collect
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -19,10 +19,7 @@ Keep = list[list[int]]
 
 def domains_of(model: Reads, most: int = TEXTS) -> dict[str, list[str]]:
     """Training texts by phase; of a text run its two halves. Every so many where there are more than `most`."""
-    found: dict[str, list[str]] = {}
-    for phase, part, text in model.documents():
-        if part == "train" or phase == "text":
-            found.setdefault(phase, []).append(text)
+    found = by_phase(model)
     if list(found) == ["text"]:
         half = len(found["text"]) // 2
         found = {"first half": found["text"][:half], "second half": found["text"][half:]}

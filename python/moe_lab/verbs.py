@@ -252,7 +252,10 @@ def specialize(
     run: RunPath,
     texts: Annotated[
         list[str] | None,
-        typer.Option(metavar="FILE", help="A JSON list of texts, or a text a line; the run's own without. Repeatable."),
+        typer.Option(
+            metavar="FILE",
+            help="A JSON list of texts, or a text a line; the run's own without. Repeatable, each file a domain.",
+        ),
     ] = None,
     subsets: Annotated[
         bool, typer.Option("--subsets", help="Also the loss of each domain with some of the experts alone.")
@@ -262,8 +265,8 @@ def specialize(
 ) -> int:
     """Which experts take which tokens.
 
-    Shares by class of token, words, pairs, load, surprise, information with a permutation test, and how early the
-    choice settled: parquet, CSV, heat maps.
+    Shares by class and domain of a token, words, pairs, load, surprise, information with a permutation test, and how
+    early the choice settled: parquet, CSV, heat maps.
     """
     from moe_lab import frames
     from moe_lab import specialize as study
@@ -271,8 +274,9 @@ def specialize(
     from moe_lab.train import Model
 
     model = Model.load(run, checkpoint)
-    listed = study.texts_of(texts) if texts else study.own_texts(model)
-    routed = study.collect(model, listed, model.token_losses(listed))
+    domains = study.texts_of(texts) if texts else study.own_texts(model)
+    listed = study.flat(domains)
+    routed = study.collect(model, domains, model.token_losses(listed))
     settings = frames.settings(run)
     shape = settings["model"]
     width, hidden = int(shape["hidden_size"]), int(shape["router"]["expert_hidden_size"])
@@ -284,7 +288,7 @@ def specialize(
     if subsets:
         more["subsets"] = some.losses(model, some.domains_of(model))
     paths = study.save(routed, Path(run) / "specialization", more)
-    told = study.information(routed).to_dicts()
+    told = study.every_information(routed).to_dicts()
     busy = more["products"].group_by("layer", maintain_order=True).first().select("layer", "utilisation")
     if as_json:
         tables = {name: table.to_dicts() for name, table in more.items() if name != "products"}
@@ -296,10 +300,11 @@ def specialize(
         return DONE
     print(f"{len(routed.tokens):,} tokens of {len(listed)} texts")
     for row in told:
-        print(
-            f"block {row['layer']}: {row['information']:.4f} nats about the class of a token, "
-            f"{row['shuffled']:.4f} by chance, p = {row['p']:.3f}"
-        )
+        if row["view"] in ("form", "domain"):
+            print(
+                f"block {row['layer']}: {row['information']:.4f} nats about the {row['view']} of a token, "
+                f"{row['shuffled']:.4f} by chance, p = {row['p']:.3f}"
+            )
     for layer, utilisation in busy.iter_rows():
         print(f"block {layer}: utilisation {utilisation:.3f} (mean rows of an expert over the most of one)")
     for name in ("saturation", "subsets"):
