@@ -18,7 +18,7 @@ GOLDEN = Path(__file__).with_name("golden.json")
 
 
 def golden_cases() -> list[Case]:
-    """One of each router, position and head mixture; the last one has experts without tokens."""
+    """One of each router, position and head mixture; the last but one has experts without tokens."""
     return [
         make_case("dense", "cope", "shared2"),
         make_case("top_p", "cope", "shared2"),
@@ -27,6 +27,7 @@ def golden_cases() -> list[Case]:
         make_case("top_k", "none", "shared2", kv=1),
         make_case("expert_choice", "learned", "plain"),
         make_case("top_k_raw", "cope", "shared2", window=5, documents=[[5, 16], [2, 13, 17]], k=1),
+        make_case("top_k_shared", "cope", "shared2"),
     ]
 
 

@@ -205,7 +205,8 @@ def route(logits: Tensor, router: Config, layer: int, margins: Margins) -> tuple
 def sparse_ffn(
     x: Tensor, w: Weights, prefix: str, router: Config, layer: int, margins: Margins
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y_t = sum over the chosen experts of weight · expert(x_t); also the router logits and the chosen experts."""
+    """y_t = sum over the chosen experts of weight · expert(x_t), plus each shared expert of every x_t (Dai 2401.06066);
+    also the router logits and the chosen experts."""
     logits = x @ w[prefix + "gate.weight"].T
     weights, chosen = route(logits, router, layer, margins)
     g = router["expert_hidden_size"]
@@ -213,6 +214,10 @@ def sparse_ffn(
     for e in range(router["num_experts"]):
         gate_up, down = w[prefix + "experts.gate_up_proj"][e], w[prefix + "experts.down_proj"][e]
         y = y + weights[:, e, None] * swiglu(x, gate_up[:g], gate_up[g:], down)
+    for s in range(router.get("shared", 0)):
+        gate, up, down = (w[f"{prefix}shared_experts.{name}_proj.weight"] for name in ("gate", "up", "down"))
+        own = slice(s * g, (s + 1) * g)
+        y = y + swiglu(x, gate[own], up[own], down[:, own])
     return y, logits, chosen
 
 

@@ -68,6 +68,9 @@ def parameter_shapes(model: Mapping[str, Any], vocab_size: int) -> dict[str, tup
             block["mlp.gate.weight"] = (experts, d)
             block["mlp.experts.gate_up_proj"] = (experts, 2 * g, d)
             block["mlp.experts.down_proj"] = (experts, d, g)
+            if f := g * router.get("shared", 0):
+                names = {"gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f)}
+                block |= {f"mlp.shared_experts.{name}.weight": shape for name, shape in names.items()}
         shapes |= {layer + name: shape for name, shape in block.items()}
     return dict(sorted(shapes.items()))
 
@@ -221,6 +224,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "top_k": {"kind": "top_k", "k": 2, "num_experts": 5, "expert_hidden_size": 6},
     "top_k_raw": {"kind": "top_k", "k": 2, "renormalize": False, "num_experts": 5, "expert_hidden_size": 6},
     "expert_choice": {"kind": "expert_choice", "k": 2, "num_experts": 5, "expert_hidden_size": 6},
+    "top_k_shared": {"kind": "top_k", "k": 2, "shared": 2, "num_experts": 5, "expert_hidden_size": 6},
 }
 POSITIONS: dict[str, dict[str, Any]] = {
     "cope": {"kind": "cope", "max": 4},

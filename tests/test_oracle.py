@@ -78,6 +78,8 @@ def standard_cases() -> Iterator[Case]:
     yield make_case("top_p", "rope", documents=FEW_TOKENS, p=0.05)
     yield make_case("top_p", p=1.0)  # every expert
     yield make_case("expert_choice", k=5)
+    yield make_case("expert_choice", shared=1)
+    yield make_case("top_p", shared=3)
 
 
 CASES = {f"{i:02d}-{case.name}": case for i, case in enumerate(standard_cases())}
@@ -154,7 +156,7 @@ def test_moe_lab_agrees_everywhere(router: str, position: str, tmp_path: Path) -
             assert not disagreements(answer, weights, outcome, grads, bar), f"{case.name} {engine} {dtype}"
 
 
-@pytest.mark.parametrize("name", ["dense", "top_p", "expert_choice"])
+@pytest.mark.parametrize("name", ["dense", "top_p", "expert_choice", "top_k_shared"])
 def test_moe_lab_agrees_on_its_own_initialisation(name: str, tmp_path: Path) -> None:
     case = make_case(name, heads="shared2")
     shapes = parameter_shapes(case.model, case.vocab_size)
@@ -395,6 +397,15 @@ def test_order_of_experts_does_not_matter() -> None:
     order = [3, 0, 4, 1, 2]
     permuted = {k: v[order] if ".mlp." in k else v for k, v in weights.items()}
     torch.testing.assert_close(logits_of(case, weights, DOCUMENT), logits_of(case, permuted, DOCUMENT))
+
+
+def test_shared_experts_alone_are_a_dense_layer() -> None:
+    """Their sum is one SwiGLU of their hidden rows, with weight 1 for every token."""
+    shared, dense = make_case("top_k_shared"), make_case("dense")
+    weights = random_weights(shared, 0)
+    weights |= {k: np.zeros_like(v) for k, v in weights.items() if ".experts.down_proj" in k}
+    renamed = {k.replace("mlp.shared_experts.", "mlp."): v for k, v in weights.items()}
+    torch.testing.assert_close(logits_of(shared, weights, DOCUMENT), logits_of(dense, renamed, DOCUMENT))
 
 
 def test_silent_projections_leave_the_embedding() -> None:

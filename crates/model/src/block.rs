@@ -28,9 +28,23 @@ pub(crate) struct Heads {
     pub(crate) active: usize,
 }
 
+/// What every token goes through: a dense feed-forward, or all shared experts in one.
+#[derive(Clone, Copy)]
+pub(crate) struct Swiglu {
+    pub(crate) gate: Param,
+    pub(crate) up: Param,
+    pub(crate) down: Param,
+}
+
+impl Swiglu {
+    fn run<'a, T: Real>(&self, tape: &mut Tape<'a, T>, x: &Value<T>) -> Value<T> {
+        swiglu(tape, x, self.gate, self.up, self.down)
+    }
+}
+
 #[derive(Clone)]
 pub(crate) enum FeedForward {
-    Dense { gate: Param, up: Param, down: Param },
+    Dense(Swiglu),
     Sparse { router: Param, threshold: Option<(Param, Param)>, gate_up: Param, down: Param },
 }
 
@@ -58,6 +72,8 @@ pub(crate) struct Block {
     pub(crate) heads: Option<Heads>,
     pub(crate) feed_forward_norm: Param,
     pub(crate) feed_forward: FeedForward,
+    /// The shared experts of a sparse block, all in one.
+    pub(crate) shared: Option<Swiglu>,
 }
 
 /// Keys and values of one layer for decoding, one row per past token that the layer took.
@@ -286,7 +302,7 @@ impl Block {
         mode: Mode,
     ) -> (Value<T>, Option<ExpertTrace<T>>) {
         let (router, threshold, gate_up, down) = match self.feed_forward {
-            FeedForward::Dense { gate, up, down } => return (swiglu(tape, x, gate, up, down), None),
+            FeedForward::Dense(dense) => return (dense.run(tape, x), None),
             FeedForward::Sparse { router, threshold, gate_up, down } => (router, threshold, gate_up, down),
         };
         let policy = policy.expect("a sparse block has a policy");
@@ -306,7 +322,11 @@ impl Block {
                 (weights_a, None, routing)
             }
         };
-        let y = experts(tape, x, &weights_a, &routing.assignments, gate_up, down);
+        let mut y = experts(tape, x, &weights_a, &routing.assignments, gate_up, down);
+        if let Some(shared) = self.shared {
+            let always = shared.run(tape, x);
+            y = add(tape, &always, &y);
+        }
         let documents = documents.clone();
         (y, Some(ExpertTrace { layer: self.index, scores_ne, weights_a, gates, routing, documents, taken: None }))
     }

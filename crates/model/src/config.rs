@@ -324,8 +324,9 @@ impl Model {
         let feed_forward = match self.router.experts() {
             None => f.checked_mul(d)?.checked_mul(3)?,
             Some(e) => {
-                let one = size(e.expert_hidden_size)?.checked_mul(3)?.checked_add(1)?.checked_mul(d)?;
-                size(e.num_experts)?.checked_mul(one)?
+                let one = size(e.expert_hidden_size)?.checked_mul(3)?.checked_mul(d)?;
+                let all = size(e.num_experts)?.checked_add(size(e.shared)?)?.checked_mul(one)?;
+                all.checked_add(size(e.num_experts)?.checked_mul(d)?)?
             }
         };
         let block = [projections, cope, mixture, feed_forward, d.checked_mul(2)?];
@@ -365,6 +366,19 @@ mod tests {
         model.position = Position { kind: PositionKind::Learned, max: 80 };
         let block = 98_304 + 49_152 + 1_280 + 256;
         assert_eq!(model.num_parameters(10), Some(3 * block + 128 + 10 * 128 + 10_240));
+    }
+
+    #[test]
+    fn shared_experts_count_and_too_many_of_them_are_refused() {
+        let router = |shared: u64| {
+            serde_json::from_str(&format!(r#"{{"kind": "top_k", "expert_hidden_size": 5, "shared": {shared}}}"#))
+                .unwrap()
+        };
+        let count = |shared| Model { router: router(shared), ..Model::default() }.num_parameters(10).unwrap();
+        assert_eq!(count(2) - count(0), 3 * 2 * 3 * 5 * 128);
+        for shared in [1 << 40, u64::MAX] {
+            assert_eq!(keys(|m| m.router = router(shared)), ["hidden_size"]);
+        }
     }
 
     #[test]
@@ -417,6 +431,7 @@ mod tests {
             renormalize: false,
             num_experts: 8,
             expert_hidden_size: 64,
+            shared: 0,
             frozen: false,
             init_std: 0.1,
         };

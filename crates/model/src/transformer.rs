@@ -4,7 +4,7 @@
 //! n tokens of all documents of a batch one after the other (ragged, no padding), d width, h heads, e experts, v vocabulary.
 
 use crate::block::Pass;
-pub(crate) use crate::block::{Block, Depth, FeedForward, Heads};
+pub(crate) use crate::block::{Block, Depth, FeedForward, Heads, Swiglu};
 pub use crate::block::{DepthTrace, ExpertTrace, HeadTrace, LayerCache, WindowTrace};
 use crate::config::{Model, PositionKind};
 pub use crate::input::{Documents, Watch, unwatched};
@@ -78,11 +78,7 @@ fn tensors(config: &Model, vocab_size: usize) -> Vec<(String, Vec<usize>, bool)>
         }
         tensor(layer("post_attention_layernorm.weight"), &[d], true);
         match config.router.experts() {
-            None => {
-                tensor(layer("mlp.gate_proj.weight"), &[f, d], true);
-                tensor(layer("mlp.up_proj.weight"), &[f, d], true);
-                tensor(layer("mlp.down_proj.weight"), &[d, f], true);
-            }
+            None => swiglu(d, f).for_each(|(part, shape)| tensor(layer(&format!("mlp.{part}")), &shape, true)),
             Some(e) => {
                 tensor(layer("mlp.gate.weight"), &[e.num_experts, d], !e.frozen);
                 if matches!(config.router, moe_router::Config::LearnedP { .. }) {
@@ -91,6 +87,10 @@ fn tensors(config: &Model, vocab_size: usize) -> Vec<(String, Vec<usize>, bool)>
                 }
                 tensor(layer("mlp.experts.gate_up_proj"), &[e.num_experts, 2 * e.expert_hidden_size, d], true);
                 tensor(layer("mlp.experts.down_proj"), &[e.num_experts, d, e.expert_hidden_size], true);
+                if e.shared > 0 {
+                    let shared = swiglu(d, e.shared_width());
+                    shared.for_each(|(part, shape)| tensor(layer(&format!("mlp.shared_experts.{part}")), &shape, true));
+                }
             }
         }
     }
@@ -99,6 +99,11 @@ fn tensors(config: &Model, vocab_size: usize) -> Vec<(String, Vec<usize>, bool)>
         tensor("lm_head.weight".into(), &[vocab_size, d], true);
     }
     list
+}
+
+/// Names and shapes of a SwiGLU of hidden width f. As in DeepSeek's files, all shared experts of a layer are one of these.
+fn swiglu(d: usize, f: usize) -> impl Iterator<Item = (&'static str, [usize; 2])> {
+    [("gate_proj.weight", [f, d]), ("up_proj.weight", [f, d]), ("down_proj.weight", [d, f])].into_iter()
 }
 
 /// The numbers that the model runs on. Its passes are compiled here, once for each, and not again in every crate that calls them.
@@ -143,6 +148,11 @@ impl Transformer {
         let get = |name: &str| layout.get(name).expect("`tensors` lists every parameter of the page");
         let block = |i: usize| {
             let layer = |part: &str| get(&format!("model.layers.{i}.{part}"));
+            let swiglu = |part: &str| Swiglu {
+                gate: layer(&format!("{part}.gate_proj.weight")),
+                up: layer(&format!("{part}.up_proj.weight")),
+                down: layer(&format!("{part}.down_proj.weight")),
+            };
             Block {
                 index: i,
                 epsilon: config.rms_norm_eps,
@@ -173,11 +183,7 @@ impl Transformer {
                 }),
                 feed_forward_norm: layer("post_attention_layernorm.weight"),
                 feed_forward: match config.router.experts() {
-                    None => FeedForward::Dense {
-                        gate: layer("mlp.gate_proj.weight"),
-                        up: layer("mlp.up_proj.weight"),
-                        down: layer("mlp.down_proj.weight"),
-                    },
+                    None => FeedForward::Dense(swiglu("mlp")),
                     Some(_) => FeedForward::Sparse {
                         router: layer("mlp.gate.weight"),
                         threshold: layout
@@ -187,6 +193,11 @@ impl Transformer {
                         down: layer("mlp.experts.down_proj"),
                     },
                 },
+                shared: config
+                    .router
+                    .experts()
+                    .filter(|experts| experts.shared > 0)
+                    .map(|_| swiglu("mlp.shared_experts")),
             }
         };
         let embedding = get("model.embed_tokens.weight");
@@ -237,7 +248,7 @@ impl Transformer {
         (0..self.config.num_layers).filter_map(|i| Policy::new(&self.config.router, i)).collect()
     }
 
-    /// Parameters that one token uses on average when `experts_per_token` experts are active in each sparse layer.
+    /// Parameters that one token uses on average when `experts_per_token` routed experts are active in each sparse layer; shared ones always are.
     pub fn active_params(&self, experts_per_token: f64) -> f64 {
         let dense =
             self.layout.iter().filter(|(name, _)| !name.contains(".experts.")).map(|(_, p)| p.len()).sum::<usize>();

@@ -15,6 +15,7 @@ const VOCABULARY: usize = 17;
 fn router(kind: &str) -> Config {
     serde_json::from_str(&match kind {
         "dense" => r#"{"kind": "dense"}"#.to_owned(),
+        "shared" => r#"{"kind": "top_k", "num_experts": 4, "expert_hidden_size": 24, "shared": 2}"#.to_owned(),
         _ => format!(r#"{{"kind": "{kind}", "num_experts": 4, "expert_hidden_size": 24, "init_std": 0.3}}"#),
     })
     .unwrap()
@@ -83,7 +84,7 @@ fn step(model: &Transformer, checkpoints: bool, threads: usize) -> ((u32, Vec<u3
 
 #[test]
 fn gradients_and_watched_norms_are_the_same_bits_in_less_memory() {
-    for kind in ["dense", "top_p", "top_k", "learned_p", "expert_choice"] {
+    for kind in ["dense", "top_p", "top_k", "learned_p", "expert_choice", "shared"] {
         for (position, mixture, capacity) in [
             (PositionKind::Cope, true, 1.0),
             (PositionKind::Rope, false, 1.0),

@@ -17,8 +17,10 @@ use tensor::{Arena, Engine, Precision, Tape, Value};
 const VOCABULARY: usize = 13;
 const WIDTH: usize = 24;
 
+/// Routed experts and a shared one.
 fn sparse() -> Config {
-    serde_json::from_str(r#"{"kind": "top_p", "num_experts": 4, "expert_hidden_size": 6, "init_std": 0.5}"#).unwrap()
+    let text = r#"{"kind": "top_p", "num_experts": 4, "expert_hidden_size": 6, "shared": 1, "init_std": 0.5}"#;
+    serde_json::from_str(text).unwrap()
 }
 
 fn model(kind: PositionKind, router: Config, depths: Depths) -> Transformer {

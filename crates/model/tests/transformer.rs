@@ -19,17 +19,31 @@ fn top_p() -> Config {
         renormalize: false,
         num_experts: 4,
         expert_hidden_size: 6,
+        shared: 0,
         frozen: false,
         init_std: 0.5,
     }
 }
 
+/// Two routed experts a token beside `shared` ones.
+fn beside(shared: usize) -> Config {
+    let sizes = r#""num_experts": 4, "expert_hidden_size": 6, "init_std": 0.5"#;
+    serde_json::from_str(&format!(r#"{{"kind": "top_k", "shared": {shared}, {sizes}}}"#)).unwrap()
+}
+
 fn learned_p() -> Config {
-    Config::LearnedP { temperature: 0.1, num_experts: 4, expert_hidden_size: 6, frozen: false, init_std: 0.5 }
+    Config::LearnedP {
+        temperature: 0.1,
+        num_experts: 4,
+        expert_hidden_size: 6,
+        shared: 0,
+        frozen: false,
+        init_std: 0.5,
+    }
 }
 
 fn forced() -> Config {
-    Config::Forced { k: 2, num_experts: 4, expert_hidden_size: 6, frozen: false, init_std: 0.5 }
+    Config::Forced { k: 2, num_experts: 4, expert_hidden_size: 6, shared: 0, frozen: false, init_std: 0.5 }
 }
 
 fn config(kind: PositionKind, mixture: bool, router: Config) -> Model {
@@ -57,7 +71,7 @@ fn all() -> Vec<Transformer> {
     let mut models = Vec::new();
     for kind in kinds() {
         for mixture in [false, true] {
-            for router in [Config::Dense {}, top_p(), learned_p()] {
+            for router in [Config::Dense {}, top_p(), learned_p(), beside(2)] {
                 models.push(Transformer::new(&config(kind, mixture, router), VOCABULARY));
             }
         }
@@ -262,4 +276,82 @@ fn models_that_share_a_tensor_start_with_the_same_bytes_in_it() {
     let gate = sparse.layout.get("model.layers.0.mlp.gate.weight").unwrap().range(0);
     let std = (b[gate.clone()].iter().map(|x| f64::from(x * x)).sum::<f64>() / gate.len() as f64).sqrt();
     assert!((std - 0.5).abs() < 0.05, "{std}");
+}
+
+/// The numbers of `from` for every tensor that `to` has too, by its name there; zeros for the others.
+fn carried(from: &Transformer, numbers: &[f64], to: &Transformer, name_there: impl Fn(&str) -> String) -> Vec<f64> {
+    let mut carried = vec![0.0; to.layout.len()];
+    for (name, p) in to.layout.iter() {
+        if let Some(there) = from.layout.get(&name_there(name)) {
+            (0..p.count).for_each(|m| carried[p.range(m)].copy_from_slice(&numbers[there.range(m)]));
+        }
+    }
+    carried
+}
+
+#[test]
+fn without_routed_experts_the_shared_ones_are_a_dense_layer_and_without_them_the_routed_ones_are_left() {
+    let shared = Transformer::new(&config(PositionKind::Rope, true, beside(2)), VOCABULARY);
+    let silenced = |part: &str| {
+        let mut params = params(&shared);
+        for (_, p) in shared.layout.iter().filter(|(name, _)| name.contains(part) && name.contains("down_proj")) {
+            (0..p.count).for_each(|m| params[p.range(m)].fill(0.0));
+        }
+        params
+    };
+    let mut dense = config(PositionKind::Rope, true, Config::Dense {});
+    dense.intermediate_size = 2 * 6;
+    let dense = Transformer::new(&dense, VOCABULARY);
+    let routed = Transformer::new(&config(PositionKind::Rope, true, beside(0)), VOCABULARY);
+    let under_mlp = |name: &str| name.replace(".mlp.", ".mlp.shared_experts.");
+    for engine in [Engine::Cpu, Engine::Reference] {
+        let same = |numbers: &[f64], other: &Transformer, name_there: &dyn Fn(&str) -> String| {
+            let (_, _, ours) = loss_and_gradient::<f64>(&shared, numbers, engine);
+            let (_, _, theirs) = loss_and_gradient::<f64>(other, &carried(&shared, numbers, other, name_there), engine);
+            ours.iter().zip(&theirs).all(|(a, b)| (a - b).abs() < 1e-12)
+        };
+        assert!(same(&silenced(".experts."), &dense, &under_mlp), "{engine:?}: weight 1 for every token");
+        assert!(same(&silenced(".shared_experts."), &routed, &str::to_owned), "{engine:?}");
+        assert!(!same(&params(&shared), &routed, &str::to_owned), "{engine:?}: they have an effect");
+    }
+}
+
+#[test]
+fn shared_experts_are_counted_and_are_no_part_of_the_routing() {
+    let at = |shared| Transformer::new(&config(PositionKind::Cope, true, beside(shared)), VOCABULARY);
+    let [plain, shared] = [0, 2].map(at);
+    let added = 2 * 2 * 3 * 6 * 24; // layers, experts, matrices
+    assert_eq!(shared.layout.count(), plain.layout.count() + added);
+    assert_eq!(shared.layout.count() as u64, shared.config.num_parameters(VOCABULARY).unwrap());
+    assert_eq!(shared.active_params(2.0), plain.active_params(2.0) + added as f64);
+    let (params, arena) = (params(&shared), Arena::default());
+    let mut tape = Tape::inference(Engine::Cpu, &params, &arena);
+    let (documents, policies) = (documents().0, shared.policies());
+    let output = shared.forward(&mut tape, &documents, &policies, Mode::Train, Context::Documents, unwatched());
+    for trace in &output.experts {
+        assert_eq!((trace.scores_ne.width(), trace.routing.num_ids), (4, 4));
+        assert!((0..11).all(|t| trace.routing.row(t).len() == 2), "k routed experts a token, and no others");
+    }
+}
+
+#[test]
+fn without_shared_experts_the_layout_is_what_it_was_and_with_them_all_else_starts_alike() {
+    let at = |shared| Transformer::new(&config(PositionKind::Cope, true, beside(shared)), VOCABULARY);
+    let [plain, shared] = [0, 2].map(at);
+    let new: Vec<&str> =
+        shared.layout.iter().map(|(name, _)| name).filter(|name| plain.layout.get(name).is_none()).collect();
+    let first = ["down", "gate", "up"].map(|part| format!("model.layers.0.mlp.shared_experts.{part}_proj.weight"));
+    assert!(new.len() == 6 && new[..3] == first, "{new:?}");
+    let (a, b) = (plain.initialise(1), shared.initialise(1));
+    for (name, p) in plain.layout.iter() {
+        let there = shared.layout.get(name).unwrap();
+        assert!((0..p.count).all(|m| a[p.range(m)] == b[there.range(m)]), "{name}");
+    }
+    // Like a dense SwiGLU of their width: fan-in 24 above, 2 * 6 below.
+    for (part, fan_in) in [("gate", 24.0), ("down", 12.0)] {
+        let name = format!("model.layers.1.mlp.shared_experts.{part}_proj.weight");
+        let numbers = &b[shared.layout.get(&name).unwrap().range(0)];
+        let variance = numbers.iter().map(|x| f64::from(x * x)).sum::<f64>() / numbers.len() as f64;
+        assert!((variance * fan_in / 2.0 - 1.0).abs() < 0.3, "{name}: {variance}");
+    }
 }

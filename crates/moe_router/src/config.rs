@@ -85,6 +85,10 @@ pub enum Config {
         /// Hidden width of each expert.
         #[serde(default = "expert_hidden_size")]
         expert_hidden_size: usize,
+        /// Shared experts, each `expert_hidden_size` wide: every token takes all of them with weight 1, outside the routing; 0 = none (DeepSeekMoE,
+        /// Dai et al. 2024, arXiv 2401.06066).
+        #[serde(default)]
+        shared: usize,
         /// Keep the router weights at their initial values (a control: what does a random router reach?).
         #[serde(default)]
         frozen: bool,
@@ -104,6 +108,10 @@ pub enum Config {
         /// Hidden width of each expert.
         #[serde(default = "expert_hidden_size")]
         expert_hidden_size: usize,
+        /// Shared experts, each `expert_hidden_size` wide: every token takes all of them with weight 1, outside the routing; 0 = none (DeepSeekMoE,
+        /// Dai et al. 2024, arXiv 2401.06066).
+        #[serde(default)]
+        shared: usize,
         /// Keep the router weights at their initial values; the threshold still learns.
         #[serde(default)]
         frozen: bool,
@@ -129,6 +137,10 @@ pub enum Config {
         /// Hidden width of each expert.
         #[serde(default = "expert_hidden_size")]
         expert_hidden_size: usize,
+        /// Shared experts, each `expert_hidden_size` wide: every token takes all of them with weight 1, outside the routing; 0 = none (DeepSeekMoE,
+        /// Dai et al. 2024, arXiv 2401.06066).
+        #[serde(default)]
+        shared: usize,
         /// Keep the router weights at their initial values.
         #[serde(default)]
         frozen: bool,
@@ -148,6 +160,10 @@ pub enum Config {
         /// Hidden width of each expert.
         #[serde(default = "expert_hidden_size")]
         expert_hidden_size: usize,
+        /// Shared experts, each `expert_hidden_size` wide: every token takes all of them with weight 1, outside the routing; 0 = none (DeepSeekMoE,
+        /// Dai et al. 2024, arXiv 2401.06066).
+        #[serde(default)]
+        shared: usize,
         /// Keep the router weights at their initial values.
         #[serde(default)]
         frozen: bool,
@@ -167,6 +183,10 @@ pub enum Config {
         /// Hidden width of each expert.
         #[serde(default = "expert_hidden_size")]
         expert_hidden_size: usize,
+        /// Shared experts, each `expert_hidden_size` wide: every token takes all of them with weight 1, outside the routing; 0 = none (DeepSeekMoE,
+        /// Dai et al. 2024, arXiv 2401.06066).
+        #[serde(default)]
+        shared: usize,
         /// Keep the router weights at their initial values.
         #[serde(default)]
         frozen: bool,
@@ -187,8 +207,16 @@ impl Default for Config {
 pub struct Experts {
     pub num_experts: usize,
     pub expert_hidden_size: usize,
+    pub shared: usize,
     pub frozen: bool,
     pub init_std: f64,
+}
+
+impl Experts {
+    /// Hidden width of all shared experts together: the sum of several SwiGLU is one SwiGLU with their hidden rows side by side.
+    pub fn shared_width(&self) -> usize {
+        self.shared.saturating_mul(self.expert_hidden_size)
+    }
 }
 
 impl Config {
@@ -196,12 +224,12 @@ impl Config {
     pub fn experts(&self) -> Option<Experts> {
         match *self {
             Config::Dense {} => None,
-            Config::TopP { num_experts, expert_hidden_size, frozen, init_std, .. }
-            | Config::LearnedP { num_experts, expert_hidden_size, frozen, init_std, .. }
-            | Config::TopK { num_experts, expert_hidden_size, frozen, init_std, .. }
-            | Config::ExpertChoice { num_experts, expert_hidden_size, frozen, init_std, .. }
-            | Config::Forced { num_experts, expert_hidden_size, frozen, init_std, .. } => {
-                Some(Experts { num_experts, expert_hidden_size, frozen, init_std })
+            Config::TopP { num_experts, expert_hidden_size, shared, frozen, init_std, .. }
+            | Config::LearnedP { num_experts, expert_hidden_size, shared, frozen, init_std, .. }
+            | Config::TopK { num_experts, expert_hidden_size, shared, frozen, init_std, .. }
+            | Config::ExpertChoice { num_experts, expert_hidden_size, shared, frozen, init_std, .. }
+            | Config::Forced { num_experts, expert_hidden_size, shared, frozen, init_std, .. } => {
+                Some(Experts { num_experts, expert_hidden_size, shared, frozen, init_std })
             }
         }
     }
@@ -299,11 +327,22 @@ mod tests {
             r#"{"kind":"top_p","target":1.5}"#,
             r#"{"kind":"learned_p","temperature":0.1}"#,
             r#"{"kind":"expert_choice","k":2.5}"#,
-            r#"{"kind":"forced","k":3}"#,
+            r#"{"kind":"forced","k":3,"shared":2}"#,
         ] {
             let config = parse(text).unwrap();
             assert_eq!(parse(&serde_json::to_string(&config).unwrap()).unwrap(), config);
         }
+    }
+
+    #[test]
+    fn every_sparse_kind_may_have_shared_experts_and_has_none_unless_told() {
+        let width = |text: &str| parse(text).unwrap().experts().unwrap().shared_width();
+        for kind in ["top_p", "learned_p", "top_k", "expert_choice", "forced"] {
+            assert_eq!(width(&format!(r#"{{"kind":"{kind}"}}"#)), 0);
+            assert_eq!(width(&format!(r#"{{"kind":"{kind}","shared":3,"expert_hidden_size":5}}"#)), 15);
+        }
+        assert_eq!(width(&format!(r#"{{"kind":"top_k","shared":{}}}"#, u64::MAX)), usize::MAX);
+        assert!(parse(r#"{"kind":"dense","shared":1}"#).unwrap_err().contains("unknown"));
     }
 
     #[test]
@@ -346,6 +385,7 @@ mod tests {
             renormalize: false,
             num_experts: 8,
             expert_hidden_size: 1,
+            shared: 0,
             frozen: false,
             init_std: 0.1,
         };

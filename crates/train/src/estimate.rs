@@ -92,8 +92,8 @@ fn activations(run: &Run, checkpoints: bool, vocab: usize, n: f64, score_std: f6
         None => (model.intermediate_size as f64, 0.0),
         Some(e) => {
             let active = experts_per_token(run, e.num_experts, score_std);
-            let passing = active * e.expert_hidden_size as f64;
-            (passing, 4.0 * active * d + passing + 2.0 * e.num_experts as f64)
+            let routed = active * e.expert_hidden_size as f64;
+            (routed + e.shared_width() as f64, 4.0 * active * d + routed + 2.0 * e.num_experts as f64)
         }
     };
     let scores = model.router.experts().map_or(0.0, |e| e.num_experts as f64) + model.heads.routed as f64;
@@ -275,6 +275,21 @@ mod tests {
         assert_eq!(mean(r#"{"kind": "top_p", "p": 0.4, "num_experts": 4}"#, 1e-9), 2.0, "uniform scores");
         let sure = mean(r#"{"kind": "top_p", "p": 0.4}"#, 50.0);
         assert!((1.0..1.2).contains(&sure), "{sure}");
+    }
+
+    #[test]
+    fn shared_experts_take_what_a_dense_layer_of_their_width_takes_more() {
+        let memory = |router: &str, width: usize| {
+            let mut run = Run::default();
+            run.model.router = serde_json::from_str(router).unwrap();
+            run.model.intermediate_size = width;
+            Memory::new(&run, 1000, 640, 0.0)
+        };
+        let [plain, shared] = [0, 3].map(|shared| memory(&format!(r#"{{"kind": "top_k", "shared": {shared}}}"#), 256));
+        let [narrow, wide] = [256, 256 + 3 * 64].map(|width| memory(r#"{"kind": "dense"}"#, width));
+        assert_eq!(shared.activations - plain.activations, wide.activations - narrow.activations);
+        assert_eq!(shared.params - plain.params, wide.params - narrow.params);
+        assert!(shared.params > plain.params && shared.activations > plain.activations);
     }
 
     #[test]

@@ -4,8 +4,8 @@
 use model::config::{Model, PositionKind};
 use moe_router::depths::taken;
 
-/// Products of one step on documents with these offsets when a token uses `experts_per_token` experts of a sparse layer on average. Windows count as wide as
-/// they may become. Routed blocks take the share of the tokens that training gives them.
+/// Products of one step on documents with these offsets when a token uses `experts_per_token` routed experts of a sparse layer on average, and every shared
+/// one. Windows count as wide as they may become. Routed blocks take the share of the tokens that training gives them.
 pub fn step(model: &Model, vocab: usize, offsets_b1: &[usize], experts_per_token: f64) -> f64 {
     3.0 * forward(model, vocab, offsets_b1, experts_per_token)
 }
@@ -27,7 +27,10 @@ fn forward(model: &Model, vocab: usize, offsets_b1: &[usize], experts_per_token:
     };
     let feed_forward = match model.router.experts() {
         None => 3.0 * d * model.intermediate_size as f64,
-        Some(e) => d * (e.num_experts as f64 + 3.0 * experts_per_token * e.expert_hidden_size as f64),
+        Some(e) => {
+            let hidden = experts_per_token * e.expert_hidden_size as f64 + e.shared_width() as f64;
+            d * (e.num_experts as f64 + 3.0 * hidden)
+        }
     };
     let lengths = || offsets_b1.windows(2).map(|w| w[1] - w[0]);
     // A block that is given so many tokens of each document.
@@ -79,6 +82,11 @@ mod tests {
         model.position.max = 7;
         let layer =
             5.0 * 8.0 * (24.0 + 6.0) + 3.0 * 2.0 * (2.0 * 9.0 + 5.0 * 8.0) + 5.0 * 8.0 * (4.0 + 3.0 * 1.5 * 6.0);
+        assert_eq!(step(&model, 10, &[0, 3, 5], 1.5), 6.0 * (2.0 * layer + 5.0 * 8.0 * 10.0));
+        // Two shared experts are two experts more for each of the 5 tokens.
+        let shared = r#"{"kind": "top_p", "num_experts": 4, "expert_hidden_size": 6, "shared": 2}"#;
+        model.router = serde_json::from_str(shared).unwrap();
+        let layer = layer + 5.0 * 8.0 * 3.0 * 2.0 * 6.0;
         assert_eq!(step(&model, 10, &[0, 3, 5], 1.5), 6.0 * (2.0 * layer + 5.0 * 8.0 * 10.0));
     }
 }

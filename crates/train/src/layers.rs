@@ -61,7 +61,7 @@ pub fn shape(name: &str, param: Param) -> Vec<usize> {
 }
 
 /// Which flat layer every parameter belongs to: 0 embedding (and learned positions); 1 + 4i attention of block i (and its choice of tokens), 2 + 4i its norm,
-/// 3 + 4i feed-forward (dense, or router and experts), 4 + 4i its norm; 4L + 1 final norm; 4L + 2 output projection (empty when tied).
+/// 3 + 4i feed-forward (dense, or router and experts, shared ones too), 4 + 4i its norm; 4L + 1 final norm; 4L + 2 output projection (empty when tied).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FlatLayers {
     layout: Layout,
@@ -210,6 +210,7 @@ mod tests {
                 ("mlp.gate.weight", vec![2, 3]),
                 ("mlp.experts.gate_up_proj", vec![2, 4, 3]),
                 ("mlp.experts.down_proj", vec![2, 3, 2]),
+                ("mlp.shared_experts.down_proj.weight", vec![3, 4]),
             ] {
                 tensors.push((format!("model.layers.{i}.{name}"), shape, true));
             }
@@ -235,6 +236,7 @@ mod tests {
             assert_eq!(of(&format!("model.layers.{i}.input_layernorm.weight")), 2 + 4 * i);
             assert_eq!(of(&format!("model.layers.{i}.mlp.gate.weight")), 3 + 4 * i);
             assert_eq!(of(&format!("model.layers.{i}.mlp.experts.down_proj")), 3 + 4 * i);
+            assert_eq!(of(&format!("model.layers.{i}.mlp.shared_experts.down_proj.weight")), 3 + 4 * i);
             assert_eq!(of(&format!("model.layers.{i}.post_attention_layernorm.weight")), 4 + 4 * i);
         }
         assert_eq!((of("model.norm.weight"), of("lm_head.weight")), (13, 14));
@@ -256,6 +258,7 @@ mod tests {
         assert_eq!(of("model.layers.0.input_layernorm.weight"), [3]);
         assert_eq!(of("model.layers.0.self_attn.heads.shared.weight"), [1, 3]);
         assert_eq!(of("model.layers.0.mlp.experts.down_proj"), [2, 3, 2]);
+        assert_eq!(of("model.layers.0.mlp.shared_experts.down_proj.weight"), [3, 4]);
         let one = Layout::new([("model.layers.0.mlp.experts.down_proj".to_owned(), vec![1, 3, 2], true)]);
         let (name, param) = one.iter().next().unwrap();
         assert_eq!(shape(name, param), [1, 3, 2]);

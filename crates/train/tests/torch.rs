@@ -78,12 +78,13 @@ fn sorted(row: &[u32]) -> Vec<u32> {
 
 const HEADS: [&str; 3] =
     ["shared = 2, routed = 4, active = 2", "shared = 0, routed = 0, active = 0", "shared = 0, routed = 6, active = 3"];
-const ROUTERS: [&str; 5] = [
+const ROUTERS: [&str; 6] = [
     "kind = 'dense'",
     "kind = 'top_p', p = 0.5, num_experts = 5, expert_hidden_size = 6, init_std = 0.3", // widths no grouped product takes
     "kind = 'top_p', p = 0.4, num_experts = 4, expert_hidden_size = 16, init_std = 0.3, renormalize = true",
     "kind = 'top_k', k = 2, num_experts = 4, expert_hidden_size = 16, init_std = 0.3",
     "kind = 'top_p', p = 1.0, num_experts = 3, expert_hidden_size = 8",
+    "kind = 'top_k', k = 1, num_experts = 4, expert_hidden_size = 16, shared = 2, init_std = 0.3",
 ];
 const POSITIONS: [&str; 4] = ["kind = 'cope', max = 4", "kind = 'rope'", "kind = 'none'", "kind = 'learned', max = 16"];
 
@@ -143,7 +144,7 @@ fn bf16_keeps_loss_and_direction() {
             let file = run_file(
                 position,
                 HEADS[0],
-                "kind = 'top_p', p = 1.0, num_experts = 4, expert_hidden_size = 16",
+                "kind = 'top_p', p = 1.0, num_experts = 4, expert_hidden_size = 16, shared = 1",
                 "num_kv_heads = 2\n",
             );
             let (ours, theirs) = (pass(&file, &DOCUMENTS, engine, "bf16"), pass(&file, &DOCUMENTS, "cpu", "f32"));

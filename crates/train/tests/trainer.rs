@@ -102,7 +102,7 @@ fn a_killed_run_ends_with_the_bytes_of_one_that_never_stopped() {
         &["model.router={kind='top_k', k=2, num_experts=4, expert_hidden_size=6}", "data.val_fraction=0.34"],
         &["model.router={kind='expert_choice', k=1.5, num_experts=4, expert_hidden_size=6}"],
         &[
-            "model.router={kind='top_p', bias_rate=0.05, target=2.5, num_experts=4, expert_hidden_size=6}",
+            "model.router={kind='top_p', bias_rate=0.05, target=2.5, num_experts=4, expert_hidden_size=6, shared=2}",
             "train.optimizer=muon",
             "train.schedule=sgdr",
             "train.restart_every=2",
@@ -130,7 +130,7 @@ fn a_killed_run_ends_with_the_bytes_of_one_that_never_stopped() {
             "monitor.cooldown=3",
         ],
         &[
-            "model.router={kind='top_p', p=0.4, num_experts=4, expert_hidden_size=6}",
+            "model.router={kind='top_p', p=0.4, num_experts=4, expert_hidden_size=6, shared=1}",
             "model.depths={capacity=0.5, every=2}",
             "model.adaptive_window={kind='token', min=2, max=8, block=2}",
             "train.activation_checkpointing=true",

@@ -10,7 +10,7 @@ mod documents;
 mod experts;
 mod heads;
 
-use crate::transformer::{Block, Documents, FeedForward, Transformer};
+use crate::transformer::{Block, Documents, FeedForward, Swiglu, Transformer};
 use documents::Ragged;
 use experts::Routed;
 use moe_router::{Policy, Routing};
@@ -207,18 +207,17 @@ impl<'s> Step<'s> {
         let middle = x.f_add(&graph.linear(&attended, block.output)?)?;
         let below = std::mem::replace(&mut normed, graph.rms_norm(&middle, block.feed_forward_norm, epsilon)?);
         let fed = match block.feed_forward {
-            FeedForward::Dense { gate, up, down } => {
-                let x = normed.f_to_kind(self.flat.product())?;
-                let hidden = graph.linear(&x, gate)?.f_silu()?.f_mul(&graph.linear(&x, up)?)?;
-                graph.linear(&hidden, down)?
-            }
+            FeedForward::Dense(weights) => swiglu(&mut graph, &normed, weights)?,
             FeedForward::Sparse { router, gate_up, down, .. } => {
                 let routed = Routed::new(&mut graph, &self.policies[i], &normed, router)?;
                 for (name, coefficient, value) in routed.losses(self.coefficients)? {
                     measured.auxiliary.push((name, i, value.f_detach()?));
                     weigh(&mut scalars, coefficient, &value)?;
                 }
-                let y = routed.experts(&mut graph, &normed, gate_up, down)?;
+                let mut y = routed.experts(&mut graph, &normed, gate_up, down)?;
+                if let Some(weights) = block.shared {
+                    y = y.f_add(&swiglu(&mut graph, &normed, weights)?)?;
+                }
                 measured.routed.push((i, routed.scores_ne.f_detach()?, routed.chosen_ne));
                 y
             }
@@ -226,6 +225,13 @@ impl<'s> Step<'s> {
         let output = middle.f_add(&fed)?;
         Ok(Done { graph, watched: [x, below, middle, normed], output, scalars, cut })
     }
+}
+
+/// W_down (silu(W_gate x) * W_up x).
+fn swiglu(graph: &mut Graph<'_>, x: &Tensor, weights: Swiglu) -> Result<Tensor> {
+    let x = x.f_to_kind(graph.flat().product())?;
+    let hidden = graph.linear(&x, weights.gate)?.f_silu()?.f_mul(&graph.linear(&x, weights.up)?)?;
+    graph.linear(&hidden, weights.down)
 }
 
 /// Adds coefficient · value to the losses of a block; a loss without weight is measured and not differentiated.

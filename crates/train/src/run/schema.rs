@@ -7,7 +7,7 @@ use std::sync::OnceLock;
 use toml::{Table, Value};
 
 /// Names that other programs use, as hints only.
-const ALIASES: [(&str, &str); 12] = [
+const ALIASES: [(&str, &str); 13] = [
     ("lr", "learning_rate"),
     ("d_model", "hidden_size"),
     ("n_layer", "num_layers"),
@@ -16,6 +16,7 @@ const ALIASES: [(&str, &str); 12] = [
     ("num_attention_heads", "num_heads"),
     ("num_key_value_heads", "num_kv_heads"),
     ("moe_intermediate_size", "expert_hidden_size"),
+    ("n_shared_experts", "shared"),
     ("top_p", "p"),
     ("top_k", "k"),
     ("grad_clip", "clip"),

@@ -61,6 +61,18 @@ fn the_standard_runs_hold_what_their_stages_say() {
 }
 
 #[test]
+fn a_run_written_before_there_were_shared_experts_is_the_run_it_was() {
+    let run = Run::load("stage1", &[]).unwrap();
+    let written = run.to_toml();
+    assert!(written.contains("\nshared = 0\n"), "{written}");
+    assert_eq!(good(&written.replace("\nshared = 0\n", "\n"), &[]), run);
+    let changed = Run::diff(&run, &Run::load("stage1", &sets(&["model.router.shared=2"])).unwrap());
+    assert_eq!(changed, [row("model.router.shared", "0", "2")]);
+    let dense = error("model.router = { kind = \"dense\", shared = 1 }", &[]);
+    assert!(dense.starts_with("model.router.shared = 1: does not belong to kind = \"dense\""), "{dense}");
+}
+
+#[test]
 fn the_shipped_text_is_named_from_any_folder() {
     let run = Run::load("text", &[]).unwrap();
     assert_eq!(run.data.text.as_deref(), Some(Path::new("tinyshakespeare")));
@@ -165,6 +177,7 @@ fn the_nearest_key_is_named_across_sections() {
         ("eval.evry", "eval.every"),
         ("checkpoint.evry", "checkpoint.every"),
         ("model.router.num_expert", "model.router.num_experts"),
+        ("model.router.n_shared_experts", "model.router.shared"),
     ] {
         let found = error("", &[&format!("{wrong}=1")]);
         assert!(found.ends_with(&format!("did you mean {nearest}?")), "{wrong}: {found}");
@@ -239,6 +252,7 @@ fn every_range_is_checked() {
         ("model.router={kind='top_p',p=1.5}", "model.router.p"),
         ("model.router={kind='top_p',p=[0.4]}", "model.router.p"),
         ("model.router={kind='top_k',k=9}", "model.router.k"),
+        ("model.router={kind='top_k',shared=1_000_000_000_000}", "model.hidden_size"),
         ("train.learning_rate=-1e-4", "train.learning_rate"),
         ("train.batch_size=0", "train.batch_size"),
         ("train.batch_size=1_000_000_000", "train.batch_size"),
