@@ -120,6 +120,25 @@ def test_a_bad_command_is_refused_in_one_sentence(tmp_path: Path, arguments: lis
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("verb", ["resume", "reproduce", "table", "gate", "report", "watch", "eval", "specialize"])
+def test_a_run_of_a_newer_program_is_refused_in_one_sentence(tmp_path: Path, verb: str) -> None:
+    run = write(tmp_path / "run", Story(epochs=1, trained=1))
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**record, "format": 2, "results": "elsewhere"}))
+    sentence = "run.json was written by a newer moe_lab (format 2, this one reads 1): update moe_lab"
+    assert refused(verb, str(run)).endswith(sentence)
+    listed = json.loads(cli("runs", str(tmp_path), "--json").stdout)["runs"]
+    assert [entry["status"] for entry in listed] == ["of a newer moe_lab"]
+
+
+@pytest.mark.parametrize("name", ["stage.json", "roadmap.json"])
+@pytest.mark.parametrize("verb", ["resume", "table"])
+def test_a_stage_of_a_newer_program_is_refused_in_one_sentence(tmp_path: Path, verb: str, name: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text(json.dumps({"format": 2}))
+    assert f"{name} was written by a newer moe_lab (format 2" in refused(verb, str(tmp_path / "out"))
+
+
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [

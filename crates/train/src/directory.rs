@@ -96,7 +96,7 @@ impl RunDirectory {
                 path.display()
             )));
         }
-        untrusted::check_run_folder(path)?;
+        check_folder(path)?;
         let lock = RunLock::acquire(path)?;
         if let Some((key, _)) = place.iter().find(|(key, _)| !MOVABLE.contains(&key.as_str())) {
             return Err(TrainError::Usage(format!("{key} cannot change when a run is resumed; start a new run")));
@@ -272,6 +272,12 @@ fn threads(setting: usize) -> usize {
     }
 }
 
+/// Refuses a run directory whose names lead elsewhere, and one of a newer program.
+pub(crate) fn check_folder(path: &Path) -> Result<(), TrainError> {
+    untrusted::check_run_folder(path)?;
+    record::check_format(path)
+}
+
 /// A folder that holds anything but nothing is not taken for a new run.
 fn refuse_occupied(path: &Path) -> Result<(), TrainError> {
     if path.join("run.toml").exists() {
@@ -339,7 +345,7 @@ pub fn checkpoint_folder(path: &Path, checkpoint: Option<&str>) -> Result<PathBu
         return Ok(path.to_path_buf());
     }
     untrusted::refuse_pickle(path, b"").map_err(|reason| TrainError::Usage(format!("{}: {reason}", path.display())))?;
-    untrusted::check_run_folder(path)?;
+    check_folder(path)?;
     let folder = path.join("checkpoints");
     if !path.join("run.toml").is_file() && !folder.is_dir() {
         return Err(TrainError::Usage(format!(
@@ -353,8 +359,7 @@ pub fn checkpoint_folder(path: &Path, checkpoint: Option<&str>) -> Result<PathBu
         }
         Some(name) if folder.join(name).is_dir() => Ok(folder.join(name)),
         Some(name) => Err(TrainError::Usage(format!("{} has no checkpoint {name}", path.display()))),
-        None => match checkpoint::list(path).map_err(|error| TrainError::Failed(error.to_string()))?.into_iter().next()
-        {
+        None => match checkpoint::list(path)?.into_iter().next() {
             Some((_, newest)) => Ok(newest),
             None => Err(TrainError::Usage(format!(
                 "{} has no checkpoint yet; train it first (or resume it)",

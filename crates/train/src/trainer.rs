@@ -177,7 +177,7 @@ impl Trainer {
             (trainer.results, trainer.done) = (results, true);
             return Ok(trainer);
         }
-        let found = checkpoint::recover(&*disk, out, &learner.model.layout).map_err(failed)?;
+        let found = checkpoint::recover(&*disk, out, &learner.model.layout)?;
         let mut notes = Vec::new();
         for (path, reason) in &found.skipped {
             let aside = match checkpoint::set_aside(&*disk, path) {
