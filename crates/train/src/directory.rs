@@ -21,6 +21,9 @@ use tensor::Layout;
 /// What may change when a run is resumed: where it computes and how products multiply.
 pub const MOVABLE: [&str; 3] = ["engine", "device", "dtype"];
 
+/// The name in the results of what updates held in their buffers.
+const ARENA: &str = "arena_bytes";
+
 pub struct RunDirectory {
     // First, so that a save in flight ends before the lock goes.
     writer: Writer,
@@ -231,6 +234,15 @@ impl RunDirectory {
         self.seconds_before + self.started.elapsed().as_secs_f64()
     }
 
+    /// Notes what updates held in their buffers at once: `arena_bytes` of the results is the most over all starts of the run. It is none of the
+    /// results that a checkpoint keeps, whose bytes are those of a run that never stopped.
+    pub fn note_arena(&mut self, bytes: usize) {
+        let known = self.record.results.get(ARENA).and_then(Value::as_u64).unwrap_or(0);
+        if bytes as u64 > known {
+            self.record.results.insert(ARENA.into(), json!(bytes));
+        }
+    }
+
     /// Writes how the run ended.
     pub fn finish(&mut self, status: Status, results: &Map<String, Value>) -> Result<(), TrainError> {
         let mut results = results.clone();
@@ -239,6 +251,7 @@ impl RunDirectory {
         results.insert("seconds".into(), json!(seconds));
         results.insert("tokens_per_second".into(), json!(tokens.map(|tokens| tokens / seconds)));
         results.insert("peak_memory_bytes".into(), json!(record::peak_memory_bytes()));
+        results.extend(self.record.results.get_key_value(ARENA).map(|(name, bytes)| (name.clone(), bytes.clone())));
         self.record.finish(status, results);
         // Before the record: nobody looks at the lines of a completed run again, so a power cut must not take them.
         for stream in [&mut self.stream, &mut self.samples] {

@@ -153,6 +153,12 @@ impl Learner {
         self.arena.held() * size_of::<f32>()
     }
 
+    /// Bytes of activations, gradients of values and scratch that an update held in those buffers at once, at most; none where another engine
+    /// has its own.
+    pub fn peak_arena_bytes(&self) -> Option<usize> {
+        (self.engine == Engine::Cpu).then(|| self.arena.peak() * size_of::<f32>())
+    }
+
     /// Brings parameters and moments here where a device holds newer ones.
     pub fn fetch(&mut self) -> Result<(), TrainError> {
         #[cfg(feature = "torch")]

@@ -134,8 +134,8 @@ pub struct Train {
     pub batch_size: usize,
     /// Parts that a batch is computed in, one after the other, to save memory; from 1 to `batch_size`. Their gradients add up to the batch's.
     pub accumulate: usize,
-    /// Keep only the input of every block and compute the rest again on the way back (activation checkpointing, Chen 2016): less memory, about a
-    /// third more time, the same bytes.
+    /// Keep only the input of every block and compute the rest again on the way back (activation checkpointing, Chen 2016): less memory
+    /// (`arena_bytes` of the results), about a third more time, the same bytes.
     pub activation_checkpointing: bool,
     /// Passes over the documents (facts and chat).
     pub epochs: u64,

@@ -310,11 +310,6 @@ impl Trainer {
         self.done
     }
 
-    /// Bytes of the buffers that updates recycle: what they needed at once at most.
-    pub fn arena_bytes(&self) -> usize {
-        self.learner.arena_bytes()
-    }
-
     pub fn step_count(&self) -> u64 {
         self.at.step
     }
@@ -406,6 +401,9 @@ impl Trainer {
             Err(StepError::Fault(fault)) => return self.fault(fault, &step, &batch, before),
             Err(StepError::Device(reason)) => return Err(self.device_failed(&reason)),
         };
+        if let Some(bytes) = self.learner.peak_arena_bytes() {
+            self.directory.note_arena(bytes);
+        }
         if let Some(mean) = &mut self.ema {
             self.learner.fetch()?;
             self.learner.pool.install(|| ema::track(mean, &self.learner.params, settings.ema));

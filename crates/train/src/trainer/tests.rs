@@ -164,14 +164,45 @@ fn replayed_blocks_change_the_memory_of_a_run_and_none_of_its_bytes() {
         let sets = [&sets[..], &["phase.facts.train.batch_size=4", "phase.chat.train.batch_size=2"]].concat();
         let mut trainer = tampered(&folder, &sets, |_, _, _| {});
         finish(&mut trainer).unwrap();
-        (ending(&trainer), trainer.arena_bytes())
+        let record = crate::record::Record::read(trainer.out()).unwrap();
+        let loss = record.results["loss"].as_f64().unwrap().to_bits();
+        ((ending(&trainer), loss), record.results["arena_bytes"].as_u64().unwrap())
     };
     let (plain, kept) = outcome(false, 1);
     for threads in [1, 3] {
         let (replayed, held) = outcome(true, threads);
         assert!(replayed == plain, "other bytes with {threads} threads");
-        assert!(2 * held < kept, "{held} bytes of {kept}");
+        assert!(held > 0 && 2 * held < kept, "{held} bytes of {kept}");
     }
+}
+
+#[test]
+fn the_results_say_the_most_that_updates_of_any_start_held() {
+    let folder = TempDir::new().unwrap();
+    let mut trainer = tampered(&folder, &[], |_, _, _| {});
+    while trainer.at.step < 6 {
+        trainer.advance().unwrap();
+    }
+    let bytes = |folder: &Path| crate::record::Record::read(folder).unwrap().results.get("arena_bytes").cloned();
+    let out = trainer.out().to_owned();
+    trainer.stop("here").unwrap();
+    let first = bytes(&out).unwrap();
+    assert_eq!(first, json!(trainer.learner.peak_arena_bytes().unwrap()));
+    drop(trainer);
+    for before in [1u64 << 40, 1] {
+        let mut record = crate::record::Record::read(&out).unwrap();
+        record.results.insert("arena_bytes".into(), json!(before));
+        record.write(&crate::files::System, &out).unwrap();
+        let mut trainer = Trainer::resume(&out).unwrap();
+        trainer.advance().unwrap();
+        let now = trainer.learner.peak_arena_bytes().unwrap() as u64;
+        trainer.stop("again").unwrap();
+        assert_eq!(bytes(&out).unwrap(), json!(now.max(before)));
+    }
+    let other = TempDir::new().unwrap();
+    let mut plain = tampered(&other, &["engine=reference", "train.epochs=1"], |_, _, _| {});
+    finish(&mut plain).unwrap();
+    assert_eq!(bytes(plain.out()), None);
 }
 
 #[test]
