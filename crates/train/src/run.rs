@@ -180,7 +180,8 @@ pub struct Train {
     pub momentum: f64,
     /// Trust coefficient η of the layer-wise rate η·‖w‖ / (‖g‖ + λ‖w‖) (lars).
     pub trust: f64,
-    /// Memory of a running mean of the parameters, in [0, 1), evaluated beside them and saved; 0 = none. 0.999 is usual.
+    /// Memory of a running mean of the parameters, in [0, 1), evaluated beside them and saved; 0 = none. 0.999 is usual. It grows to this value, as
+    /// (1 + t) / (10 + t) after t updates of the mean.
     pub ema: f64,
     /// Radius ρ of sharpness-aware minimisation (Foret 2021): the update follows the gradient at w + ρ·g/‖g‖; 0 = off, 0.05 is usual. Twice the work:
     /// the second pass routes anew, `sam/routing_changed` is the share of tokens whose experts are others there. `train/loss` and the activation

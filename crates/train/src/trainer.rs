@@ -87,6 +87,9 @@ struct Memory {
     monitor: Monitor,
     #[serde(default)]
     noise: NoiseScale,
+    /// Updates that the running mean has taken in.
+    #[serde(default)]
+    averaged: u64,
 }
 
 /// The same in every checkpoint of a run.
@@ -392,7 +395,9 @@ impl Trainer {
         let before = acts.then(|| self.epoch.clone());
         let guard = (!matches!(settings.on_spike, OnSpike::Off | OnSpike::Warn)).then_some(&self.memory.guard);
         match settings.ema > 0.0 {
-            true if self.ema.is_none() => self.ema = Some(self.learner.params.clone()),
+            true if self.ema.is_none() => {
+                (self.ema, self.memory.averaged) = (Some(self.learner.params.clone()), 0);
+            }
             true => {}
             false => self.ema = None,
         }
@@ -406,7 +411,9 @@ impl Trainer {
         }
         if let Some(mean) = &mut self.ema {
             self.learner.fetch()?;
-            self.learner.pool.install(|| ema::track(mean, &self.learner.params, settings.ema));
+            let decay = ema::decay(settings.ema, self.memory.averaged);
+            self.learner.pool.install(|| ema::track(mean, &self.learner.params, decay));
+            self.memory.averaged += 1;
         }
         let targets = batch.len();
         self.move_on(targets as u64, step.batches);

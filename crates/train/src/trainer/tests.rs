@@ -348,10 +348,12 @@ fn the_running_mean_is_the_mean_of_the_weights_and_is_evaluated_beside_them() {
     let mut trainer = Trainer::new(run(folder.path(), &sets), Some(&folder.path().join("run")), None).unwrap();
     let mut mean = trainer.learner.params.clone();
     while trainer.at.step < 7 {
+        let decay = (1.0 + trainer.at.step as f64) / (10.0 + trainer.at.step as f64);
         trainer.advance().unwrap();
-        mean.iter_mut().zip(&trainer.learner.params).for_each(|(mean, w)| *mean += (1.0 - 0.8f64) as f32 * (w - *mean));
+        mean.iter_mut().zip(&trainer.learner.params).for_each(|(mean, w)| *mean += (1.0 - decay) as f32 * (w - *mean));
     }
     assert_eq!(trainer.ema.as_ref().unwrap(), &mean);
+    assert_eq!(trainer.memory.averaged, 7);
     let rows = finish(&mut trainer).unwrap();
     let both = rows.iter().filter(|row| row.fields().contains_key("eval/ema_loss"));
     let both: Vec<_> =
