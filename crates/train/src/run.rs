@@ -121,7 +121,7 @@ pub struct Augment {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Train {
-    /// Peak learning rate, 0 or more.
+    /// Peak learning rate, 0 or more; below 1e-5 the run warns that next to nothing is learned.
     pub learning_rate: f64,
     /// Factor on the rate of each layer; `grad_norm` = clamp(sqrt(3 / norm of its gradient), 0.3, 3).
     pub lr_scale: LrScale,

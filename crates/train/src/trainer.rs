@@ -40,6 +40,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tensor::Layout;
 
+/// A peak learning rate below this is told of: hardly anything is learned at it.
+const LOW_RATE: f64 = 1e-5;
+
 /// What comes next.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 struct Position {
@@ -473,7 +476,7 @@ impl Trainer {
         Ok(())
     }
 
-    /// Says that a phase begins, and its rate where that is not the one written down.
+    /// Says that a phase begins, and its rate where that is not the one written down or too low to learn at.
     fn phase_started(&mut self) -> Result<(), TrainError> {
         let settings = self.settings();
         let scaled = match settings.batch_scaling {
@@ -486,7 +489,17 @@ impl Trainer {
                 settings.batch_size
             ),
         };
-        self.event("phase_started", format!("phase {} started{scaled}", self.phase_name()))
+        self.event("phase_started", format!("phase {} started{scaled}", self.phase_name()))?;
+        self.tell_of_a_low_rate(settings.peak_rate())
+    }
+
+    fn tell_of_a_low_rate(&mut self, peak: f64) -> Result<(), TrainError> {
+        if peak >= LOW_RATE {
+            return Ok(());
+        }
+        let (phase, remedy) = (self.phase_name(), "next to nothing is learned there; raise train.learning_rate");
+        let message = format!("phase {phase}: the peak learning rate {peak:e} is below {LOW_RATE:e}; {remedy}");
+        self.event("low_rate", message)
     }
 
     fn row(&self, kind: &str) -> Row {

@@ -398,6 +398,26 @@ fn the_running_mean_is_the_mean_of_the_weights_and_is_evaluated_beside_them() {
 }
 
 #[test]
+fn a_peak_rate_that_learns_next_to_nothing_is_told_of_once_a_phase() {
+    let cases: [(&str, &[&str]); 3] = [
+        ("train.learning_rate=2e-6", &["facts", "chat"]),
+        ("train.learning_rate=1e-5", &[]),
+        ("phase.chat.train.learning_rate=9e-6", &["chat"]),
+    ];
+    for (rate, phases) in cases {
+        let folder = TempDir::new().unwrap();
+        let mut trainer = tampered(&folder, &[rate, "train.epochs=1"], |_, _, _| {});
+        let rows = finish(&mut trainer).unwrap();
+        let told: Vec<&Row> = events(&rows, "low_rate").collect();
+        assert_eq!(told.iter().map(|row| row.fields()["phase"].as_str().unwrap()).collect::<Vec<_>>(), phases);
+        for row in told {
+            let message = row.fields()["message"].as_str().unwrap();
+            assert!(message.contains("below 1e-5") && message.contains("raise train.learning_rate"), "{message}");
+        }
+    }
+}
+
+#[test]
 fn early_stopping_ends_each_phase_and_keeps_its_best_checkpoint() {
     let folder = TempDir::new().unwrap();
     let out = folder.path().join("run");
