@@ -457,6 +457,13 @@ impl Update {
         (!self.experts_per_token.is_empty()).then(|| sum / self.experts_per_token.len() as f64)
     }
 
+    /// Mean window and share of earlier keys that windows hide, mean over the blocks; none where tokens have no windows of their own.
+    pub fn window(&self) -> Option<[f64; 2]> {
+        let mean =
+            |which: usize| self.windows.iter().map(|(_, found)| found[which]).sum::<f64>() / self.windows.len() as f64;
+        (!self.windows.is_empty()).then(|| [mean(0), mean(1)])
+    }
+
     pub(crate) fn add_experts(&mut self, layer: usize, active: f64) {
         match self.experts_per_token.iter_mut().find(|(l, _)| *l == layer) {
             Some((_, mean)) => *mean += active,

@@ -428,6 +428,7 @@ impl Trainer {
         let originals = self.dataset.phases[self.at.phase].originals;
         let l0 = update.activation_norms[0];
         self.epoch.add_batch(&batch, &update.document_losses, update.loss_sum, originals, l0);
+        self.epoch.add_windows(update.window());
         let mut row = self.row("train");
         row.integer("epoch", self.at.epoch + 1);
         if !self.run.data.lengths.is_empty() {

@@ -495,3 +495,32 @@ fn router_gradients_are_the_same_bytes_for_any_number_of_threads() {
         assert!([2, 3, 5].into_iter().all(|threads| gradient(threads) == one), "{router}");
     }
 }
+
+#[test]
+fn the_results_say_how_far_tokens_looked_in_the_last_epoch() {
+    let folder = TempDir::new().unwrap();
+    let sets = ["model.adaptive_window={kind='token', min=1, max=4, block=1}", "train.epochs=3"];
+    let mut trainer = tampered(&folder, &sets, |_, _, _| {});
+    let mut rows = Vec::new();
+    while trainer.at.step < 17 {
+        rows.extend(trainer.next_row().unwrap()); // in the last epoch
+    }
+    trainer.stop("here").unwrap();
+    let out = trainer.out().to_owned();
+    drop(trainer);
+    let mut trainer = Trainer::resume(&out).unwrap();
+    rows.extend(finish(&mut trainer).unwrap());
+    for (result, column) in [("window_mean", "window/mean"), ("window_masked", "window/masked")] {
+        let last = |row: &&Row| row.fields()["kind"] == "train" && row.fields()["phase"] == "chat";
+        let last = rows.iter().filter(last).filter(|row| row.fields()["epoch"] == 3);
+        let values: Vec<f64> = last.map(|row| row.fields()[column].as_f64().unwrap()).collect();
+        assert_eq!(values.len(), 2);
+        let mean = values.iter().sum::<f64>() / 2.0;
+        let found = trainer.results()[result].as_f64().unwrap();
+        assert!(mean > 0.0 && (found - mean).abs() < 1e-12, "{result}: {found}, not {mean}");
+    }
+    let dense = TempDir::new().unwrap();
+    let mut trainer = tampered(&dense, &["train.epochs=1"], |_, _, _| {});
+    finish(&mut trainer).unwrap();
+    assert!(!trainer.results().contains_key("window_mean"));
+}
