@@ -54,7 +54,8 @@ test-torch: build-torch ## the PyTorch oracle and the torch engine: logits, loss
 	cargo test --release $(PACKAGES) --features torch --test torch -- --include-ignored
 	$(BIN)/python -m pytest -q -m "torch and not full" tests
 
-test-full: build ## the slow tests: full training runs, stage 1, Shakespeare, the whole oracle grid where torch is in
+test-full: build ## the slow tests: full training runs, a context of 16,384 tokens, stage 1, Shakespeare, the whole oracle grid where torch is in
+	cargo test --release $(PACKAGES) --test long_context -- --ignored --nocapture
 	$(BIN)/python -m pytest -q -m full tests
 
 bench: $(VENV)/.locked ## our training step beside PyTorch's, at most 10 minutes (installs torch, several GB); ARGS=--quick, --sweep, --recipe …

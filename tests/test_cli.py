@@ -121,6 +121,25 @@ def test_a_bad_command_is_refused_in_one_sentence(tmp_path: Path, arguments: lis
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("verb", ["resume", "reproduce", "table", "gate", "report", "watch", "eval", "specialize"])
+def test_a_run_of_a_newer_program_is_refused_in_one_sentence(tmp_path: Path, verb: str) -> None:
+    run = write(tmp_path / "run", Story(epochs=1, trained=1))
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**record, "format": 2, "results": "elsewhere"}))
+    sentence = "run.json was written by a newer moe_lab (format 2, this one reads 1): update moe_lab"
+    assert refused(verb, str(run)).endswith(sentence)
+    listed = json.loads(cli("runs", str(tmp_path), "--json").stdout)["runs"]
+    assert [entry["status"] for entry in listed] == ["of a newer moe_lab"]
+
+
+@pytest.mark.parametrize("name", ["stage.json", "roadmap.json"])
+@pytest.mark.parametrize("verb", ["resume", "table"])
+def test_a_stage_of_a_newer_program_is_refused_in_one_sentence(tmp_path: Path, verb: str, name: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text(json.dumps({"format": 2}))
+    assert f"{name} was written by a newer moe_lab (format 2" in refused(verb, str(tmp_path / "out"))
+
+
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
@@ -426,6 +445,60 @@ def test_schema_docs_stats_and_doctor() -> None:
     assert cli("data", "stats").stdout.strip()
     assert json.loads(cli("doctor", "--json").stdout)
     assert "cores" in cli("doctor").stdout
+
+
+SETS = ("portable", "avx2", "avx512", "avx512bf16", "amx")  # each holds those before it
+
+
+@pytest.fixture
+def binary() -> Path:
+    """The program moe-lab as `make test` builds it."""
+    root = Path(__file__).parent.parent
+    path = root / os.environ.get("CARGO_TARGET_DIR", "target") / "release" / "moe-lab"
+    if not path.exists():
+        pytest.skip("SKIPPED: the binary is not built: cargo build --release")
+    return path
+
+
+def bench(binary: Path, isa: str) -> Done:
+    command = [str(binary), "bench", "--seconds", "0", "--json", "--no-peak", "--preset", "seed"]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "MOE_LAB_ISA": isa})
+
+
+def cpu_flags() -> set[str]:
+    cpu = Path("/proc/cpuinfo")
+    found = re.search(r"^flags\s*:(.*)$", cpu.read_text() if cpu.exists() else "", re.MULTILINE)
+    return set(found[1].split()) if found else set()
+
+
+def test_bench_times_steps_under_the_instruction_set_that_is_asked_for(binary: Path) -> None:
+    if not {"avx2", "fma"} <= cpu_flags():
+        pytest.skip("SKIPPED: this machine has no AVX2")
+    done = bench(binary, "avx2")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    shape = {"preset": "seed", "pos": "cope", "dense": False, "moh": True, "dtype": "f32", "tokens_per_step": 640}
+    assert told.items() >= shape.items()
+    assert told["steps"] >= 3
+    for name in ("params", "threads", "tokens_per_second", "ms_per_step", "peak_memory_bytes", "matmul_gflops"):
+        assert told[name] > 0, name
+    assert told["ms_per_step_best"] <= told["ms_per_step"]
+    assert 1 <= told["experts_per_token"] <= 4
+    assert (told["peak_gflops"], told["share_of_peak"]) == (None, None)
+
+
+def test_an_instruction_set_that_the_machine_lacks_is_refused_by_name(binary: Path) -> None:
+    told = bench(binary, "sse9").stderr
+    has = re.search(r"this machine has ([\w, ]+);", told)
+    assert has is not None, told
+    sets = has[1].split(", ")
+    assert tuple(sets) == SETS[: len(sets)]
+    assert told == f'error: MOE_LAB_ISA = "sse9" is no instruction set of moe_lab; {has[0]} unset it for the best\n'
+    for isa in (*SETS[len(sets) :], "sse9"):
+        done = bench(binary, isa)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert isa in done.stderr.split("this machine")[0]
+        assert has[1] in done.stderr
 
 
 def test_a_reader_that_leaves_early_is_no_error() -> None:

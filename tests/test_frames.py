@@ -117,6 +117,28 @@ def test_what_is_no_run_is_said_in_one_sentence(tmp_path: Path) -> None:
         frames.settings(tmp_path)
 
 
+def test_what_a_newer_program_wrote_is_refused_and_what_has_no_format_is_read(tmp_path: Path) -> None:
+    run = write(tmp_path / "run", Story(epochs=1, trained=1))
+    record = frames.read_run(run)
+    assert "format" not in record
+    (run / "run.json").write_text(json.dumps({**record, "format": frames.FORMAT}))
+    assert frames.read_run(run)["id"] == record["id"]
+    (run / "run.json").write_text(json.dumps({"format": 2}))
+    for read in (frames.read_run, frames.status):
+        with pytest.raises(
+            ValueError, match=r"run\.json was written by a newer moe_lab \(format 2, this one reads 1\)"
+        ):
+            read(run)
+
+
+def test_a_replaced_file_says_its_format(tmp_path: Path) -> None:
+    frames.replace_json(tmp_path / "stage.json", {"stage": "stage1"})
+    assert frames.json_object(tmp_path / "stage.json") == {"format": 1, "stage": "stage1"}
+    frames.replace_json(tmp_path / "stage.json", {"format": 2})
+    with pytest.raises(frames.NewerFormatError, match=r"stage\.json was written by a newer moe_lab"):
+        frames.json_object(tmp_path / "stage.json")
+
+
 def test_runs_are_found_in_a_folder_and_in_its_stages(tmp_path: Path) -> None:
     alone = write(tmp_path / "a", Story(epochs=1, trained=1))
     staged = write(tmp_path / "stage" / "b", Story(epochs=1, trained=1))

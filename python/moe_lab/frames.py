@@ -18,8 +18,13 @@ if TYPE_CHECKING:
 Place = str | Path
 
 MAX_BYTES = 16 << 20  # of run.json, run.toml and stage.json
+FORMAT = 1  # of run.json, stage.json and roadmap.json; a file without one is of the first
 
 _LAYER = re.compile(r"moe/layer_(\d+)/")
+
+
+class NewerFormatError(ValueError):
+    """A file of a program that writes another layout than this one knows."""
 
 
 def read_metrics(run: Place, kind: str | None = None) -> pl.DataFrame:
@@ -218,13 +223,17 @@ def json_object(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no JSON ({error})") from error
     if not isinstance(data, dict):
         raise ValueError(f"{path} holds no JSON object")
+    found = data.get("format")
+    if isinstance(found, int) and found > FORMAT:
+        written = f"written by a newer moe_lab (format {found}, this one reads {FORMAT})"
+        raise NewerFormatError(f"{path} was {written}: update moe_lab")
     return data
 
 
 def replace_json(path: Path, record: dict[str, Any]) -> None:
     """Replaces a JSON file in one step, so that a reader or a kill never sees half of it."""
     half = path.with_name(path.name + ".tmp")
-    half.write_text(json.dumps(record, indent=1) + "\n")
+    half.write_text(json.dumps({"format": FORMAT, **record}, indent=1) + "\n")
     half.replace(path)
 
 

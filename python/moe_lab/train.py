@@ -87,7 +87,7 @@ __all__ = [
 # Events that a person should see.
 ALERTS = {
     "alert", "collapse", "checkpoint_failed", "slow_save", "disk", "fault", "spike", "skipped", "rolled_back",
-    "early_stop",
+    "early_stop", "low_rate",
 }  # fmt: skip
 PLAIN_SECONDS = 2.0  # at least so long between two lines where no terminal shows a live bar
 

@@ -431,6 +431,8 @@ def _listed(path: Path) -> dict[str, Any]:
 
     try:
         record, status = frames.read_run(path), frames.status(path)
+    except frames.NewerFormatError:
+        record, status = {}, "of a newer moe_lab"
     except ValueError:
         record, status = {}, "damaged run.json"
     results = record.get("results") or {}

@@ -13,12 +13,13 @@ pub struct Arena<T: Real>(Arc<Mutex<Pool<T>>>);
 struct Pool<T> {
     free: BTreeMap<usize, Vec<Vec<T>>>,
     live: usize,
+    peak: usize,
     held: usize,
 }
 
 impl<T: Real> Default for Arena<T> {
     fn default() -> Self {
-        Arena(Arc::new(Mutex::new(Pool { free: BTreeMap::new(), live: 0, held: 0 })))
+        Arena(Arc::new(Mutex::new(Pool { free: BTreeMap::new(), live: 0, peak: 0, held: 0 })))
     }
 }
 
@@ -47,7 +48,8 @@ impl<T: Real> Arena<T> {
                 data
             }
         };
-        pool.live += data.capacity();
+        pool.live += len;
+        pool.peak = pool.peak.max(pool.live);
         drop(pool);
         data.resize(len, T::ZERO); // truncates, or zeroes only the part that was never used
         Buffer { data, home: self.clone() }
@@ -75,6 +77,12 @@ impl<T: Real> Arena<T> {
     pub fn live(&self) -> usize {
         self.pool().live
     }
+
+    /// The most numbers that were handed out at once. Counted as they were asked for: which buffer was found for them, perhaps a longer one,
+    /// depends on what was asked before.
+    pub fn peak(&self) -> usize {
+        self.pool().peak
+    }
 }
 
 /// A vector that returns to its arena when dropped.
@@ -100,11 +108,29 @@ impl<T: Real> DerefMut for Buffer<T> {
 impl<T: Real> Drop for Buffer<T> {
     fn drop(&mut self) {
         let data = std::mem::take(&mut self.data);
-        let capacity = data.capacity();
+        let (len, capacity) = (data.len(), data.capacity());
         let mut pool = self.home.pool();
-        pool.live = pool.live.saturating_sub(capacity);
+        pool.live = pool.live.saturating_sub(len);
         if capacity > 0 {
             pool.free.entry(capacity).or_default().push(data);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_peak_is_what_was_handed_out_at_once_whatever_buffers_were_found() {
+        let arena = Arena::<f32>::default();
+        let both = (arena.take(100), arena.zeros(50));
+        drop(both);
+        let short = arena.take(70); // out of the buffer of 100
+        assert_eq!((short.len(), arena.live(), arena.peak(), arena.held()), (70, 70, 150, 150));
+        let long = arena.take(90);
+        assert_eq!((arena.live(), arena.peak()), (160, 160));
+        drop((short, long));
+        assert_eq!((arena.clone().live(), arena.peak()), (0, 160));
     }
 }

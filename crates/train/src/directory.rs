@@ -21,6 +21,9 @@ use tensor::Layout;
 /// What may change when a run is resumed: where it computes and how products multiply.
 pub const MOVABLE: [&str; 3] = ["engine", "device", "dtype"];
 
+/// The name in the results of what updates held in their buffers.
+const ARENA: &str = "arena_bytes";
+
 pub struct RunDirectory {
     // First, so that a save in flight ends before the lock goes.
     writer: Writer,
@@ -96,7 +99,7 @@ impl RunDirectory {
                 path.display()
             )));
         }
-        untrusted::check_run_folder(path)?;
+        check_folder(path)?;
         let lock = RunLock::acquire(path)?;
         if let Some((key, _)) = place.iter().find(|(key, _)| !MOVABLE.contains(&key.as_str())) {
             return Err(TrainError::Usage(format!("{key} cannot change when a run is resumed; start a new run")));
@@ -231,6 +234,15 @@ impl RunDirectory {
         self.seconds_before + self.started.elapsed().as_secs_f64()
     }
 
+    /// Notes what updates held in their buffers at once: `arena_bytes` of the results is the most over all starts of the run. It is none of the
+    /// results that a checkpoint keeps, whose bytes are those of a run that never stopped.
+    pub fn note_arena(&mut self, bytes: usize) {
+        let known = self.record.results.get(ARENA).and_then(Value::as_u64).unwrap_or(0);
+        if bytes as u64 > known {
+            self.record.results.insert(ARENA.into(), json!(bytes));
+        }
+    }
+
     /// Writes how the run ended.
     pub fn finish(&mut self, status: Status, results: &Map<String, Value>) -> Result<(), TrainError> {
         let mut results = results.clone();
@@ -239,6 +251,7 @@ impl RunDirectory {
         results.insert("seconds".into(), json!(seconds));
         results.insert("tokens_per_second".into(), json!(tokens.map(|tokens| tokens / seconds)));
         results.insert("peak_memory_bytes".into(), json!(record::peak_memory_bytes()));
+        results.extend(self.record.results.get_key_value(ARENA).map(|(name, bytes)| (name.clone(), bytes.clone())));
         self.record.finish(status, results);
         // Before the record: nobody looks at the lines of a completed run again, so a power cut must not take them.
         for stream in [&mut self.stream, &mut self.samples] {
@@ -270,6 +283,12 @@ fn threads(setting: usize) -> usize {
         0 => std::thread::available_parallelism().map_or(1, usize::from),
         threads => threads,
     }
+}
+
+/// Refuses a run directory whose names lead elsewhere, and one of a newer program.
+pub(crate) fn check_folder(path: &Path) -> Result<(), TrainError> {
+    untrusted::check_run_folder(path)?;
+    record::check_format(path)
 }
 
 /// A folder that holds anything but nothing is not taken for a new run.
@@ -339,7 +358,7 @@ pub fn checkpoint_folder(path: &Path, checkpoint: Option<&str>) -> Result<PathBu
         return Ok(path.to_path_buf());
     }
     untrusted::refuse_pickle(path, b"").map_err(|reason| TrainError::Usage(format!("{}: {reason}", path.display())))?;
-    untrusted::check_run_folder(path)?;
+    check_folder(path)?;
     let folder = path.join("checkpoints");
     if !path.join("run.toml").is_file() && !folder.is_dir() {
         return Err(TrainError::Usage(format!(
@@ -353,8 +372,7 @@ pub fn checkpoint_folder(path: &Path, checkpoint: Option<&str>) -> Result<PathBu
         }
         Some(name) if folder.join(name).is_dir() => Ok(folder.join(name)),
         Some(name) => Err(TrainError::Usage(format!("{} has no checkpoint {name}", path.display()))),
-        None => match checkpoint::list(path).map_err(|error| TrainError::Failed(error.to_string()))?.into_iter().next()
-        {
+        None => match checkpoint::list(path)?.into_iter().next() {
             Some((_, newest)) => Ok(newest),
             None => Err(TrainError::Usage(format!(
                 "{} has no checkpoint yet; train it first (or resume it)",

@@ -5,6 +5,13 @@ use rayon::prelude::*;
 /// Numbers one task updates.
 const CHUNK: usize = 1 << 14;
 
+/// d_t = min(d, (1 + t) / (10 + t)) after t = `updates`, with d = `most`: what the first, untrained parameters leave in the mean is soon forgotten,
+/// however long its memory.
+pub fn decay(most: f64, updates: u64) -> f64 {
+    let t = updates as f64;
+    most.min((1.0 + t) / (10.0 + t))
+}
+
 /// mean ← mean + (1 - decay) · (w - mean), number by number.
 pub fn track(mean: &mut [f32], params: &[f32], decay: f64) {
     let share = (1.0 - decay) as f32;
@@ -34,6 +41,16 @@ mod tests {
                 prop_assert!((f64::from(*mean) - plain).abs() < 1e-4);
             }
         }
+    }
+
+    #[test]
+    fn the_decay_grows_from_a_tenth_to_its_value_and_stays_there() {
+        assert_eq!([0, 1, 8, 90].map(|t| decay(0.999, t)), [0.1, 2.0 / 11.0, 0.5, 0.91]);
+        assert_eq!([0, 79, 80, 81, u64::MAX].map(|t| decay(0.9, t)), [0.1, 80.0 / 89.0, 0.9, 0.9, 0.9]);
+        assert_eq!(decay(0.05, 0), 0.05, "never above its value");
+        // A constant decay would leave 0.999^200 = 0.82 of the first parameters in the mean.
+        let left = |updates: u64| (0..updates).map(|t| decay(0.999, t)).product::<f64>();
+        assert!(left(200) < 1e-9 && left(1) == 0.1, "{}", left(200));
     }
 
     #[test]

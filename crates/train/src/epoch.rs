@@ -23,6 +23,9 @@ pub struct Epoch {
     l0_min: f64,
     l0_sum: f64,
     l0_max: f64,
+    /// Sums over batches of the mean window and the share of earlier keys that windows hide.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    windows: Option<[f64; 2]>,
     routing: Vec<Statistics>,
     alarms: Vec<CollapseAlarm>,
 }
@@ -52,6 +55,7 @@ impl Epoch {
             l0_min: f64::MAX,
             l0_sum: 0.0,
             l0_max: 0.0,
+            windows: None,
             routing: policies.iter().map(|policy| Statistics::new(policy.num_experts())).collect(),
             alarms: policies.iter().map(|_| CollapseAlarm::new(COLLAPSE_SHARE, COLLAPSE_EPOCHS)).collect(),
         }
@@ -99,6 +103,19 @@ impl Epoch {
         self.l0_min = self.l0_min.min(l0);
         self.l0_sum += l0;
         self.l0_max = self.l0_max.max(l0);
+    }
+
+    /// Adds the windows of a batch that was added, where its tokens had their own.
+    pub fn add_windows(&mut self, batch: Option<[f64; 2]>) {
+        if let Some([mean, masked]) = batch {
+            let [means, masks] = self.windows.unwrap_or_default();
+            self.windows = Some([means + mean, masks + masked]);
+        }
+    }
+
+    /// Mean over batches of the mean window and of the share of earlier keys that windows hide.
+    pub fn windows(&self) -> Option<[f64; 2]> {
+        self.windows.map(|sums| sums.map(|sum| sum / self.batches.max(1) as f64))
     }
 
     /// Notes the scores [n, e] and the routing of a sparse layer.

@@ -1,6 +1,7 @@
 //! What can go wrong in a run, by what it means to the person: every Display is a sentence with its remedy.
 
 use std::io::{Error, ErrorKind};
+use std::path::Path;
 
 #[derive(Debug, thiserror::Error)]
 pub enum TrainError {
@@ -16,6 +17,14 @@ pub enum TrainError {
     /// Loss or gradients left the numbers: exit status 3. The last checkpoint is untouched.
     #[error("{0}")]
     Diverged(String),
+}
+
+/// The sentence for a file whose format is higher than the one that is read here.
+pub(crate) fn newer(file: &Path, format: u64, reads: u64) -> String {
+    format!(
+        "{} was written by a newer moe_lab (format {format}, this one reads {reads}): update moe_lab",
+        file.display()
+    )
 }
 
 impl TrainError {

@@ -96,9 +96,7 @@ pub fn loss_and_gradients(
         return Err(TrainError::Usage(format!("a document has {} inputs but model.position.max = {max}", longest - 1)));
     }
     let params = match weights {
-        Some(path) => {
-            checkpoint::read_weights(path, &model.layout).map_err(|error| TrainError::Failed(error.to_string()))?
-        }
+        Some(path) => checkpoint::read_weights(path, &model.layout)?,
         None => model.initialise(run.seed).into_iter().map(f64::from).collect(),
     };
     #[cfg(feature = "torch")]

@@ -153,6 +153,12 @@ impl Learner {
         self.arena.held() * size_of::<f32>()
     }
 
+    /// Bytes of activations, gradients of values and scratch that an update held in those buffers at once, at most; none where another engine
+    /// has its own.
+    pub fn peak_arena_bytes(&self) -> Option<usize> {
+        (self.engine == Engine::Cpu).then(|| self.arena.peak() * size_of::<f32>())
+    }
+
     /// Brings parameters and moments here where a device holds newer ones.
     pub fn fetch(&mut self) -> Result<(), TrainError> {
         #[cfg(feature = "torch")]
@@ -449,6 +455,13 @@ impl Update {
     pub fn mean_experts(&self) -> Option<f64> {
         let sum: f64 = self.experts_per_token.iter().map(|(_, experts)| experts).sum();
         (!self.experts_per_token.is_empty()).then(|| sum / self.experts_per_token.len() as f64)
+    }
+
+    /// Mean window and share of earlier keys that windows hide, mean over the blocks; none where tokens have no windows of their own.
+    pub fn window(&self) -> Option<[f64; 2]> {
+        let mean =
+            |which: usize| self.windows.iter().map(|(_, found)| found[which]).sum::<f64>() / self.windows.len() as f64;
+        (!self.windows.is_empty()).then(|| [mean(0), mean(1)])
     }
 
     pub(crate) fn add_experts(&mut self, layer: usize, active: f64) {

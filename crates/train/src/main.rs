@@ -394,7 +394,7 @@ fn finish(mut trainer: Trainer, signals: &Signals) -> Result<(Trainer, u8), Trai
 }
 
 /// Events that a person should see.
-const ALERTS: [&str; 10] = [
+const ALERTS: [&str; 11] = [
     "alert",
     "collapse",
     "checkpoint_failed",
@@ -405,6 +405,7 @@ const ALERTS: [&str; 10] = [
     "skipped",
     "rolled_back",
     "early_stop",
+    "low_rate",
 ];
 
 /// A bar on a terminal, a line now and then elsewhere.

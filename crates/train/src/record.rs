@@ -1,6 +1,7 @@
 //! run.toml and run.json: what a run is, where and from what it was made, how it ended. Written atomically, readable with `cat`.
 
 use crate::data::sha256;
+use crate::error::{TrainError, newer};
 use crate::files::{Files, explain, make_folders, replace, sync_folder};
 use crate::untrusted::{MAX_RECORD, read_text};
 use serde::{Deserialize, Serialize};
@@ -10,6 +11,13 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{SystemTime, UNIX_EPOCH};
+
+/// Version of the layout of a run directory. The first programs did not write it down.
+const FORMAT: u64 = 1;
+
+fn first_format() -> u64 {
+    1
+}
 
 /// The keys of `results`, always all present; unknown values are null.
 pub const RESULTS: [&str; 25] = [
@@ -53,6 +61,9 @@ pub enum Status {
 /// run.json.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Record {
+    /// Version of the layout of the run directory.
+    #[serde(default = "first_format")]
+    pub format: u64,
     pub id: String,
     pub status: Status,
     /// The commit of the git work tree the run was started in, if any.
@@ -96,6 +107,7 @@ impl Record {
         let mut machine = machine();
         machine.insert("threads".to_owned(), json!(threads));
         Self {
+            format: FORMAT,
             id: id.to_owned(),
             status: Status::Running,
             commit,
@@ -137,12 +149,33 @@ impl Record {
     }
 
     /// Reads run.json of `folder`. Errors: one sentence naming the file.
-    pub fn read(folder: &Path) -> io::Result<Self> {
+    pub fn read(folder: &Path) -> Result<Self, TrainError> {
         let path = folder.join("run.json");
         let text = read_text(&path, MAX_RECORD)?;
-        serde_json::from_str(&text).map_err(|error| {
+        refuse_newer(&path, &text)?;
+        Ok(serde_json::from_str(&text).map_err(|error| {
             io::Error::new(io::ErrorKind::InvalidData, format!("{} is not a run record: {error}", path.display()))
-        })
+        })?)
+    }
+}
+
+/// Refuses the run in `folder` where a newer program wrote its record, before anything else of it is read. A record that is missing or damaged
+/// is for its reader to name.
+pub fn check_format(folder: &Path) -> Result<(), TrainError> {
+    let path = folder.join("run.json");
+    read_text(&path, MAX_RECORD).map_or(Ok(()), |text| refuse_newer(&path, &text))
+}
+
+/// A newer record may have other fields, so that its format is looked at alone.
+fn refuse_newer(path: &Path, text: &str) -> Result<(), TrainError> {
+    #[derive(Deserialize)]
+    struct Told {
+        #[serde(default = "first_format")]
+        format: u64,
+    }
+    match serde_json::from_str::<Told>(text) {
+        Ok(Told { format }) if format > FORMAT => Err(TrainError::Usage(newer(path, format, FORMAT))),
+        _ => Ok(()),
     }
 }
 
@@ -360,6 +393,27 @@ mod tests {
         assert!(Record::read(folder.path()).unwrap_err().to_string().contains("run.json"));
         fs::write(folder.path().join("run.json"), "{\"id\": \"a\"").unwrap();
         assert!(Record::read(folder.path()).unwrap_err().to_string().contains("run.json is not a run record"));
+    }
+
+    #[test]
+    fn a_record_of_a_newer_program_is_refused_and_one_without_a_format_is_the_first() {
+        let folder = tempfile::tempdir().unwrap();
+        Record::start("a", 1, 1).write(&System, folder.path()).unwrap();
+        let path = folder.path().join("run.json");
+        let text = fs::read_to_string(&path).unwrap();
+        assert!(text.starts_with("{\n  \"format\": 1,\n"), "{text}");
+        fs::write(&path, text.replace("  \"format\": 1,\n", "")).unwrap();
+        assert_eq!(Record::read(folder.path()).unwrap().format, 1);
+        for newer in ["{\"format\": 2}".to_owned(), text.replace("\"format\": 1", "\"format\": 2")] {
+            fs::write(&path, newer).unwrap();
+            for error in [Record::read(folder.path()).unwrap_err(), check_format(folder.path()).unwrap_err()] {
+                assert_eq!(error.exit_status(), 2);
+                let sentence = "run.json was written by a newer moe_lab (format 2, this one reads 1): update moe_lab";
+                assert!(error.to_string().ends_with(sentence), "{error}");
+            }
+        }
+        fs::write(&path, "{").unwrap();
+        assert!(check_format(folder.path()).is_ok());
     }
 
     #[test]

@@ -2,12 +2,11 @@
 
 use crate::checkpoint;
 use crate::dataset::Dataset;
-use crate::directory::{RunDirectory, check_data};
+use crate::directory::{RunDirectory, check_data, check_folder};
 use crate::error::TrainError;
 use crate::metrics::canonical;
 use crate::record::{Record, Status};
 use crate::run::Run;
-use crate::untrusted;
 use serde::Serialize;
 use serde_json::{Value, json};
 use std::fmt;
@@ -54,7 +53,7 @@ impl Original {
             let text = format!("{} holds no run (run.toml is missing); give a run directory", path.display());
             return Err(TrainError::Usage(text));
         }
-        untrusted::check_run_folder(path)?;
+        check_folder(path)?;
         let (run, record) = (RunDirectory::read_run(path)?, Record::read(path)?);
         if record.status != Status::Completed {
             let text = format!("{} is not completed, so there is nothing to compare with; resume it", path.display());
@@ -96,7 +95,7 @@ impl Report {
 }
 
 fn newest(path: &Path) -> Result<PathBuf, TrainError> {
-    let found = checkpoint::newest_whole(path).map_err(|error| TrainError::Failed(error.to_string()))?;
+    let found = checkpoint::newest_whole(path)?;
     found.path.ok_or_else(|| TrainError::Failed(format!("{} has no whole checkpoint to compare", path.display())))
 }
 

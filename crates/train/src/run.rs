@@ -121,7 +121,7 @@ pub struct Augment {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Train {
-    /// Peak learning rate, 0 or more.
+    /// Peak learning rate, 0 or more; below 1e-5 the run warns that next to nothing is learned.
     pub learning_rate: f64,
     /// Factor on the rate of each layer; `grad_norm` = clamp(sqrt(3 / norm of its gradient), 0.3, 3).
     pub lr_scale: LrScale,
@@ -134,8 +134,8 @@ pub struct Train {
     pub batch_size: usize,
     /// Parts that a batch is computed in, one after the other, to save memory; from 1 to `batch_size`. Their gradients add up to the batch's.
     pub accumulate: usize,
-    /// Keep only the input of every block and compute the rest again on the way back (activation checkpointing, Chen 2016): less memory, about a
-    /// third more time, the same bytes.
+    /// Keep only the input of every block and compute the rest again on the way back (activation checkpointing, Chen 2016): less memory
+    /// (`arena_bytes` of the results), about a third more time, the same bytes.
     pub activation_checkpointing: bool,
     /// Passes over the documents (facts and chat).
     pub epochs: u64,
@@ -180,7 +180,8 @@ pub struct Train {
     pub momentum: f64,
     /// Trust coefficient η of the layer-wise rate η·‖w‖ / (‖g‖ + λ‖w‖) (lars).
     pub trust: f64,
-    /// Memory of a running mean of the parameters, in [0, 1), evaluated beside them and saved; 0 = none. 0.999 is usual.
+    /// Memory of a running mean of the parameters, in [0, 1), evaluated beside them and saved; 0 = none. 0.999 is usual. It grows to this value, as
+    /// (1 + t) / (10 + t) after t updates of the mean.
     pub ema: f64,
     /// Radius ρ of sharpness-aware minimisation (Foret 2021): the update follows the gradient at w + ρ·g/‖g‖; 0 = off, 0.05 is usual. Twice the work:
     /// the second pass routes anew, `sam/routing_changed` is the share of tokens whose experts are others there. `train/loss` and the activation

@@ -87,7 +87,7 @@ impl Trained {
     /// `path` is a run directory (its newest checkpoint, or the one called `checkpoint`) or a checkpoint folder. A damaged checkpoint is refused.
     pub fn load(path: &Path, checkpoint: Option<&str>) -> Result<Self, TrainError> {
         let folder = checkpoint_folder(path, checkpoint)?;
-        let files = checkpoint::read_texts(&folder).map_err(|error| TrainError::Failed(error.to_string()))?;
+        let files = checkpoint::read_texts(&folder)?;
         let config: SavedConfig = serde_json::from_str(&files.config)
             .map_err(|error| TrainError::Failed(format!("{}: config.json: {error}", folder.display())))?;
         config
@@ -101,7 +101,7 @@ impl Trained {
         let tokenizer = Tokenizer::from_bytes(&folder.join("tokenizer.json").display().to_string(), &files.tokenizer)
             .map_err(|error| TrainError::Failed(error.to_string()))?;
         let model = Transformer::new(&config.model, tokenizer.vocab_size());
-        let loaded = checkpoint::load(&folder, &model.layout).map_err(|error| TrainError::Failed(error.to_string()))?;
+        let loaded = checkpoint::load(&folder, &model.layout)?;
         let given = run.as_ref().and_then(|run| run.data.routing.as_deref()).map(Recording::read).transpose();
         let mut policies = match given.map_err(|error| TrainError::Usage(error.to_string()))? {
             Some((recording, _)) => recording.overrule(model.policies()).map_err(TrainError::Usage)?,

@@ -40,6 +40,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tensor::Layout;
 
+/// A peak learning rate below this is told of: hardly anything is learned at it.
+const LOW_RATE: f64 = 1e-5;
+
 /// What comes next.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 struct Position {
@@ -87,6 +90,9 @@ struct Memory {
     monitor: Monitor,
     #[serde(default)]
     noise: NoiseScale,
+    /// Updates that the running mean has taken in.
+    #[serde(default)]
+    averaged: u64,
 }
 
 /// The same in every checkpoint of a run.
@@ -177,7 +183,7 @@ impl Trainer {
             (trainer.results, trainer.done) = (results, true);
             return Ok(trainer);
         }
-        let found = checkpoint::recover(&*disk, out, &learner.model.layout).map_err(failed)?;
+        let found = checkpoint::recover(&*disk, out, &learner.model.layout)?;
         let mut notes = Vec::new();
         for (path, reason) in &found.skipped {
             let aside = match checkpoint::set_aside(&*disk, path) {
@@ -310,11 +316,6 @@ impl Trainer {
         self.done
     }
 
-    /// Bytes of the buffers that updates recycle: what they needed at once at most.
-    pub fn arena_bytes(&self) -> usize {
-        self.learner.arena_bytes()
-    }
-
     pub fn step_count(&self) -> u64 {
         self.at.step
     }
@@ -397,7 +398,9 @@ impl Trainer {
         let before = acts.then(|| self.epoch.clone());
         let guard = (!matches!(settings.on_spike, OnSpike::Off | OnSpike::Warn)).then_some(&self.memory.guard);
         match settings.ema > 0.0 {
-            true if self.ema.is_none() => self.ema = Some(self.learner.params.clone()),
+            true if self.ema.is_none() => {
+                (self.ema, self.memory.averaged) = (Some(self.learner.params.clone()), 0);
+            }
             true => {}
             false => self.ema = None,
         }
@@ -406,9 +409,14 @@ impl Trainer {
             Err(StepError::Fault(fault)) => return self.fault(fault, &step, &batch, before),
             Err(StepError::Device(reason)) => return Err(self.device_failed(&reason)),
         };
+        if let Some(bytes) = self.learner.peak_arena_bytes() {
+            self.directory.note_arena(bytes);
+        }
         if let Some(mean) = &mut self.ema {
             self.learner.fetch()?;
-            self.learner.pool.install(|| ema::track(mean, &self.learner.params, settings.ema));
+            let decay = ema::decay(settings.ema, self.memory.averaged);
+            self.learner.pool.install(|| ema::track(mean, &self.learner.params, decay));
+            self.memory.averaged += 1;
         }
         let targets = batch.len();
         self.move_on(targets as u64, step.batches);
@@ -420,6 +428,7 @@ impl Trainer {
         let originals = self.dataset.phases[self.at.phase].originals;
         let l0 = update.activation_norms[0];
         self.epoch.add_batch(&batch, &update.document_losses, update.loss_sum, originals, l0);
+        self.epoch.add_windows(update.window());
         let mut row = self.row("train");
         row.integer("epoch", self.at.epoch + 1);
         if !self.run.data.lengths.is_empty() {
@@ -468,7 +477,7 @@ impl Trainer {
         Ok(())
     }
 
-    /// Says that a phase begins, and its rate where that is not the one written down.
+    /// Says that a phase begins, and its rate where that is not the one written down or too low to learn at.
     fn phase_started(&mut self) -> Result<(), TrainError> {
         let settings = self.settings();
         let scaled = match settings.batch_scaling {
@@ -481,7 +490,17 @@ impl Trainer {
                 settings.batch_size
             ),
         };
-        self.event("phase_started", format!("phase {} started{scaled}", self.phase_name()))
+        self.event("phase_started", format!("phase {} started{scaled}", self.phase_name()))?;
+        self.tell_of_a_low_rate(settings.peak_rate())
+    }
+
+    fn tell_of_a_low_rate(&mut self, peak: f64) -> Result<(), TrainError> {
+        if peak >= LOW_RATE {
+            return Ok(());
+        }
+        let (phase, remedy) = (self.phase_name(), "next to nothing is learned there; raise train.learning_rate");
+        let message = format!("phase {phase}: the peak learning rate {peak:e} is below {LOW_RATE:e}; {remedy}");
+        self.event("low_rate", message)
     }
 
     fn row(&self, kind: &str) -> Row {

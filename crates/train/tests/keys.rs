@@ -28,7 +28,7 @@ enum Seen {
     Ending,
     /// Which checkpoints there are.
     Checkpoints,
-    /// Bytes that the updates worked in.
+    /// run.json: bytes that the updates held at once.
     Memory,
     /// run.json: threads of the machine.
     Threads,
@@ -242,7 +242,7 @@ struct Outcome {
     samples: String,
     ending: String,
     checkpoints: BTreeSet<String>,
-    memory: usize,
+    memory: Option<u64>,
     threads: Value,
     name: String,
 }
@@ -268,7 +268,7 @@ fn train(run: Run, out: &Path) -> Outcome {
         samples: fs::read_to_string(out.join("samples.jsonl")).unwrap(),
         ending,
         checkpoints: names.collect(),
-        memory: trainer.arena_bytes(),
+        memory: record["results"]["arena_bytes"].as_u64(),
         threads: record["machine"]["threads"].clone(),
         name,
     }

@@ -7,7 +7,7 @@ use train::run::Run;
 const TOKENS: usize = 16_384;
 const LIMIT: u64 = 4 << 30;
 
-/// cargo test --release -p train --test long_context -- --ignored --nocapture
+/// A part of `make test-full`.
 #[test]
 #[ignore = "full"]
 fn a_context_of_16384_trains_in_under_4_gib() {

@@ -14,6 +14,7 @@ pub use read::{Newest, Recovered, list, load, newest_whole, parse_manifest, read
 pub use tensors::{read_weights, weights};
 pub use writer::{Job, Outcome, Snapshot, Writer};
 
+use crate::error::{TrainError, newer};
 use crate::files::{Files, explain, remove_all, replace_link, sweep, sync_folder, write_new};
 use crate::layers::sum_squares;
 use crate::optimizers::State;
@@ -53,11 +54,23 @@ pub enum CheckpointError {
     /// Whole, but not of this model or this program.
     #[error("E-CKPT: {}: {reason}", file.display())]
     Foreign { file: PathBuf, reason: String },
+    /// Of a program that writes another layout than this one knows.
+    #[error("E-CKPT: {}", newer(file, *format, FORMAT))]
+    Newer { file: PathBuf, format: u64 },
     /// State that must not replace a healthy checkpoint.
     #[error(
         "E-NUMERIC: {0} holds numbers that are not finite; nothing was saved, the checkpoints saved before are untouched"
     )]
     NonFinite(String),
+}
+
+impl From<CheckpointError> for TrainError {
+    fn from(error: CheckpointError) -> Self {
+        match error {
+            CheckpointError::Newer { .. } => TrainError::Usage(error.to_string()),
+            _ => TrainError::Failed(error.to_string()),
+        }
+    }
 }
 
 /// What is saved. `state` holds what the trainer needs to go on (position, control states, counters); its u64 and f64 come back to the bit,

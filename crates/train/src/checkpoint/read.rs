@@ -121,6 +121,7 @@ pub fn parse_manifest(folder: &Path, bytes: &[u8]) -> Result<Manifest, Checkpoin
     }
     match manifest["format"].as_u64() {
         Some(FORMAT) => {}
+        Some(format) if format > FORMAT => return Err(CheckpointError::Newer { file, format }),
         found => {
             let found = found.map_or("unknown".to_owned(), |format| format.to_string());
             let reason = format!(

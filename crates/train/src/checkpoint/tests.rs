@@ -336,8 +336,9 @@ fn the_format_of_a_newer_program_is_named() {
     let (folder, run) = (TempDir::new().unwrap(), Run::at(7));
     let path = run.save(&folder, 1);
     fs::write(path.join(MANIFEST), seal(json!({ "format": 7, "other": true }))).unwrap();
-    let error = load(&path, &run.layout).unwrap_err().to_string();
-    assert!(error.contains("format 7") && error.contains("format 1"), "{error}");
+    let error = TrainError::from(load(&path, &run.layout).unwrap_err());
+    let sentence = "MANIFEST.json was written by a newer moe_lab (format 7, this one reads 1): update moe_lab";
+    assert!(error.exit_status() == 2 && error.to_string().ends_with(sentence), "{error}");
     assert!(newest_whole(folder.path()).is_err()); // not damage: it must not be skipped in silence
 }
 

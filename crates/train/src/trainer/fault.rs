@@ -2,7 +2,7 @@
 //! last checkpoint, as `train.on_nonfinite` and `train.on_spike` say.
 
 use super::control::{Step, documents_at};
-use super::{Trainer, failed, restore};
+use super::{Trainer, restore};
 use crate::checkpoint;
 use crate::data::Batch;
 use crate::epoch::Epoch;
@@ -93,7 +93,7 @@ impl Trainer {
         }
         let mut learner =
             Learner::new(&self.run, self.learner.model.vocab_size, &self.run.phase(self.dataset.phases[0].name))?;
-        let found = checkpoint::recover(&**self.directory.disk(), self.out(), &self.layout).map_err(failed)?;
+        let found = checkpoint::recover(&**self.directory.disk(), self.out(), &self.layout)?;
         let restored = found
             .checkpoint
             .map(|(path, loaded)| restore(&path, loaded, &self.run, &self.dataset, &mut learner))

@@ -69,6 +69,10 @@ impl Trainer {
             self.results.insert("floor".into(), json!(floor));
             self.results.insert("excess".into(), json!(floor.map(|floor| finished.macro_loss() - floor)));
             self.results.insert("l0".into(), json!(finished.l0_mean()));
+            if let Some([mean, masked]) = finished.windows() {
+                self.results.insert("window_mean".into(), json!(mean));
+                self.results.insert("window_masked".into(), json!(masked));
+            }
         }
         if due {
             let rest = if last { self.evaluate_phase() } else { Vec::new() };

@@ -36,7 +36,7 @@ fn check(state: &State, run: &Run, dataset: &Dataset, policies: &[Policy]) -> Re
     let ended = || (at.epoch, at.batch, at.phase_step) == (0, 0, 0);
     let total = total_steps(run, dataset);
     let placed = if at.phase < phases { inside(at.phase) } else { at.phase == phases && ended() };
-    let counted = at.tokens <= MAX_COUNT && at.flops.is_finite() && at.flops >= 0.0;
+    let counted = at.tokens <= MAX_COUNT && memory.averaged <= MAX_COUNT && at.flops.is_finite() && at.flops >= 0.0;
     if !placed || at.step > total || !counted {
         return Err("its position is outside the run".into());
     }

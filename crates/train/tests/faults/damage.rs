@@ -139,6 +139,29 @@ fn a_damaged_record_or_run_file_is_named_and_nothing_is_changed() {
 }
 
 #[test]
+fn a_run_of_a_newer_program_is_refused_in_one_sentence_and_left_as_it_is() {
+    let folder = memory();
+    let out = stopped(folder.path());
+    let record = fs::read_to_string(out.join("run.json")).unwrap();
+    fs::write(out.join("run.json"), record.replace("\"format\": 1", "\"format\": 2")).unwrap();
+    // A key that this program does not know, as a newer one may write it.
+    let run_file = fs::read_to_string(out.join("run.toml")).unwrap();
+    fs::write(out.join("run.toml"), format!("tomorrow = 1\n{run_file}")).unwrap();
+    let refused = [
+        Trainer::resume(&out).err().unwrap(),
+        train::trained::Trained::load(&out, None).err().unwrap(),
+        train::reproduce::Original::read(&out).err().unwrap(),
+    ];
+    for error in refused {
+        let sentence = "run.json was written by a newer moe_lab (format 2, this one reads 1): update moe_lab";
+        assert!(error.exit_status() == 2 && error.to_string().ends_with(sentence), "{error}");
+    }
+    fs::write(out.join("run.json"), record).unwrap();
+    fs::write(out.join("run.toml"), run_file).unwrap();
+    recover_to_the_end(folder.path(), &out, "a newer program");
+}
+
+#[test]
 fn a_completed_run_stays_as_it_is() {
     let folder = memory();
     let out = folder.path().join("run");
