@@ -422,7 +422,7 @@ mod tests {
         assert!(wide < 1e-11 && narrow < 1e-4, "{wide} {narrow}");
     }
 
-    /// Ids of the experts of every token, of any number, some of them twice, some of them none that computes: with up to 6 experts, 0 to 3 a token.
+    /// 0 to 3 ids for every token, some of them twice; those not below the number of experts compute nothing.
     fn choices(n: usize) -> impl Strategy<Value = Vec<Vec<u32>>> {
         let id = prop_oneof![12 => 0..6u32, 1 => Just(u32::MAX)];
         prop::collection::vec(prop::collection::vec(id, 0..4), n)
