@@ -17,6 +17,8 @@ CAPTIONS = {
     "loss": "Loss over epochs, mean over the seeds, above the entropy floor of the data",
     "experts": "Experts per token over epochs",
     "l0": "Gradient norm at the embedding output over epochs",
+    "text_loss": "Held-out loss of the models on a text, mean over the seeds",
+    "text_experts": "Experts per token of the models on a text",
     "sweep": "Thresholds against loss and against experts per token",
 }
 
