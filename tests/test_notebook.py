@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 
+from runs import Story, write
+
 ROOT = Path(__file__).resolve().parent.parent
+STORY = ROOT / "experiments" / "specialization.ipynb"
 NOTEBOOKS = sorted(ROOT.glob("experiments/**/*.ipynb"))
 
 
@@ -23,13 +26,31 @@ def test_a_notebook_is_kept_without_outputs(path: Path) -> None:
     assert len({cell["id"] for cell in cells(path)}) == len(cells(path))
 
 
+def executed(path: Path, most: int | None = None) -> dict[str, Any]:
+    """The names that a notebook leaves behind, or its first so many cells of code."""
+    names: dict[str, Any] = {}
+    code = [cell for cell in cells(path) if cell["cell_type"] == "code"]
+    for number, cell in enumerate(code[:most]):
+        exec(compile("".join(cell["source"]), f"cell {number}", "exec"), names)
+    return names
+
+
+def test_the_story_may_be_that_of_a_finished_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write(tmp_path / "real", Story(epochs=2, trained=2))
+    monkeypatch.setenv("MOE_LAB_RUN", str(run))
+    monkeypatch.setenv("MOE_LAB_OUT", str(tmp_path / "kept"))
+    names = executed(STORY, 2)
+    assert names["shown"] == "a run that was given: hand-made, seed 1, completed, loss 0.2100"
+    assert names["out"] == run
+    assert [path.name for path in tmp_path.iterdir()] == ["real"]
+
+
 @pytest.mark.slow
 def test_the_story_of_specialisation_holds_on_a_quick_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOE_LAB_OUT", str(tmp_path))
-    names: dict[str, Any] = {}
-    for number, cell in enumerate(cells(ROOT / "experiments" / "specialization.ipynb")):
-        if cell["cell_type"] == "code":
-            exec(compile("".join(cell["source"]), f"cell {number}", "exec"), names)
+    monkeypatch.delenv("MOE_LAB_RUN", raising=False)
+    names = executed(STORY)
+    assert names["shown"].startswith("a quick run of this notebook: stage1, seed ")
     assert set(names["told"]["view"]) == {"form", "place", "part", "sentence", "domain"}
     for view in ("form", "domain"):
         known = names["told"].filter(names["pl"].col("view") == view)
