@@ -106,7 +106,7 @@ def test_texts_and_documents_have_figures_of_their_own(tmp_path: Path) -> None:
     streams = {name: [frames.read_metrics(write(tmp_path / name, each))] for name, each in stories.items()}
     figures = plots.comparisons(streams)
     assert set(figures) == {"loss", "experts", "l0", "text_loss", "text_experts", "text_l0"}
-    assert lines(figures["loss"]) == {"stage1", "entropy floor", "target 0.4"} | {"facts", "chat"}
+    assert lines(figures["loss"]) == {"stage1", plots.DASHES + "entropy floor", "target 0.4"} | {"facts", "chat"}
     assert lines(figures["text_loss"]) == {"text", "stage4b"}
     assert lines(figures["text_l0"]) == {"text", "stage4b"}
     held_out = points(streams["stage4b"][0], "eval", "eval/loss")
