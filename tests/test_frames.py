@@ -167,7 +167,7 @@ def test_the_fast_reader_and_the_plain_one_agree(run: Path) -> None:
 
 
 @pytest.mark.full
-def test_a_hundred_thousand_steps_are_read_in_a_second_or_two(tmp_path: Path) -> None:
+def test_a_hundred_thousand_steps_are_read_in_a_second(tmp_path: Path) -> None:
     """62 measures a step, 2 kB a line, 200 MB, and an epoch's end every 60 steps. The best of five: other programs may
     be at work.
     """
@@ -186,7 +186,7 @@ def test_a_hundred_thousand_steps_are_read_in_a_second_or_two(tmp_path: Path) ->
         assert frames.read_metrics(tmp_path).height == 61 * 1667
         seconds.append(time.perf_counter() - start)
     print(f"100,000 steps: {min(seconds):.2f} s")
-    assert min(seconds) < 2.0
+    assert min(seconds) < 1.0
 
 
 def test_a_stream_that_has_grown_is_read_anew(run: Path) -> None:

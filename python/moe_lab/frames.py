@@ -1,4 +1,4 @@
-"""Run directories -> Python: metrics.jsonl as polars frames, run.json and run.toml as dicts; nothing compiled here."""
+"""Run directories -> Python: metrics.jsonl as polars frames, run.json and run.toml as dicts."""
 
 import json
 import platform
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
+
+from moe_lab import _native
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -43,100 +45,21 @@ def read_metrics(run: Place, kind: str | None = None) -> pl.DataFrame:
 
 @lru_cache(maxsize=8)
 def _frame(path: Path, _size: int, _changed: int) -> pl.DataFrame:
-    """Steps are nearly all lines and alike: they are cut at their commas as CSV is, each field after the name that the
-    first step has there; every other line is read singly, as JSON.
-    """
-    text = path.read_bytes()
-    ends = _line_ends(np.frombuffer(text, dtype=np.uint8))
-    if not ends.size:
-        return frame_of([])
-    found = _steps(text, ends)
-    if found is None:
-        return frame_of(_rows(path))
-    steps, others = found
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    rows = [_row(path, index + 1, text[starts[index] : ends[index]]) for index in others]
-    return _join(rows, others, steps)
+    """Steps are nearly all lines: the engine reads them into columns; every other line is parsed singly."""
+    places, columns, others = _native.read_steps(str(path))
+    rows = [_row(path, place + 1, line) for place, line in others]
+    series = [_series(name, *column) for name, column in columns.items()]
+    steps = pl.DataFrame(series).with_columns(pl.Series("row", places.astype(np.int64)))
+    return _join(rows, [place for place, _ in others], steps if steps.height else None)
 
 
-def _line_ends(data: "NDArray[np.uint8]") -> "NDArray[np.intp]":
-    """Places of all line ends; in pieces that stay in the cache."""
-    piece = 1 << 20
-    parts = [np.flatnonzero(data[at : at + piece] == ord("\n")) + at for at in range(0, data.size, piece)]
-    return np.concatenate(parts) if parts else np.empty(0, np.intp)
-
-
-_STEP = re.compile(rb'"kind": *"train"')
-_FIELD = re.compile(rb'[{ ]*"([^"\\:,]+)" *: *')
-
-
-def _steps(text: bytes, ends: "NDArray[np.intp]") -> tuple[pl.DataFrame, list[int]] | None:
-    """The rows of kind train with their places in a column "row", and the places of all other lines.
-
-    A step that has other names, a null, or a list stands among the others. None where no step is plain.
-    """
-    found = _STEP.search(text, 0, int(ends[-1]))
-    if found is None:
-        return None
-    start = text.rfind(b"\n", 0, found.start()) + 1
-    before = int(np.searchsorted(ends, start))  # lines before the first step
-    line = text[start : int(ends[before])]
-    first, fields = _values(line), line.removesuffix(b"}").split(b",")
-    heads = [match.group().decode() for field in fields if (match := _FIELD.match(field))]
-    if first is None or not len(heads) == len(fields) == len(first):
-        return None
-    columns = [f"column_{index}" for index in range(len(fields))]
-    try:
-        cut = pl.read_csv(
-            text,
-            has_header=False,
-            schema=dict.fromkeys(columns, pl.String),
-            skip_lines=before,
-            n_rows=ends.size - before,
-            quote_char=None,
-            truncate_ragged_lines=True,
-        )
-    except pl.exceptions.PolarsError:
-        return None
-    if cut.height != ends.size - before:
-        return None
-    last = pl.col(columns[-1])
-    bare = [*map(pl.col, columns[:-1]), last.str.strip_suffix("}")]
-    measures = [
-        _measure(field, head, value).alias(name)
-        for field, head, (name, value) in zip(bare, heads, first.items(), strict=True)
-    ]
-    whole = last.str.ends_with("}").alias(_WHOLE)  # a step with further names ends in another field
-    frame = cut.select(*measures, whole).with_row_index("row", offset=before)
-    good = frame.select(pl.all_horizontal(_WHOLE, pl.col("kind") == "train", pl.all().is_not_null())).to_series()
-    good = good.fill_null(False)
-    steps = frame.drop(_WHOLE).filter(good).with_columns(pl.col("row").cast(pl.Int64))
-    others = [*range(before), *((~good).arg_true() + before).to_list()]
-    return (steps, others) if steps.height else None
-
-
-_WHOLE = "\0whole"  # no measure has this name
-
-
-def _values(line: bytes) -> dict[str, Any] | None:
-    """The measures of a step whose values are all plain; None for any other line."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    plain = isinstance(row, dict) and all(
-        isinstance(v, int | float | str) and not isinstance(v, bool) for v in row.values()
-    )
-    return row if plain else None
-
-
-def _measure(field: pl.Expr, head: str, value: object) -> pl.Expr:
-    """The value of a field that begins with `head`; null where it does not, or is of another type."""
-    if not isinstance(value, str):
-        return field.str.strip_prefix(head).cast(pl.Int64 if isinstance(value, int) else pl.Float64, strict=False)
-    text = field.str.strip_prefix(head + '"').str.strip_suffix('"')
-    plain = field.str.starts_with(head + '"') & field.str.ends_with('"') & ~field.str.contains("\\", literal=True)
-    return pl.when(plain).then(text)
+def _series(name: str, values: "NDArray[Any]", told: bool | list[str]) -> pl.Series:
+    """A column of steps: numbers (NaN: none) with whether they are integers, or codes with their texts."""
+    if isinstance(told, list):
+        texts = pl.Series(name, [*told, None], dtype=pl.String)
+        return texts.gather(np.minimum(values, len(told)))
+    numbers = pl.Series(name, values, nan_to_null=True)
+    return numbers.cast(pl.Int64) if told and numbers.null_count() < len(numbers) else numbers
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 mod convert;
 mod model;
 mod run;
+mod steps;
 mod trainer;
 
 use pyo3::prelude::*;
@@ -27,6 +28,8 @@ mod _native {
     use super::model::{Model, loss_and_gradients};
     #[pymodule_export]
     use super::run::Run;
+    #[pymodule_export]
+    use super::steps::read_steps;
     #[pymodule_export]
     use super::trainer::Trainer;
 

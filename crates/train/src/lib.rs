@@ -33,6 +33,7 @@ pub mod routing;
 pub mod run;
 mod sam;
 pub mod schedule;
+pub mod steps;
 #[cfg(feature = "torch")]
 mod torch;
 pub mod trained;

@@ -1,0 +1,337 @@
+//! metrics.jsonl -> columns: the rows of steps, which are nearly all of a stream, flat and alike; every other line is the caller's to parse.
+
+use std::collections::HashMap;
+
+/// The rows of kind "train" whose values are numbers, plain strings or null, column by column.
+#[derive(Debug, Default, PartialEq)]
+pub struct Steps {
+    /// The place of each row in the stream, from 0.
+    pub places: Vec<u64>,
+    /// In the order in which the stream names them first.
+    pub columns: Vec<Column>,
+    /// Place and bytes of every other line.
+    pub others: Vec<(u64, Vec<u8>)>,
+}
+
+#[derive(Debug, PartialEq)]
+pub struct Column {
+    pub name: String,
+    pub values: Values,
+}
+
+/// One value for each row of `Steps::places`.
+#[derive(Debug, PartialEq)]
+pub enum Values {
+    /// NaN where a row has none (JSON knows no NaN); `integers` where all that are there were written as integers of at most 15 digits.
+    Numbers { values: Vec<f64>, integers: bool },
+    /// Places in `distinct`; `NO_TEXT` where a row has none.
+    Texts { codes: Vec<u32>, distinct: Vec<String> },
+}
+
+pub const NO_TEXT: u32 = u32::MAX;
+
+/// Reads the whole lines of a stream: what stands behind the last line end was cut off and is left out.
+pub fn read_steps(stream: &[u8]) -> Steps {
+    let mut reader = Reader::default();
+    let whole = stream.iter().rposition(|&byte| byte == b'\n').map_or(0, |last| last + 1);
+    for (place, line) in stream[..whole].split_inclusive(|&byte| byte == b'\n').enumerate() {
+        let line = &line[..line.len() - 1];
+        if reader.step(line).is_some() {
+            reader.steps.places.push(place as u64);
+        } else {
+            reader.steps.others.push((place as u64, line.to_vec()));
+        }
+    }
+    reader.finish()
+}
+
+#[derive(Default)]
+struct Reader<'a> {
+    steps: Steps,
+    index: HashMap<&'a str, usize>,
+    /// The line at hand: nothing enters a column before it was read to its end.
+    fields: Vec<(&'a str, Scalar<'a>)>,
+    /// The column of each field.
+    columns: Vec<usize>,
+}
+
+#[derive(Clone, Copy)]
+enum Scalar<'a> {
+    Number { value: f64, integer: bool },
+    Text(&'a str),
+    Null,
+}
+
+impl<'a> Reader<'a> {
+    /// Takes a line in; none where it is no plain row of kind "train" or has a value of another type than its column.
+    fn step(&mut self, line: &'a [u8]) -> Option<()> {
+        self.parse(line)?;
+        if !self.fields.iter().any(|(name, value)| *name == "kind" && matches!(value, Scalar::Text("train"))) {
+            return None;
+        }
+        let known = self.steps.columns.len();
+        if !self.find_columns() {
+            self.steps.columns.truncate(known);
+            self.index.retain(|_, column| *column < known);
+            return None;
+        }
+        let row = self.steps.places.len();
+        for (&(_, value), &column) in self.fields.iter().zip(&self.columns) {
+            self.steps.columns[column].values.set(row, value);
+        }
+        Some(())
+    }
+
+    fn parse(&mut self, line: &'a [u8]) -> Option<()> {
+        self.fields.clear();
+        let mut rest = Cursor(line);
+        rest.token(b'{')?;
+        loop {
+            let name = rest.string()?;
+            rest.token(b':')?;
+            self.fields.push((name, rest.scalar()?));
+            if rest.token(b',').is_none() {
+                break;
+            }
+        }
+        rest.token(b'}')?;
+        rest.spaces();
+        rest.0.is_empty().then_some(())
+    }
+
+    /// Finds or makes the column of every field, most often the one behind the last field's; false where a value does not fit.
+    fn find_columns(&mut self) -> bool {
+        self.columns.clear();
+        let mut next = 0;
+        for &(name, value) in &self.fields {
+            let columns = &mut self.steps.columns;
+            let column = match columns.get(next) {
+                Some(column) if column.name == name => next,
+                _ => *self.index.entry(name).or_insert_with(|| {
+                    columns.push(Column { name: name.to_owned(), values: Values::of(value) });
+                    columns.len() - 1
+                }),
+            };
+            if !columns[column].values.takes(value) {
+                return false;
+            }
+            self.columns.push(column);
+            next = column + 1;
+        }
+        true
+    }
+
+    fn finish(mut self) -> Steps {
+        let rows = self.steps.places.len();
+        self.steps.columns.iter_mut().for_each(|column| column.values.fill(rows));
+        self.steps
+    }
+}
+
+impl Values {
+    fn of(value: Scalar) -> Self {
+        match value {
+            Scalar::Text(_) => Values::Texts { codes: Vec::new(), distinct: Vec::new() },
+            _ => Values::Numbers { values: Vec::new(), integers: true },
+        }
+    }
+
+    fn takes(&self, value: Scalar) -> bool {
+        matches!(
+            (self, value),
+            (_, Scalar::Null)
+                | (Values::Numbers { .. }, Scalar::Number { .. })
+                | (Values::Texts { .. }, Scalar::Text(_))
+        )
+    }
+
+    /// Fills up with nothing to `rows` values.
+    fn fill(&mut self, rows: usize) {
+        match self {
+            Values::Numbers { values, .. } => values.resize(rows, f64::NAN),
+            Values::Texts { codes, .. } => codes.resize(rows, NO_TEXT),
+        }
+    }
+
+    /// Of a name that a line has twice the last value stays, as with every JSON reader.
+    fn set(&mut self, row: usize, value: Scalar) {
+        self.fill(row + 1);
+        match (self, value) {
+            (Values::Numbers { values, integers }, Scalar::Number { value, integer }) => {
+                *integers &= integer;
+                values[row] = value;
+            }
+            (Values::Texts { codes, distinct }, Scalar::Text(text)) => {
+                let code = distinct.iter().position(|known| known == text).unwrap_or_else(|| {
+                    distinct.push(text.to_owned());
+                    distinct.len() - 1
+                });
+                codes[row] = code as u32;
+            }
+            (Values::Numbers { values, .. }, _) => values[row] = f64::NAN,
+            (Values::Texts { codes, .. }, _) => codes[row] = NO_TEXT,
+        }
+    }
+}
+
+/// What is left of a line. It knows less than JSON and never more: what it takes, every JSON reader takes for the same.
+struct Cursor<'a>(&'a [u8]);
+
+impl<'a> Cursor<'a> {
+    fn spaces(&mut self) {
+        while let [b' ' | b'\t' | b'\r', rest @ ..] = self.0 {
+            self.0 = rest;
+        }
+    }
+
+    fn token(&mut self, token: u8) -> Option<()> {
+        self.spaces();
+        let (&first, rest) = self.0.split_first()?;
+        (first == token).then(|| self.0 = rest)
+    }
+
+    fn take(&mut self, len: usize) -> &'a [u8] {
+        let (taken, rest) = self.0.split_at(len);
+        self.0 = rest;
+        taken
+    }
+
+    /// A string without escapes.
+    fn string(&mut self) -> Option<&'a str> {
+        self.token(b'"')?;
+        let len = self.0.iter().position(|&byte| byte == b'"' || byte == b'\\' || byte < b' ')?;
+        let text = self.take(len);
+        self.token_here(b'"')?;
+        str::from_utf8(text).ok()
+    }
+
+    fn token_here(&mut self, token: u8) -> Option<()> {
+        self.0 = self.0.strip_prefix(&[token])?;
+        Some(())
+    }
+
+    fn scalar(&mut self) -> Option<Scalar<'a>> {
+        self.spaces();
+        match self.0.first()? {
+            b'"' => self.string().map(Scalar::Text),
+            b'n' => {
+                self.0 = self.0.strip_prefix(b"null")?;
+                Some(Scalar::Null)
+            }
+            _ => self.number(),
+        }
+    }
+
+    fn digits(&mut self) -> Option<usize> {
+        let len = self.0.iter().position(|byte| !byte.is_ascii_digit()).unwrap_or(self.0.len());
+        self.take(len);
+        (len > 0).then_some(len)
+    }
+
+    /// A finite number by the grammar of RFC 8259, section 6; integers have at most 15 digits, so that an f64 holds them.
+    fn number(&mut self) -> Option<Scalar<'a>> {
+        let start = self.0;
+        let _ = self.token_here(b'-');
+        let leading_zero = self.0.first() == Some(&b'0');
+        let digits = self.digits()?;
+        if leading_zero && digits > 1 {
+            return None;
+        }
+        let mut integer = true;
+        if self.token_here(b'.').is_some() {
+            integer = false;
+            self.digits()?;
+        }
+        if let Some(b'e' | b'E') = self.0.first() {
+            integer = false;
+            self.take(1);
+            if let Some(b'+' | b'-') = self.0.first() {
+                self.take(1);
+            }
+            self.digits()?;
+        }
+        let text = str::from_utf8(&start[..start.len() - self.0.len()]).ok()?;
+        let value: f64 = text.parse().ok()?;
+        (value.is_finite() && !(integer && digits > 15)).then_some(Scalar::Number { value, integer })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use serde_json::{Map, Value};
+
+    /// The row at `index` as JSON, numbers as f64.
+    fn row(steps: &Steps, index: usize) -> Map<String, Value> {
+        let value = |column: &Column| match &column.values {
+            Values::Numbers { values, .. } => Value::from(values[index]), // NaN becomes null
+            Values::Texts { codes, distinct } => {
+                distinct.get(codes[index] as usize).map_or(Value::Null, |text| Value::from(text.as_str()))
+            }
+        };
+        steps
+            .columns
+            .iter()
+            .map(|column| (column.name.clone(), value(column)))
+            .filter(|(_, value)| !value.is_null())
+            .collect()
+    }
+
+    fn told(line: &[u8]) -> Map<String, Value> {
+        let fields: Map<String, Value> = serde_json::from_slice(line).unwrap();
+        let as_float = |value: Value| value.as_f64().map_or(value, Value::from);
+        fields.into_iter().filter(|(_, value)| !value.is_null()).map(|(name, value)| (name, as_float(value))).collect()
+    }
+
+    #[test]
+    fn steps_become_columns_and_all_else_is_handed_back() {
+        let lines = [
+            r#"{"step":0,"kind":"event","event":"run_started"}"#,
+            r#"{"step":1,"ts":1.5,"kind":"train","phase":"facts","loss":2}"#,
+            r#"{ "step" : 2, "ts": 2.5, "kind": "train", "phase": "chat", "loss": 1.25, "spike": -1e-3 }"#,
+            r#"{"step":3,"ts":3.5,"kind":"train","phase":"chat","loss":null,"nonfinite":["loss"]}"#,
+            r#"{"step":4,"kind":"train","phase":"chat","loss":null}"#,
+            r#"{"step":5,"kind":"train","phase":5}"#,
+            r#"{"step":6,"kind":"train","new":1,"phase":5}"#,
+            r#"{"step":7,"kind":"tra"#,
+        ];
+        let steps = read_steps(lines.join("\n").as_bytes());
+        assert_eq!(steps.places, [1, 2, 4]);
+        assert_eq!(steps.others.iter().map(|(place, _)| *place).collect::<Vec<_>>(), [0, 3, 5, 6]);
+        let names: Vec<&str> = steps.columns.iter().map(|column| column.name.as_str()).collect();
+        assert_eq!(names, ["step", "ts", "kind", "phase", "loss", "spike"]);
+        for (index, place) in [1, 2, 4].into_iter().enumerate() {
+            assert_eq!(row(&steps, index), told(lines[place].as_bytes()));
+        }
+        let integers = |name: &str| match &steps.columns.iter().find(|column| column.name == name).unwrap().values {
+            Values::Numbers { integers, .. } => *integers,
+            Values::Texts { .. } => false,
+        };
+        assert!(integers("step") && !integers("loss") && !integers("phase"));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+        /// Whatever is broken in a line, it is handed back or is what serde_json reads.
+        #[test]
+        fn what_is_taken_is_what_json_says(
+            at in 0..80usize,
+            byte in proptest::sample::select(b"0123456789+-.eE,:\"{}[] \\\ntfnulx\x80\t".to_vec()),
+            kept in 0..90usize,
+            replaced in any::<bool>(),
+        ) {
+            let mut line = br#"{"step":10,"kind":"train","a":-0.5e+3,"b":null,"c":"text","a":1E2,"d":0.0625}"#.to_vec();
+            let at = at.min(line.len() - 1);
+            if replaced { line[at] = byte } else { line.insert(at, byte) }
+            line.truncate(kept);
+            line.push(b'\n');
+            let steps = read_steps(&line);
+            let lines: Vec<&[u8]> = line.split_inclusive(|&byte| byte == b'\n').collect();
+            prop_assert_eq!(steps.places.len() + steps.others.len(), lines.len());
+            for (index, &place) in steps.places.iter().enumerate() {
+                prop_assert_eq!(row(&steps, index), told(lines[place as usize]));
+            }
+        }
+    }
+}
