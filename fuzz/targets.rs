@@ -1,7 +1,7 @@
 //! One function per parser of files that others may have written. A target fails by panicking: on a crash of ours, or where a promise does not
 //! hold. The test `corpus` of the crate `train` replays the corpus through the same functions on every `cargo test`.
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -11,6 +11,7 @@ use train::data::{DocumentSet, ItemFile, Role, TextFile, Tokenizer, Unknowns, sh
 use train::dataset::Dataset;
 use train::metrics::{Row, canonical};
 use train::run::Run;
+use train::steps::read_steps;
 use train::trained::{Sampling, Trained};
 use train::{Trainer, untrusted};
 
@@ -159,12 +160,16 @@ pub fn tokenizer(bytes: &[u8]) {
     }
 }
 
-/// Lines of a metric stream: what is compared of a line is compared the same the second time.
+/// Lines of a metric stream: what is compared of a line is compared the same the second time, and what is read as a step is JSON.
 pub fn metrics(bytes: &[u8]) {
     for line in String::from_utf8_lossy(bytes).lines() {
         if let Some(text) = canonical(line) {
             assert_eq!(canonical(&text).as_deref(), Some(text.as_str()));
         }
+    }
+    let lines: Vec<&[u8]> = bytes.split_inclusive(|&byte| byte == b'\n').collect();
+    for place in read_steps(bytes).iter().flat_map(|steps| &steps.places) {
+        serde_json::from_slice::<Map<String, Value>>(lines[*place as usize]).expect("a JSON object");
     }
 }
 

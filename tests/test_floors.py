@@ -65,7 +65,7 @@ MODULES = {  # python/moe_lab: what each module may import of the package
     "tables": {"gates", "frames", "text"},
     "plots": {"gates", "frames"},
     "gates": {"frames"},
-    "frames": set(),
+    "frames": {"_native"},
     "train": {"_native", "text"},
 }
 

@@ -483,9 +483,10 @@ def test_a_study_leaves_the_parent_of_another_option_alone(tmp_path: Path) -> No
 
 def test_options_are_named_or_all_that_are_there() -> None:
     assert [option.name for option in options.chosen("stage5", None)][:2] == ["5a", "5b"]
-    assert options.chosen("stage2", "2C")[0].runs == ("stage2c", "stage2c_exponential")
+    assert [option.name for option in options.chosen("stage3", ["3c", "3a"])] == ["3a", "3c"]
+    assert options.chosen("stage2", ["2C"])[0].runs == ("stage2c", "stage2c_exponential")
     with pytest.raises(ValueError, match=r"--option '3a' is none of stage2; it has .*2c"):
-        options.chosen("stage2", "3a")
+        options.chosen("stage2", ["2a", "3a"])
 
 
 def test_a_stage_written_before_there_were_options_is_judged_as_it_was(tmp_path: Path) -> None:

@@ -135,13 +135,16 @@ def stage1(
     return _stage(stages.Plan(p=_numbers(p), parents=_paths(parent)), options, seeds, jobs)
 
 
-Option = Annotated[str | None, typer.Option("--option", metavar="NAME", help="One option; all of the stage if absent.")]
+Chosen = Annotated[
+    list[str] | None,
+    typer.Option("--option", metavar="NAME", help="An option, repeatable; all of the stage if absent."),
+]
 
 
 def _option_stage(name: str, title: str, listed: str) -> None:
     """The verb of a stage whose models are named changes to one parent."""
 
-    def verb(options: Training, option: Option = None, seeds: Seeds = 1, parent: Parents = None, jobs: Jobs = 1) -> int:
+    def verb(options: Training, option: Chosen = None, seeds: Seeds = 1, parent: Parents = None, jobs: Jobs = 1) -> int:
         from moe_lab import stages
         from moe_lab.options import chosen
 

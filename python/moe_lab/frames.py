@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
-from moe_lab import _native
-
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -46,11 +44,18 @@ def read_metrics(run: Place, kind: str | None = None) -> pl.DataFrame:
 @lru_cache(maxsize=8)
 def _frame(path: Path, _size: int, _changed: int) -> pl.DataFrame:
     """Steps are nearly all lines: the engine reads them into columns; every other line is parsed singly."""
-    places, columns, others = _native.read_steps(str(path))
+    from moe_lab import _native  # here, so that figures of a frame need no compiled module
+
+    pieces = _native.read_steps(str(path))
+    others = [other for _, _, others in pieces for other in others]
     rows = [_row(path, place + 1, line) for place, line in others]
+    steps = [_steps(places, columns) for places, columns, _ in pieces if places.size]
+    return _join(rows, [place for place, _ in others], steps)
+
+
+def _steps(places: "NDArray[np.uint64]", columns: dict[str, Any]) -> pl.DataFrame:
     series = [_series(name, *column) for name, column in columns.items()]
-    steps = pl.DataFrame(series).with_columns(pl.Series("row", places.astype(np.int64)))
-    return _join(rows, [place for place, _ in others], steps if steps.height else None)
+    return pl.DataFrame(series).with_columns(pl.Series("row", places.astype(np.int64)))
 
 
 def _series(name: str, values: "NDArray[Any]", told: bool | list[str]) -> pl.Series:
@@ -81,16 +86,16 @@ def _row(path: Path, number: int, line: bytes) -> dict[str, Any]:
 def frame_of(rows: Iterable[dict[str, Any]]) -> pl.DataFrame:
     """Metric rows (as a Trainer yields them) -> one frame with the union of their columns, absent values null."""
     listed = list(rows)
-    return _join(listed, range(len(listed)), None)
+    return _join(listed, range(len(listed)), [])
 
 
-def _join(rows: Iterable[dict[str, Any]], places: Iterable[int], steps: pl.DataFrame | None) -> pl.DataFrame:
-    """Rows with their places in the stream, and the frame of its steps (with a column "row") -> one frame in order."""
+def _join(rows: Iterable[dict[str, Any]], places: Iterable[int], steps: list[pl.DataFrame]) -> pl.DataFrame:
+    """Rows with their places in the stream, and frames of its steps (with a column "row") -> one frame in order."""
     by_kind: dict[Any, list[dict[str, Any]]] = {}
     for place, row in zip(places, rows, strict=True):
         by_kind.setdefault(row.get("kind"), []).append({**row, "row": place})
     parts = [_numbers(pl.DataFrame(part, infer_schema_length=None, strict=False)) for part in by_kind.values()]
-    parts += [] if steps is None else [steps]
+    parts += steps
     if not parts:
         return pl.DataFrame(schema={"step": pl.Int64, "kind": pl.String, "phase": pl.String, "epoch": pl.Int64})
     if len(parts) == 1:

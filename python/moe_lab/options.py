@@ -3,7 +3,7 @@
 A new option is a line here and a run file in experiments/; nothing else.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from moe_lab import gates
@@ -46,16 +46,14 @@ OPTIONS = (
 )
 
 
-def chosen(stage: str, name: str | None) -> tuple[Option, ...]:
-    """The option of that name, or all of the stage. Raises ValueError in one sentence."""
-    own = [option for option in OPTIONS if option.stage == stage]
-    if name is None:
-        return tuple(own)
-    found = next((option for option in own if option.name == name.lower()), None)
-    if found is None:
-        names = ", ".join(option.name for option in own)
-        raise ValueError(f"--option '{name}' is none of {stage}; it has {names}")
-    return (found,)
+def chosen(stage: str, names: Sequence[str] | None) -> tuple[Option, ...]:
+    """The options of those names, in their order in the stage, or all of it. Raises ValueError in one sentence."""
+    own = {option.name: option for option in OPTIONS if option.stage == stage}
+    wanted = [name.lower() for name in names or own]
+    for name in wanted:
+        if name not in own:
+            raise ValueError(f"--option '{name}' is none of {stage}; it has {', '.join(own)}")
+    return tuple(option for name, option in own.items() if name in wanted)
 
 
 def named(name: str) -> Option:

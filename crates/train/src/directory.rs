@@ -278,7 +278,7 @@ impl RunDirectory {
 }
 
 /// Threads a run uses: all cores for 0.
-fn threads(setting: usize) -> usize {
+pub(crate) fn threads(setting: usize) -> usize {
     match setting {
         0 => std::thread::available_parallelism().map_or(1, usize::from),
         threads => threads,

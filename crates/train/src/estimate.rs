@@ -9,11 +9,12 @@ use crate::error::TrainError;
 use crate::flops;
 use crate::learner::{Learner, thread_pool};
 use crate::run::{Run, Train};
-use crate::{optimizers, record};
+use crate::{directory, optimizers, record};
 use model::config::MAX_LAYERS;
 use serde_json::{Map, Value, json};
 use std::time::Instant;
 use tensor::Random;
+use tensor::ops::attention::numbers_of_backward;
 use tensor::random::Purpose;
 
 /// A process that has loaded nothing, bytes.
@@ -41,18 +42,20 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// For batches of `tokens` tokens and router scores of standard deviation `score_std`. Sizes may be absurd: nothing is allocated.
-    pub fn new(run: &Run, vocab: usize, tokens: usize, score_std: f64) -> Self {
+    /// For batches of `tokens` tokens in documents of `longest` at most and router scores of standard deviation `score_std`. Sizes may be absurd:
+    /// nothing is allocated.
+    pub fn new(run: &Run, vocab: usize, [tokens, longest]: [usize; 2], score_std: f64) -> Self {
         let number = size_of::<f32>() as f64;
         let params = number * run.model.num_parameters(vocab).map_or(f64::INFINITY, |count| count as f64);
         let train = run.phase(run.phases()[0]);
         let moments = optimizers::moments(train.optimizer_kind(), &train.optimizer_settings()) as f64;
+        let batch = [tokens, longest.clamp(1, tokens.max(1))].map(|count| count as f64);
         Memory {
             params,
             // With a copy of the parameters or of the gradients set aside.
             gradients: if train.sam > 0.0 || train.noise_scale > 0 { 2.0 * params } else { params },
             optimizer: moments * params,
-            activations: number * activations(run, train.activation_checkpointing, vocab, tokens as f64, score_std),
+            activations: number * activations(run, train.activation_checkpointing, vocab, batch, score_std),
             process: record::memory_bytes().map_or(PROCESS, |bytes| bytes as f64) + HEAP,
         }
     }
@@ -81,7 +84,7 @@ impl Memory {
 
 /// Numbers that live at once at the end of the forward pass, where most are kept, with the buffers of the walk back. With `checkpoints` only the
 /// stream and the routers' scores of a block are kept, and the rest of one block at a time.
-fn activations(run: &Run, checkpoints: bool, vocab: usize, n: f64, score_std: f64) -> f64 {
+fn activations(run: &Run, checkpoints: bool, vocab: usize, [n, longest]: [f64; 2], score_std: f64) -> f64 {
     let model = &run.model;
     let (d, heads, layers) = (model.hidden_size as f64, model.num_heads as f64, model.num_layers as f64);
     let kv = d / heads * model.num_kv_heads as f64;
@@ -102,13 +105,19 @@ fn activations(run: &Run, checkpoints: bool, vocab: usize, n: f64, score_std: f6
     let routed = (0..model.num_layers.min(MAX_LAYERS)).filter(|&i| model.depths.routes(i)).count() as f64;
     let part = model.depths.capacity * (block + 2.0 * d) + d;
     let blocks = if checkpoints { layers * (d + scores) + block } else { (layers - routed) * block + routed * part };
-    // The gradients of keys and values lie there twice on the way back, by document and joined.
-    let per_token = blocks + 6.0 * d + 2.0 * kv + passing + rows;
+    let per_token = blocks + 6.0 * d + passing + rows;
+    let width = model.hidden_size / model.num_heads.max(1);
+    let attention = numbers_of_backward(
+        [n / longest, longest],
+        model.window,
+        [width * model.num_kv_heads, width],
+        directory::threads(run.threads),
+    );
     let v = vocab as f64;
     // Weights as packed for the products of an op: of the experts, of attention, of the output projection in both directions.
     let experts = model.router.experts().map_or(0.0, |e| 3.0 * e.num_experts as f64 * e.expert_hidden_size as f64 * d);
     let packed = [experts, d * (d + 2.0 * kv), 2.0 * v * d].map(|count| if count > PACKED { 0.0 } else { count });
-    n * per_token + v * d + LOGITS.max(256.0 * v).min(n * v) + packed.iter().sum::<f64>()
+    n * per_token + attention + v * d + LOGITS.max(256.0 * v).min(n * v) + packed.iter().sum::<f64>()
 }
 
 /// Experts of a token whose scores are normal with this standard deviation: the mean over fixed draws.
@@ -195,7 +204,11 @@ pub fn check(run: &Run, dataset: &Dataset) -> Result<(), TrainError> {
 fn memory(run: &Run, dataset: &Dataset) -> Memory {
     let (tokens, phase) = largest_batch(run, dataset);
     let part = tokens.div_ceil(run.phase(phase.name).accumulate.max(1));
-    Memory::new(run, dataset.tokenizer.vocab_size(), part, initial_score_std(run))
+    let longest = match &phase.data {
+        PhaseData::Documents { train, .. } => longest(train, 1).iter().sum(),
+        PhaseData::Text(text) => text.longest(),
+    };
+    Memory::new(run, dataset.tokenizer.vocab_size(), [part, longest], initial_score_std(run))
 }
 
 /// The estimates of `--check`: memory, disk, time. `steps` is the whole run's.
@@ -283,7 +296,7 @@ mod tests {
             let mut run = Run::default();
             run.model.router = serde_json::from_str(router).unwrap();
             run.model.intermediate_size = width;
-            Memory::new(&run, 1000, 640, 0.0)
+            Memory::new(&run, 1000, [640, 64], 0.0)
         };
         let [plain, shared] = [0, 3].map(|shared| memory(&format!(r#"{{"kind": "top_k", "shared": {shared}}}"#), 256));
         let [narrow, wide] = [256, 256 + 3 * 64].map(|width| memory(r#"{"kind": "dense"}"#, width));
@@ -297,7 +310,7 @@ mod tests {
         let activations = |capacity: f64| {
             let mut run = Run::default();
             (run.model.num_layers, run.model.depths.capacity) = (8, capacity);
-            Memory::new(&run, 1000, 640, 0.0).activations
+            Memory::new(&run, 1000, [640, 64], 0.0).activations
         };
         assert!(activations(0.125) < activations(0.5) && activations(0.5) < activations(1.0));
     }
@@ -307,7 +320,7 @@ mod tests {
         let activations = |layers: usize, checkpoints: bool| {
             let mut run = Run::default();
             (run.model.num_layers, run.train.activation_checkpointing) = (layers, checkpoints);
-            Memory::new(&run, 1000, 640, 0.0).activations
+            Memory::new(&run, 1000, [640, 64], 0.0).activations
         };
         assert_eq!(
             activations(24, false) - activations(16, false),
@@ -320,9 +333,9 @@ mod tests {
     #[test]
     fn a_run_too_large_for_the_machine_is_refused_with_the_estimate() {
         let mut run = Run::default();
-        assert!(Memory::new(&run, 1000, 640, 0.0).check("less").is_ok());
+        assert!(Memory::new(&run, 1000, [640, 64], 0.0).check("less").is_ok());
         run.model.hidden_size = 1 << 17;
-        let refused = Memory::new(&run, 1000, 640, 0.0).check("a smaller model").unwrap_err();
+        let refused = Memory::new(&run, 1000, [640, 64], 0.0).check("a smaller model").unwrap_err();
         assert_eq!(refused.exit_status(), 2);
         assert!(refused.to_string().contains("GiB; choose a smaller model"), "{refused}");
     }

@@ -1,5 +1,6 @@
 //! metrics.jsonl -> columns: the rows of steps, which are nearly all of a stream, flat and alike; every other line is the caller's to parse.
 
+use memchr::{memchr_iter, memrchr};
 use std::collections::HashMap;
 
 /// The rows of kind "train" whose values are numbers, plain strings or null, column by column.
@@ -30,12 +31,48 @@ pub enum Values {
 
 pub const NO_TEXT: u32 = u32::MAX;
 
-/// Reads the whole lines of a stream: what stands behind the last line end was cut off and is left out.
-pub fn read_steps(stream: &[u8]) -> Steps {
+/// What one thread reads at least, in bytes.
+const PIECE: usize = 8 << 20;
+
+/// Reads the whole lines of a stream, a piece to a thread: what stands behind the last line end was cut off and is left out.
+pub fn read_steps(stream: &[u8]) -> Vec<Steps> {
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut pieces = pieces(stream, (stream.len() / PIECE).clamp(1, threads));
+    let mut read: Vec<Steps> = std::thread::scope(|scope| {
+        let running: Vec<_> = pieces.split_off(1).into_iter().map(|piece| scope.spawn(|| read_piece(piece))).collect();
+        let first = read_piece(pieces[0]);
+        let rest =
+            running.into_iter().map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+        std::iter::once(first).chain(rest).collect()
+    });
+    let mut before = 0;
+    for steps in &mut read {
+        steps.move_by(before);
+        before += (steps.places.len() + steps.others.len()) as u64;
+    }
+    read
+}
+
+/// `count` pieces of about the same size, at least one, each of whole lines.
+fn pieces(stream: &[u8], count: usize) -> Vec<&[u8]> {
+    let mut rest = &stream[..memrchr(b'\n', stream).map_or(0, |last| last + 1)];
+    let size = rest.len() / count;
+    let mut pieces = Vec::new();
+    for _ in 1..count {
+        let (piece, others) = rest.split_at(memrchr(b'\n', &rest[..size.min(rest.len())]).map_or(0, |last| last + 1));
+        pieces.push(piece);
+        rest = others;
+    }
+    pieces.push(rest);
+    pieces
+}
+
+fn read_piece(piece: &[u8]) -> Steps {
     let mut reader = Reader::default();
-    let whole = stream.iter().rposition(|&byte| byte == b'\n').map_or(0, |last| last + 1);
-    for (place, line) in stream[..whole].split_inclusive(|&byte| byte == b'\n').enumerate() {
-        let line = &line[..line.len() - 1];
+    let mut start = 0;
+    for (place, end) in memchr_iter(b'\n', piece).enumerate() {
+        let line = &piece[start..end];
+        start = end + 1;
         if reader.step(line).is_some() {
             reader.steps.places.push(place as u64);
         } else {
@@ -45,14 +82,30 @@ pub fn read_steps(stream: &[u8]) -> Steps {
     reader.finish()
 }
 
+impl Steps {
+    fn move_by(&mut self, places: u64) {
+        self.places.iter_mut().for_each(|place| *place += places);
+        self.others.iter_mut().for_each(|(place, _)| *place += places);
+    }
+}
+
 #[derive(Default)]
 struct Reader<'a> {
     steps: Steps,
     index: HashMap<&'a str, usize>,
     /// The line at hand: nothing enters a column before it was read to its end.
-    fields: Vec<(&'a str, Scalar<'a>)>,
-    /// The column of each field.
-    columns: Vec<usize>,
+    fields: Vec<Field<'a>>,
+    /// The fields of the last step: the next one most often has the same names in the same order.
+    last: Vec<Field<'a>>,
+}
+
+#[derive(Clone, Copy)]
+struct Field<'a> {
+    name: &'a str,
+    /// The name as the line has it, from its quotation mark to its colon.
+    head: &'a [u8],
+    value: Scalar<'a>,
+    column: Option<usize>,
 }
 
 #[derive(Clone, Copy)]
@@ -66,7 +119,7 @@ impl<'a> Reader<'a> {
     /// Takes a line in; none where it is no plain row of kind "train" or has a value of another type than its column.
     fn step(&mut self, line: &'a [u8]) -> Option<()> {
         self.parse(line)?;
-        if !self.fields.iter().any(|(name, value)| *name == "kind" && matches!(value, Scalar::Text("train"))) {
+        if !self.fields.iter().any(|field| field.name == "kind" && matches!(field.value, Scalar::Text("train"))) {
             return None;
         }
         let known = self.steps.columns.len();
@@ -76,9 +129,12 @@ impl<'a> Reader<'a> {
             return None;
         }
         let row = self.steps.places.len();
-        for (&(_, value), &column) in self.fields.iter().zip(&self.columns) {
-            self.steps.columns[column].values.set(row, value);
+        for field in &self.fields {
+            if let Some(column) = field.column {
+                self.steps.columns[column].values.set(row, field.value);
+            }
         }
+        std::mem::swap(&mut self.fields, &mut self.last);
         Some(())
     }
 
@@ -87,9 +143,17 @@ impl<'a> Reader<'a> {
         let mut rest = Cursor(line);
         rest.token(b'{')?;
         loop {
-            let name = rest.string()?;
-            rest.token(b':')?;
-            self.fields.push((name, rest.scalar()?));
+            rest.spaces();
+            let known = self.last.get(self.fields.len()).filter(|known| rest.0.starts_with(known.head));
+            let mut field = match known {
+                Some(known) => {
+                    rest.take(known.head.len());
+                    *known
+                }
+                None => rest.name()?,
+            };
+            field.value = rest.scalar()?;
+            self.fields.push(field);
             if rest.token(b',').is_none() {
                 break;
             }
@@ -99,26 +163,18 @@ impl<'a> Reader<'a> {
         rest.0.is_empty().then_some(())
     }
 
-    /// Finds or makes the column of every field, most often the one behind the last field's; false where a value does not fit.
+    /// Finds or makes the column of every field; false where a value does not fit.
     fn find_columns(&mut self) -> bool {
-        self.columns.clear();
-        let mut next = 0;
-        for &(name, value) in &self.fields {
-            let columns = &mut self.steps.columns;
-            let column = match columns.get(next) {
-                Some(column) if column.name == name => next,
-                _ => *self.index.entry(name).or_insert_with(|| {
-                    columns.push(Column { name: name.to_owned(), values: Values::of(value) });
+        let columns = &mut self.steps.columns;
+        self.fields.iter_mut().all(|field| {
+            let column = *field.column.get_or_insert_with(|| {
+                *self.index.entry(field.name).or_insert_with(|| {
+                    columns.push(Column { name: field.name.to_owned(), values: Values::of(field.value) });
                     columns.len() - 1
-                }),
-            };
-            if !columns[column].values.takes(value) {
-                return false;
-            }
-            self.columns.push(column);
-            next = column + 1;
-        }
-        true
+                })
+            });
+            columns[column].values.takes(field.value)
+        })
     }
 
     fn finish(mut self) -> Steps {
@@ -194,6 +250,15 @@ impl<'a> Cursor<'a> {
         let (taken, rest) = self.0.split_at(len);
         self.0 = rest;
         taken
+    }
+
+    /// The name of a field and the colon behind it.
+    fn name(&mut self) -> Option<Field<'a>> {
+        self.spaces();
+        let start = self.0;
+        let name = self.string()?;
+        self.token(b':')?;
+        Some(Field { name, head: &start[..start.len() - self.0.len()], value: Scalar::Null, column: None })
     }
 
     /// A string without escapes.
@@ -285,6 +350,32 @@ mod tests {
     }
 
     #[test]
+    fn the_pieces_of_a_stream_are_whole_lines_and_all_of_it() {
+        let stream: Vec<u8> =
+            (0..200).flat_map(|step| format!("{{\"step\":{step}}}\n").into_bytes()).chain(*b"{\"st").collect();
+        for count in 1..9 {
+            let pieces = pieces(&stream, count);
+            assert_eq!(pieces.len(), count);
+            assert!(pieces.iter().all(|piece| piece.ends_with(b"\n")));
+            assert_eq!(pieces.concat(), stream[..stream.len() - 4]);
+        }
+        assert_eq!(pieces(b"", 1), [b""]);
+        assert_eq!(pieces(b"one line\n", 3).concat(), b"one line\n");
+    }
+
+    #[test]
+    fn places_count_on_from_piece_to_piece() {
+        let line = format!("{{\"kind\":\"train\",\"text\":\"{}\"}}\n", "a".repeat(1 << 16));
+        let stream = (line + "{}\n").repeat(512);
+        let read = read_steps(stream.as_bytes());
+        let mut places: Vec<u64> = read.iter().flat_map(|steps| &steps.places).copied().collect();
+        assert_eq!(places, (0..1024).step_by(2).collect::<Vec<u64>>());
+        places.extend(read.iter().flat_map(|steps| &steps.others).map(|(place, _)| place));
+        places.sort_unstable();
+        assert_eq!(places, (0..1024).collect::<Vec<u64>>());
+    }
+
+    #[test]
     fn steps_become_columns_and_all_else_is_handed_back() {
         let lines = [
             r#"{"step":0,"kind":"event","event":"run_started"}"#,
@@ -296,7 +387,8 @@ mod tests {
             r#"{"step":6,"kind":"train","new":1,"phase":5}"#,
             r#"{"step":7,"kind":"tra"#,
         ];
-        let steps = read_steps(lines.join("\n").as_bytes());
+        let text = lines.join("\n");
+        let steps = read_piece(pieces(text.as_bytes(), 1)[0]);
         assert_eq!(steps.places, [1, 2, 4]);
         assert_eq!(steps.others.iter().map(|(place, _)| *place).collect::<Vec<_>>(), [0, 3, 5, 6]);
         let names: Vec<&str> = steps.columns.iter().map(|column| column.name.as_str()).collect();
@@ -326,7 +418,7 @@ mod tests {
             if replaced { line[at] = byte } else { line.insert(at, byte) }
             line.truncate(kept);
             line.push(b'\n');
-            let steps = read_steps(&line);
+            let steps = read_piece(&line);
             let lines: Vec<&[u8]> = line.split_inclusive(|&byte| byte == b'\n').collect();
             prop_assert_eq!(steps.places.len() + steps.others.len(), lines.len());
             for (index, &place) in steps.places.iter().enumerate() {

@@ -13,6 +13,8 @@ use crate::profile::Cost;
 use crate::{Engine, Param, Real, Tape, Value};
 use std::sync::Arc;
 
+pub use cpu::numbers_of_backward;
+
 /// What the scores know of positions. Learned positions are added to the embeddings: `None` here.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Position {

@@ -14,6 +14,7 @@ use crate::tape::add;
 use crate::{Param, Real, Tape, Value};
 use backward::backward;
 use forward::forward;
+pub use plan::numbers_of_backward;
 use plan::{Item, Plan, each, items, split};
 use std::sync::Arc;
 use tile::Scratch;

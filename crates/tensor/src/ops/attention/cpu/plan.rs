@@ -3,7 +3,7 @@
 use super::super::{Attention, Choice, Position, Reach};
 use super::rotary::Rope;
 use crate::Real;
-use crate::kernels::lanes::PIECE;
+use crate::kernels::lanes::{self, PIECE};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -47,6 +47,24 @@ pub(super) fn items(offsets_b1: &[usize], spec: Attention) -> Vec<Item> {
         }
     }
     items
+}
+
+/// Numbers that a step holds for attention on the way back beside the gradients themselves, for `documents` documents of `length` tokens: of every
+/// item the gradients of the keys and values it sees, each `kv_width` wide, and of every thread the rows of a head `dh` wide and the scores
+/// of a tile. An estimate for the size of a batch, which may be absurd: nothing is allocated.
+pub fn numbers_of_backward(
+    [documents, length]: [f64; 2],
+    window: Option<usize>,
+    [kv_width, dh]: [usize; 2],
+    threads: usize,
+) -> f64 {
+    let parts = (ITEMS as f64 / documents).ceil().min((length / ROWS as f64).floor()).max(1.0);
+    let seen = window.map_or(length, |w| length.min(w as f64));
+    // Items of equal work: without a window their ends lie as the square roots of their numbers, with one evenly.
+    let ends: f64 = (1..=parts as usize).map(|part| (part as f64 / parts).sqrt()).sum();
+    let keys = (ends * length).min(length + (parts - 1.0) * seen);
+    let tile = 8 * lanes::LANES;
+    2.0 * documents * keys * kv_width as f64 + threads as f64 * length * (4 * dh.next_multiple_of(PIECE) + tile) as f64
 }
 
 /// The first i in 0..len for which `before` does not hold, or len.
@@ -179,4 +197,24 @@ pub(super) struct Cope<T> {
     /// P, the largest position.
     pub last: usize,
     pub table: Vec<T>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_estimate_counts_the_keys_that_items_see() {
+        for (documents, length, window) in
+            [(1, 4096, None), (1, 1024, None), (3, 300, None), (40, 20, None), (1, 4096, Some(256)), (2, 500, Some(9))]
+        {
+            let offsets: Vec<usize> = (0..=documents).map(|i| i * length).collect();
+            let spec = Attention { heads: 1, kv_heads: 1, window, position: Position::None };
+            let first = |row: usize| window.map_or(0, |w| (row + 1).saturating_sub(w));
+            let keys: usize = items(&offsets, spec).iter().map(|item| item.rows.end - first(item.rows.start)).sum();
+            let told = numbers_of_backward([documents as f64, length as f64], window, [1, 8], 0) / 2.0;
+            assert!((told / keys as f64 - 1.0).abs() < 0.1, "{documents} of {length}, {window:?}: {told} for {keys}");
+        }
+        assert!(numbers_of_backward([1e18, 1e18], None, [1, 8], 2) > 1e36);
+    }
 }
