@@ -408,7 +408,13 @@ def test_checkpointing_must_save_memory_and_change_no_bit(tmp_path: Path) -> Non
     assert told_by_2a(tmp_path / "bad", more) == (False, [(memory, False, False), (bits, False, False)])
     assert told_by_2a(tmp_path / "old", held) == (True, [(memory, False, True), (bits, True, False)])
     rows = stages.rejudge(tmp_path / "good").rows
-    assert "| memory of a step, MB | 3.0 ± 0.0 | 2.0 ± 0.0 |" in tables.markdown_of(rows)
+    assert "| memory of a step, MB | 3.0 | 2.0 |" in tables.markdown_of(rows)
+
+
+def test_the_roadmaps_targets_stand_beside_models_that_recite() -> None:
+    row = {"model": "a", "seed": 0, "loss": 0.3, "verdict": "passed"}
+    assert "| loss | 0.3000 | ≤ 0.40 |" in tables.markdown_of([row | {"recited": 0.97}])
+    assert "| loss | 0.3000 |  |" in tables.markdown_of([row])
 
 
 def test_a_token_of_a_mixture_of_depths_must_cost_less(tmp_path: Path) -> None:

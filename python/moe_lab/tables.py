@@ -150,12 +150,14 @@ def _groups(summaries: Iterable[dict[str, Any]], by: str) -> dict[str, list[dict
 
 
 def _lines(groups: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
-    """Seeds, every measure that some model has, the gate: name, a cell for each model, the roadmap's target."""
+    """Seeds, every measure that some model has, the gate: name, a cell for each model, the roadmap's target, which is for
+    models that recite and not for those of a plain text."""
+    recite = any(entry.get("recited") is not None for entries in groups.values() for entry in entries)
     lines = [["seeds", *(", ".join(str(entry["seed"]) for entry in entries) for entries in groups.values()), ""]]
     for measure in MEASURES:
         cells = [_cell(measure, entries) for entries in groups.values()]
         if any(cell != "-" for cell in cells):
-            lines.append([measure.label, *cells, measure.target])
+            lines.append([measure.label, *cells, measure.target if recite else ""])
     return [*lines, ["gate", *(_words(entries) for entries in groups.values()), ""]]
 
 
@@ -165,7 +167,7 @@ def _cell(measure: Measure, entries: list[dict[str, Any]]) -> str:
     if not values:
         return "-"
     middle = measure.number(mean(values))
-    return middle if len(values) == 1 else f"{middle} ± {measure.number(stdev(values))}"
+    return middle if min(values) == max(values) else f"{middle} ± {measure.number(stdev(values))}"
 
 
 def _words(entries: list[dict[str, Any]]) -> str:
