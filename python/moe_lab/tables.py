@@ -150,8 +150,10 @@ def _groups(summaries: Iterable[dict[str, Any]], by: str) -> dict[str, list[dict
 
 
 def _lines(groups: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
-    """Seeds, every measure that some model has, the gate: name, a cell for each model, the roadmap's target, which is for
-    models that recite and not for those of a plain text."""
+    """Seeds, every measure that some model has, the gate: name, a cell for each model, the roadmap's target.
+
+    The targets are for models that recite, not for those of a plain text.
+    """
     recite = any(entry.get("recited") is not None for entries in groups.values() for entry in entries)
     lines = [["seeds", *(", ".join(str(entry["seed"]) for entry in entries) for entries in groups.values()), ""]]
     for measure in MEASURES:
