@@ -3,8 +3,10 @@
 A step of milestones 2 to 4 is the configuration of the step it names as parent with the switches of one run file more.
 """
 
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
@@ -131,6 +133,7 @@ def run(plan: Plan, out: Path, lab: stages.Lab, say: Say, at_once: int = 1) -> R
 
     `at_once` > 1 trains that many side by side, each with one thread: the bytes are the same.
     """
+    start = time.monotonic()
     prepared = prepare(plan, lab)
     _open(out, plan)
     verdicts: dict[str, gates.Verdict] = {}
@@ -149,6 +152,7 @@ def run(plan: Plan, out: Path, lab: stages.Lab, say: Say, at_once: int = 1) -> R
                 if failed is not None:
                     return _conclude(plan, failed)
                 say(f"  gate of {step.name}: {verdicts[step.name].word}")
+    say(f"all milestones in {timedelta(seconds=round(time.monotonic() - start))}, without what was there before")
     return _conclude(plan, Result(str(out), verdicts))
 
 
