@@ -91,6 +91,27 @@ def test_inside_the_noise_of_the_seeds_there_is_no_verdict(tmp_path: Path) -> No
     assert "verdict on the loss: no difference shown" in console.export_text()
 
 
+def test_one_lucky_epoch_makes_no_verdict(tmp_path: Path) -> None:
+    """Half an hour of training may end on a low epoch: the verdict stands on the mean of the last ten."""
+    losses = [0.210, 0.212, 0.209]
+    stories = [Story(TOP_P, seed, f"s{seed}", epochs=30, trained=30, loss=loss) for seed, loss in enumerate(losses)]
+    control = [write(tmp_path / "control" / story.name, story.but(router=DENSE)) for story in stories]
+    arm = [write(tmp_path / "arm" / story.name, story) for story in stories]
+    for run in arm:
+        stream = (run / "metrics.jsonl").read_text().splitlines()
+        last = max(place for place, line in enumerate(stream) if "epoch/loss" in line)
+        stream[last] = json.dumps(json.loads(stream[last]) | {"epoch/loss": 0.18})
+        (run / "metrics.jsonl").write_text("\n".join(stream) + "\n")
+        record = json.loads((run / "run.json").read_text())
+        record["results"]["loss"] = 0.18
+        (run / "run.json").write_text(json.dumps(record))
+    (found,) = comparison.compare([*control, *arm])
+    assert {each.measure.key: each.verdict for each in found.differences}["loss"] == "better"
+    console = Console(record=True, width=140)
+    comparison.render(found, console)
+    assert "verdict on the loss: no difference shown" in console.export_text()
+
+
 def test_a_race_counts_what_each_needs_for_the_controls_loss(tmp_path: Path) -> None:
     control = family(tmp_path, "control", [0.30, 0.30])
     arm = family(tmp_path, "arm", [0.10, 0.10], TOP_P)  # an exponential course: it meets 0.30 before its end

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import exp, isfinite, log
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import polars as pl
@@ -19,6 +20,7 @@ from moe_lab.statistics import CONFIDENCE, Interval, bootstrap, noise_floor
 from moe_lab.text import plain
 
 SAME = {"seed", "name", "threads", "quick"}  # keys in which runs of one arm may differ
+SETTLED = 10  # epochs of the mean that the verdict stands on: one epoch is high or low by chance
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,8 @@ class Measure:
 
 
 MEASURES = (
-    Measure("loss", "loss, nats", -1),
+    Measure("loss", "loss, nats, last epoch", -1),
+    Measure("settled_loss", "loss, mean of last 10 epochs", -1),
     Measure("train_loss", "loss after training, causal", -1),
     Measure("eval_loss", "held-out loss", -1),
     Measure("recited", "training answers recited", 1),
@@ -158,6 +161,7 @@ def sample_of(path: frames.Place, target: float = gates.LOSS) -> Sample:
     total = training_flops(frame, config, results)
     measured = {
         **{measure.key: summary.get(measure.key) for measure in MEASURES},
+        "settled_loss": fmean(way["loss"].tail(SETTLED)) if way.height >= 2 * SETTLED else None,
         "epochs_to_target": None if gates.looks_ahead(config) else tables.epochs_to(frame, target, str(last)),
         "flops": None if total is None else float(total.last() or 0.0),  # type: ignore[arg-type]
     }
@@ -367,7 +371,8 @@ def render(comparison: Comparison, console: Console) -> None:
     changed = "; ".join(f"{key}: {_value(old)} -> {_value(new)}" for key, old, new in comparison.changes)
     console.print(f"changed: {plain(changed)}", highlight=False)
     words = {each.measure.key: each.verdict for each in comparison.differences}
-    word = next((words[key] for key in ("eval_loss", "loss", gates.CAUSAL) if key in words), "not measured")
+    judged = ("eval_loss", "settled_loss", "loss", gates.CAUSAL)
+    word = next((words[key] for key in judged if key in words), "not measured")
     console.print(f"verdict on the loss: {word}\n", highlight=False)
 
 
