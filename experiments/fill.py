@@ -1,7 +1,8 @@
 """Fills the pages of experiments/: between `<!-- fill: COMMAND -->` and `<!-- end -->` come what the command prints and
 the figures of its directory, which are copied beside the page.
 
-Where the directory is not there, the place stays as it is. To be called from the root: `python experiments/fill.py`.
+Where the directory is not there, the place stays as it is. To be called from the root: `python experiments/fill.py` for
+all pages, or with the names of their folders.
 """
 
 import re
@@ -49,7 +50,7 @@ def figures(plots: Path, folder: Path) -> str:
 
 
 def main() -> None:
-    for page in PAGES:
+    for page in [page for page in PAGES if not sys.argv[1:] or page.parent.name in sys.argv[1:]]:
         page.write_text(PLACE.sub(partial(filled, page), page.read_text()))
 
 
