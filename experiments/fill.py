@@ -49,10 +49,10 @@ def figures(plots: Path, folder: Path) -> str:
     return "".join(lines)
 
 
-def main() -> None:
-    for page in [page for page in PAGES if not sys.argv[1:] or page.parent.name in sys.argv[1:]]:
+def main(folders: list[str]) -> None:
+    for page in [page for page in PAGES if not folders or page.parent.name in folders]:
         page.write_text(PLACE.sub(partial(filled, page), page.read_text()))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -37,7 +37,7 @@ def test_places_are_filled_by_what_the_command_prints_and_by_its_figures(tmp_pat
     finally:
         sys.path.remove(str(HOME))
     text = "".join(page.read_text() for page in PAGES)
-    assert len(fill.PLACE.findall(text)) == text.count("<!-- fill:") == text.count("<!-- end -->") == 5
+    assert len(fill.PLACE.findall(text)) == text.count("<!-- fill:") == text.count("<!-- end -->") >= 5
     page = tmp_path / "README.md"
     elsewhere = text.replace("runs/", f"{tmp_path}/none/")
     assert fill.PLACE.sub(partial(fill.filled, page), elsewhere) == elsewhere
