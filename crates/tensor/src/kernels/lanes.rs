@@ -7,6 +7,7 @@
 use crate::Real;
 use crate::isa::{self, Isa};
 use std::any::TypeId;
+use std::hint::black_box;
 
 /// Query rows of a tile.
 pub const LANES: usize = 16;
@@ -89,6 +90,9 @@ pub struct Left<'a, T> {
     pub col: usize,
 }
 
+/// Rows of a product that are summed together: 12 sums, two vectors of b and one broadcast fill the 16 registers of AVX2.
+const TALL: usize = 6;
+
 /// a · b + c, in one rounding where the machine can.
 trait Fuse {
     /// Whether sixteen f32 fit one register, so that more rows are needed to keep the multipliers busy.
@@ -150,7 +154,6 @@ macro_rules! kernels {
 kernels! {
     /// dst [m] = a [m, k] · b [k], or += when `accumulate`; each number is summed over k in order.
     pub fn product(dst: &mut [Lanes<T>], a: Left<'_, T>, b: &[Lanes<T>], accumulate: bool) {
-        const TALL: usize = 6; // 12 sums, two vectors of b and one broadcast fill the 16 registers of AVX2
         let (m, depth) = (dst.len(), b.len());
         if m == 0 {
             return;
@@ -185,32 +188,18 @@ kernels! {
     pub fn outer(dst: &mut [Piece<T>], a: &[Lanes<T>], b: &[Piece<T>], wide: usize) {
         let m = a.len();
         assert!(dst.len() == m * wide && b.len() == LANES * wide, "outer product out of bounds");
-        // SAFETY: rows i..i + M and pieces j..j + N lie inside dst, a and b, by the loop bounds and the assertion.
+        // SAFETY: the rows and pieces of every column lie inside dst, a and b, by the loop bounds and the assertion.
         unsafe {
-            let (dst, a, b) = (dst.as_mut_ptr(), a.as_ptr(), b.as_ptr());
+            let (dst, b) = (dst.as_mut_ptr(), b.as_ptr());
+            let at = |j: usize| (dst.wrapping_add(j), b.wrapping_add(j), wide);
             let mut j = 0;
-            while j + 2 <= wide {
-                let mut i = 0;
-                while i + 4 <= m {
-                    patch::<T, F, 4, 2>(dst.add(i * wide + j), a.add(i), b.add(j), wide);
-                    i += 4;
-                }
-                while i < m {
-                    patch::<T, F, 1, 2>(dst.add(i * wide + j), a.add(i), b.add(j), wide);
-                    i += 1;
-                }
+            while F::WIDE && j + 2 <= wide {
+                column::<T, F, { 2 * PIECE }>(a, at(j));
                 j += 2;
             }
-            if j < wide {
-                let mut i = 0;
-                while i + 4 <= m {
-                    patch::<T, F, 4, 1>(dst.add(i * wide + j), a.add(i), b.add(j), wide);
-                    i += 4;
-                }
-                while i < m {
-                    patch::<T, F, 1, 1>(dst.add(i * wide + j), a.add(i), b.add(j), wide);
-                    i += 1;
-                }
+            while j < wide {
+                column::<T, F, PIECE>(a, at(j));
+                j += 1;
             }
         }
     }
@@ -220,9 +209,45 @@ kernels! {
         let rows = flat(rows);
         let stride = wide * PIECE;
         assert!(to.len() <= stride && rows.len() == LANES * stride, "columns out of bounds");
-        for (d, to) in to.iter_mut().enumerate() {
+        let mut d = 0;
+        #[cfg(target_arch = "x86_64")]
+        if F::WIDE && TypeId::of::<T>() == TypeId::of::<f32>() {
+            while d + LANES <= to.len() {
+                // SAFETY: T is f32, the code around is compiled for AVX-512; sixteen numbers of each row and sixteen columns are there.
+                unsafe { x86::turn((rows.as_ptr().add(d).cast(), stride), (to.as_mut_ptr().add(d).cast(), LANES)) };
+                d += LANES;
+            }
+        }
+        for (d, to) in to.iter_mut().enumerate().skip(d) {
             for l in 0..LANES {
                 to.0[l] = rows[l * stride + d];
+            }
+        }
+    }
+
+    /// The way back: the first numbers of rows [lanes, wide] = the columns, each lane times its factor.
+    pub fn lines(rows: &mut [Piece<T>], columns: &mut [Lanes<T>], factor: &Lanes<T>, wide: usize) {
+        let rows = flat_mut(rows);
+        let (stride, factor) = (wide * PIECE, *factor);
+        assert!(columns.len() <= stride && rows.len() == LANES * stride, "lines out of bounds");
+        for column in columns.iter_mut() {
+            let column = alone(column);
+            for l in 0..LANES {
+                column.0[l] *= factor.0[l];
+            }
+        }
+        let mut d = 0;
+        #[cfg(target_arch = "x86_64")]
+        if F::WIDE && TypeId::of::<T>() == TypeId::of::<f32>() {
+            while d + LANES <= columns.len() {
+                // SAFETY: as for `columns`.
+                unsafe { x86::turn((columns.as_ptr().add(d).cast(), LANES), (rows.as_mut_ptr().add(d).cast(), stride)) };
+                d += LANES;
+            }
+        }
+        for (d, column) in columns.iter().enumerate().skip(d) {
+            for l in 0..LANES {
+                rows[l * stride + d] = column.0[l];
             }
         }
     }
@@ -231,6 +256,7 @@ kernels! {
     pub fn hide(s: &mut [Lanes<T>], first: i32, from: &Lanes<i32>, to: &Lanes<i32>) {
         let (from, to) = (*from, *to);
         for (j, s) in (first..).zip(s) {
+            let s = alone(s);
             let mut x = *s;
             for l in 0..LANES {
                 x.0[l] = if (from.0[l] <= j) & (j < to.0[l]) { x.0[l] } else { -T::INFINITY };
@@ -243,6 +269,7 @@ kernels! {
     pub fn shift(s: &mut [Lanes<T>], by: &Lanes<T>) {
         let by = *by;
         for s in s {
+            let s = alone(s);
             let mut x = *s;
             for l in 0..LANES {
                 x.0[l] += by.0[l];
@@ -272,6 +299,7 @@ kernels! {
         }
         let mut total = Lanes::all(T::ZERO);
         for s in s.iter_mut() {
+            let s = alone(s);
             let (mut x, mut t) = (*s, total);
             for l in 0..LANES {
                 x.0[l] = exp::<T, F>(x.0[l] - base.0[l]);
@@ -286,6 +314,7 @@ kernels! {
         }
         *max = top;
         for out in out {
+            let out = alone(out);
             let mut x = *out;
             for l in 0..LANES {
                 x.0[l] *= fade.0[l];
@@ -327,6 +356,7 @@ kernels! {
         let rows = *rows;
         let mut sum = *pull;
         for (s, d) in s.iter_mut().zip(d) {
+            let s = alone(s);
             let (mut w, mut x, mut p) = (*s, *d, sum);
             for l in 0..LANES {
                 w.0[l] = exp::<T, F>(w.0[l] - rows.max.0[l]) * rows.inverse.0[l];
@@ -347,23 +377,28 @@ kernels! {
     pub fn advance(s: &[Lanes<T>], last: u32, walk: &mut Place<T>, places: &mut [Place<T>]) {
         let (mut below, mut fraction) = (walk.below, walk.fraction);
         for (s, place) in s.iter().zip(places).rev() {
-            let (mut g, mut n, mut f) = (*s, below, fraction);
+            let mut g = *s;
             for l in 0..LANES {
                 g.0[l] = sigmoid::<T, F>(g.0[l]);
             }
+            // What the next key waits for is short: positions run on beyond the last row, and only what is noted is clamped.
+            let (mut n, mut f) = (below, fraction);
             for l in 0..LANES {
-                f.0[l] += g.0[l];
+                let whole = f.0[l] + g.0[l];
+                let rest = whole - T::ONE;
+                n.0[l] += u32::from(rest >= T::ZERO);
+                f.0[l] = if rest >= T::ZERO { rest } else { whole };
             }
-            for l in 0..LANES {
-                n.0[l] += u32::from(f.0[l] >= T::ONE);
-                f.0[l] -= if f.0[l] >= T::ONE { T::ONE } else { T::ZERO };
-            }
+            (below, fraction) = (n, f);
             for l in 0..LANES {
                 f.0[l] = if n.0[l] < last { f.0[l] } else { T::ZERO };
                 n.0[l] = if n.0[l] < last { n.0[l] } else { last };
             }
-            (below, fraction) = (n, f);
             (place.gate, place.below, place.fraction) = (g, n, f);
+        }
+        for l in 0..LANES {
+            fraction.0[l] = if below.0[l] < last { fraction.0[l] } else { T::ZERO };
+            below.0[l] = if below.0[l] < last { below.0[l] } else { last };
         }
         (walk.below, walk.fraction) = (below, fraction);
     }
@@ -372,11 +407,10 @@ kernels! {
     pub fn bias(s: &mut [Lanes<T>], places: &mut [Place<T>], z: &[Lanes<[T; 2]>]) {
         assert!(places.iter().all(|place| within(&place.below, z.len())), "bias out of bounds");
         for (s, place) in s.iter_mut().zip(places) {
-            let (mut x, mut low, mut step) = (*s, Lanes::all(T::ZERO), Lanes::all(T::ZERO));
-            for l in 0..LANES {
-                // SAFETY: every row was compared with the length.
-                [low.0[l], step.0[l]] = unsafe { z.get_unchecked(place.below.0[l] as usize).0[l] };
-            }
+            let s = alone(s);
+            let mut x = *s;
+            // SAFETY: every row was compared with the length.
+            let (low, step) = unsafe { pick::<T, F>(z, &place.below) };
             for l in 0..LANES {
                 x.0[l] += F::fma(place.fraction.0[l], step.0[l], low.0[l]);
             }
@@ -388,12 +422,12 @@ kernels! {
     /// z = for each row of the table (bias, step to the next row; 0 at the last), as far as z reaches.
     pub fn steps(z: &mut [Lanes<[T; 2]>], rows: &[Lanes<T>]) {
         assert!(z.len() <= rows.len(), "steps out of bounds");
-        for n in 0..z.len() {
-            let (low, high, mut pairs) = (rows[n], rows[(n + 1).min(rows.len() - 1)], z[n]);
+        for (n, z) in z.iter_mut().enumerate() {
+            let (low, mut step) = (rows[n], rows[(n + 1).min(rows.len() - 1)]);
             for l in 0..LANES {
-                pairs.0[l] = [low.0[l], high.0[l] - low.0[l]];
+                step.0[l] -= low.0[l];
             }
-            z[n] = pairs;
+            put::<T, F>(alone(z), &low, &step);
         }
     }
 
@@ -479,39 +513,159 @@ unsafe fn strip<T: Real, F: Fuse, const M: usize>(
     }
 }
 
-/// M rows and N pieces of an outer product.
+/// All rows of an outer product in columns of W numbers: dst and b are given by where the columns start and the pieces of a row.
 ///
 /// # Safety
-/// dst must have M rows of N pieces `wide` apart, a M numbers, b `LANES` rows of N pieces `wide` apart.
+/// As for `patch`, for as many rows as a has.
 #[inline(always)]
-unsafe fn patch<T: Real, F: Fuse, const M: usize, const N: usize>(
-    dst: *mut Piece<T>,
-    a: *const Lanes<T>,
-    b: *const Piece<T>,
-    wide: usize,
+unsafe fn column<T: Real, F: Fuse, const W: usize>(
+    a: &[Lanes<T>],
+    (dst, b, wide): (*mut Piece<T>, *const Piece<T>, usize),
 ) {
-    let mut sum = [[[T::ZERO; PIECE]; N]; M];
-    for i in 0..M {
-        for j in 0..N {
-            sum[i][j] = unsafe { (*dst.add(i * wide + j)).0 };
+    // SAFETY: the caller's.
+    unsafe {
+        let at = |i: usize| (dst.wrapping_add(i * wide), a.as_ptr().wrapping_add(i), b, wide);
+        let mut i = 0;
+        while F::WIDE && i + 2 * TALL <= a.len() {
+            patch::<T, F, W, { 2 * TALL }>(at(i));
+            i += 2 * TALL;
+        }
+        while i + TALL <= a.len() {
+            patch::<T, F, W, TALL>(at(i));
+            i += TALL;
+        }
+        match a.len() - i {
+            5 => patch::<T, F, W, 5>(at(i)),
+            4 => patch::<T, F, W, 4>(at(i)),
+            3 => patch::<T, F, W, 3>(at(i)),
+            2 => patch::<T, F, W, 2>(at(i)),
+            1 => patch::<T, F, W, 1>(at(i)),
+            _ => {}
         }
     }
-    for k in 0..LANES {
-        for j in 0..N {
-            let b = unsafe { (*b.add(k * wide + j)).0 };
+}
+
+/// M rows of an outer product in columns of W numbers.
+///
+/// # Safety
+/// dst must have M rows `wide` pieces apart, a M numbers, b `LANES` rows `wide` pieces apart, and W numbers be in a row of both.
+#[inline(always)]
+unsafe fn patch<T: Real, F: Fuse, const W: usize, const M: usize>(
+    (dst, a, b, wide): (*mut Piece<T>, *const Lanes<T>, *const Piece<T>, usize),
+) {
+    let mut sum = [[T::ZERO; W]; M];
+    // SAFETY: the caller's; W numbers in a row need no more alignment than one.
+    unsafe {
+        for i in 0..M {
+            sum[i] = *dst.add(i * wide).cast();
+        }
+        for k in 0..LANES {
+            let b: [T; W] = *b.add(k * wide).cast();
             for i in 0..M {
-                let x = unsafe { (*a.add(i)).0[k] };
-                let mut next = sum[i][j];
-                for l in 0..PIECE {
+                let x = (*a.add(i)).0[k];
+                let mut next = sum[i];
+                for l in 0..W {
                     next[l] = F::fma(x, b[l], next[l]);
                 }
-                sum[i][j] = next;
+                sum[i] = next;
             }
         }
+        for i in 0..M {
+            *dst.add(i * wide).cast() = sum[i];
+        }
     }
-    for i in 0..M {
-        for j in 0..N {
-            unsafe { (*dst.add(i * wide + j)).0 = sum[i][j] };
+}
+
+/// Keeps a loop over keys from being vectorised across them, which takes whole structures apart: the lanes of one key fill the registers already.
+#[inline(always)]
+fn alone<T>(x: &mut T) -> &mut T {
+    black_box(x)
+}
+
+/// Of each lane l the pair in row n[l].
+///
+/// # Safety
+/// Every n[l] is a row of z.
+#[inline(always)]
+unsafe fn pick<T: Real, F: Fuse>(z: &[Lanes<[T; 2]>], n: &Lanes<u32>) -> (Lanes<T>, Lanes<T>) {
+    #[cfg(target_arch = "x86_64")]
+    if F::WIDE && TypeId::of::<T>() == TypeId::of::<f32>() {
+        // SAFETY: T is f32, the code around is compiled for AVX-512, and the rows are there.
+        return unsafe { std::mem::transmute_copy(&x86::pick(z.as_ptr().cast(), &n.0)) };
+    }
+    let (mut first, mut second) = (Lanes::all(T::ZERO), Lanes::all(T::ZERO));
+    for l in 0..LANES {
+        // SAFETY: the caller's.
+        [first.0[l], second.0[l]] = unsafe { z.get_unchecked(n.0[l] as usize).0[l] };
+    }
+    (first, second)
+}
+
+/// Puts two rows of lanes together as pairs.
+#[inline(always)]
+fn put<T: Real, F: Fuse>(to: &mut Lanes<[T; 2]>, first: &Lanes<T>, second: &Lanes<T>) {
+    #[cfg(target_arch = "x86_64")]
+    if F::WIDE && TypeId::of::<T>() == TypeId::of::<f32>() {
+        // SAFETY: T is f32 and the code around is compiled for AVX-512.
+        return unsafe { x86::put((&raw mut *to).cast(), (&raw const *first).cast(), (&raw const *second).cast()) };
+    }
+    for l in 0..LANES {
+        to.0[l] = [first.0[l], second.0[l]];
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::{LANES, Lanes};
+    use crate::kernels::gemm::transposed;
+    use std::arch::x86_64::*;
+
+    /// # Safety
+    /// The machine has AVX-512F and every n[l] is a row of z.
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    pub unsafe fn pick(z: *const Lanes<[f32; 2]>, n: &[u32; LANES]) -> [Lanes<f32>; 2] {
+        // SAFETY: an element of eight bytes for each lane, LANES of them a row.
+        unsafe {
+            let at = _mm512_slli_epi32::<4>(_mm512_loadu_si512(n.as_ptr().cast()));
+            let at = _mm512_add_epi32(at, _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+            let pairs = |at| _mm512_castpd_ps(_mm512_i32gather_pd::<8>(at, z.cast()));
+            let (low, high) = (pairs(_mm512_castsi512_si256(at)), pairs(_mm512_extracti64x4_epi64::<1>(at)));
+            let even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+            let odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+            std::mem::transmute::<[__m512; 2], [Lanes<f32>; 2]>([
+                _mm512_permutex2var_ps(low, even, high),
+                _mm512_permutex2var_ps(low, odd, high),
+            ])
+        }
+    }
+
+    /// Turns sixteen by sixteen numbers, whose rows are so far apart on either side.
+    ///
+    /// # Safety
+    /// The machine has AVX-512F; sixteen rows are readable and writable.
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    pub unsafe fn turn((from, from_stride): (*const f32, usize), (to, to_stride): (*mut f32, usize)) {
+        // SAFETY: the caller's.
+        unsafe {
+            let rows = transposed(std::array::from_fn(|i| _mm512_loadu_si512(from.add(i * from_stride).cast())));
+            rows.into_iter().enumerate().for_each(|(i, row)| _mm512_storeu_si512(to.add(i * to_stride).cast(), row));
+        }
+    }
+
+    /// # Safety
+    /// The machine has AVX-512F.
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    pub unsafe fn put(to: *mut Lanes<[f32; 2]>, first: *const Lanes<f32>, second: *const Lanes<f32>) {
+        // SAFETY: sixteen numbers on one side, as many pairs on the other.
+        unsafe {
+            let (a, b) = (_mm512_loadu_ps(first.cast()), _mm512_loadu_ps(second.cast()));
+            let low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+            let high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+            _mm512_storeu_ps(to.cast(), _mm512_permutex2var_ps(a, low, b));
+            _mm512_storeu_ps(to.cast::<f32>().add(LANES), _mm512_permutex2var_ps(a, high, b));
         }
     }
 }

@@ -47,7 +47,7 @@ fn chains(precision: Precision) -> usize {
         }
     }
     let _ = precision;
-    multiply_add::<4>(|a, b, c| a * b + c)
+    multiply_add()
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -69,23 +69,41 @@ fn chains_bf16() -> usize {
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
 fn chains_avx512() -> usize {
-    multiply_add::<16>(f32::mul_add)
+    use std::arch::x86_64::{_mm512_fmadd_ps, _mm512_set1_ps};
+    let [one, a, b] = [1.0, 0.999, 0.001].map(|x: f32| _mm512_set1_ps(black_box(x)));
+    let mut sums = [one; CHAINS];
+    for _ in 0..ROUNDS {
+        for sum in &mut sums {
+            *sum = _mm512_fmadd_ps(*sum, a, b);
+        }
+    }
+    black_box(&sums);
+    2 * 16 * CHAINS * ROUNDS
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
 fn chains_avx2() -> usize {
-    multiply_add::<8>(f32::mul_add)
+    use std::arch::x86_64::{_mm256_fmadd_ps, _mm256_set1_ps};
+    let [one, a, b] = [1.0, 0.999, 0.001].map(|x: f32| _mm256_set1_ps(black_box(x)));
+    let mut sums = [one; CHAINS];
+    for _ in 0..ROUNDS {
+        for sum in &mut sums {
+            *sum = _mm256_fmadd_ps(*sum, a, b);
+        }
+    }
+    black_box(&sums);
+    2 * 8 * CHAINS * ROUNDS
 }
 
-#[inline(always)]
-fn multiply_add<const LANES: usize>(f: impl Fn(f32, f32, f32) -> f32) -> usize {
+fn multiply_add() -> usize {
+    const LANES: usize = 4;
     let mut sums = [[1.0f32; LANES]; CHAINS];
     let (a, b) = ([black_box(0.999_f32); LANES], [black_box(0.001_f32); LANES]);
     for _ in 0..ROUNDS {
         for sum in &mut sums {
             for lane in 0..LANES {
-                sum[lane] = f(sum[lane], a[lane], b[lane]);
+                sum[lane] = sum[lane] * a[lane] + b[lane];
             }
         }
     }

@@ -1,5 +1,5 @@
 //! Small vector loops for ops that work on rows and tiles: exponential, sigmoid, sums in lanes, products of small padded matrices. Written so
-//! that the compiler vectorises them; compiled a second time for AVX2 and chosen at run time. Both give the same bits: no loop
+//! that the compiler vectorises them; compiled again for AVX2 and for AVX-512 and chosen at run time. All give the same bits: no loop
 //! contracts a product and a sum, and every sum has its order written out.
 #![allow(unsafe_code)]
 #![allow(clippy::needless_range_loop)] // arrays of lanes side by side
@@ -23,10 +23,22 @@ pub trait Kernel {
 /// Runs `kernel` with the best instruction set of this machine.
 pub fn dispatch<K: Kernel>(kernel: K) -> K::Output {
     #[cfg(target_arch = "x86_64")]
-    if isa::current() >= Isa::Avx2 {
-        // SAFETY: the machine has AVX2.
-        return unsafe { run_avx2(kernel) };
+    {
+        if isa::current() >= Isa::Avx512 {
+            // SAFETY: the machine has these parts of AVX-512.
+            return unsafe { run_avx512(kernel) };
+        }
+        if isa::current() >= Isa::Avx2 {
+            // SAFETY: the machine has AVX2.
+            return unsafe { run_avx2(kernel) };
+        }
     }
+    kernel.run()
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+unsafe fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
     kernel.run()
 }
 
@@ -102,6 +114,21 @@ pub fn narrow<T: Real>(x: f64) -> T {
     } else {
         T::from_f64(x)
     }
+}
+
+/// Σ a b over two rows of one length, in running sums of a fixed order.
+#[inline(always)]
+pub fn dot<T: Real>(a: &[T], b: &[T]) -> T {
+    let mut sums = [T::ZERO; 2 * LANES];
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks(), b.as_chunks());
+    let add = |sums: &mut [T; 2 * LANES], a: &[T], b: &[T]| {
+        for ((sum, a), b) in sums.iter_mut().zip(a).zip(b) {
+            *sum += *a * *b;
+        }
+    };
+    a.iter().zip(b).for_each(|(a, b): (&[T; 2 * LANES], &[T; 2 * LANES])| add(&mut sums, a, b));
+    add(&mut sums, a_rest, b_rest);
+    sums.into_iter().sum()
 }
 
 /// Copies `from` to the front of `to`; for rows too short to be worth a call of memcpy.

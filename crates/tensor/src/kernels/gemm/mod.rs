@@ -1,5 +1,5 @@
 //! Matrix products on strided views whose bounds are checked here once. f32 (and bf16 operands with f32 sums) run on tiles of our own: `pack` lays
-//! operands out, `tile` and `amx` multiply, `blocks` cuts a list of products into work. f64, which only checks gradients, runs on the `gemm` crate.
+//! operands out (`wide` by AVX-512), `tile` and `amx` multiply, `blocks` cuts a list of products into work. f64, which only checks gradients, runs on the `gemm` crate.
 //!
 //! Why our own: the `gemm` crate has no bf16 operands with f32 results, no groups, takes another path for one row, and cannot be held to an instruction
 //! set; gemmkit returns bf16 and has no groups; NumKong has no strides, transposes or accumulation. `examples/gemm.rs` times ours beside `gemm`.
@@ -16,12 +16,16 @@ mod blocks;
 mod pack;
 mod packed;
 mod tile;
+#[cfg(target_arch = "x86_64")]
+mod wide;
 
 #[cfg(test)]
 mod tests;
 
 #[cfg(target_arch = "x86_64")]
 pub(super) use amx::chains as tile_chains;
+#[cfg(target_arch = "x86_64")]
+pub(super) use wide::transposed;
 
 pub use packed::{Packed, Side};
 

@@ -1,6 +1,8 @@
 //! Operands as the tiles read them: panels whose rows lie side by side, zeros up to the edge, numbers as they are, rounded to bf16, or as pairs of bf16.
 
 #[cfg(target_arch = "x86_64")]
+use super::wide;
+#[cfg(target_arch = "x86_64")]
 use crate::isa::{self, Isa};
 
 /// What an element of a packed operand is.
@@ -103,6 +105,14 @@ impl Source<'_> {
             let from = self.data[at * self.k_stride + j.0..].as_ptr();
             let below = if second { Some(from.wrapping_add(self.k_stride)) } else { None };
             assert!(vector == W || stride >= depth * W + vector - W, "room between panels");
+            if wide::serves(isa::current(), element, W) {
+                if W == 8 {
+                    panels -= panels % 2;
+                }
+                // SAFETY: as below.
+                unsafe { wide::copy::<W>((from, below), element, to[e * W..].as_mut_ptr(), panels, stride) }
+                return panels;
+            }
             // SAFETY: the machine has AVX2; what is read and written lies inside data and to.
             unsafe { x86::copy::<W>((from, below), element, to[e * W..].as_mut_ptr(), panels, stride) }
             return panels;
@@ -162,14 +172,27 @@ impl Source<'_> {
     ) -> usize {
         #[cfg(target_arch = "x86_64")]
         if isa::current() >= Isa::Avx2 {
-            let blocks = (rows.len() / TURN).min((l.1 - l.0) / (TURN * element.numbers()));
-            let columns: [&[f32]; W] = std::array::from_fn(|c| match j.0 + c < j.1 {
-                true => &self.data[(j.0 + c) * self.w_stride + l.0..][..blocks * TURN * element.numbers()],
-                false => &[],
-            });
-            // SAFETY: the machine has AVX2; each column has the numbers of all blocks, or none at all, and rows has theirs.
-            unsafe { x86::turn(columns, element, &mut rows[..blocks * TURN]) }
-            return blocks * TURN;
+            let numbers = element.numbers();
+            let whole = |vector: usize| (rows.len() / vector).min((l.1 - l.0) / (vector * numbers)) * vector;
+            let many = if wide::serves(isa::current(), element, W) { whole(wide::LANES) } else { 0 };
+            let all = whole(TURN);
+            let columns = |from: usize, to: usize| -> [&[f32]; W] {
+                std::array::from_fn(|c| match j.0 + c < j.1 {
+                    true => &self.data[(j.0 + c) * self.w_stride + l.0..][from * numbers..to * numbers],
+                    false => &[],
+                })
+            };
+            // SAFETY: the machine has AVX2, and more where `wide` serves; each column has the numbers of all blocks, or none at all, and
+            // rows has theirs.
+            unsafe {
+                if many > 0 {
+                    wide::turn(columns(0, many), element, &mut rows[..many]);
+                }
+                if all > many {
+                    x86::turn(columns(many, all), element, &mut rows[many..all]);
+                }
+            }
+            return all;
         }
         let _ = (element, l, j, rows);
         0

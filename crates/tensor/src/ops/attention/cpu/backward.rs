@@ -4,6 +4,7 @@
 use super::plan::{Item, Plan, each, split};
 use super::tile::{Scratch, Span, Tile, Walk, keys};
 use crate::kernels::lanes::{self, LANES, Lanes, Left, PIECE, Piece, Place, Rows};
+use crate::kernels::simd::dot;
 use crate::tape::add;
 use crate::{Arena, Buffer, Real};
 
@@ -83,12 +84,13 @@ impl<T: Real> Job<'_, T> {
             for rows in rows.chunks(LANES) {
                 let span = Span::new(plan, item, rows);
                 let pull = self.tile(&span, keys.start, scratch);
+                scratch.tile.unload(plan, rows, &Lanes::all(plan.scale), |row, d| {
+                    dq[row * dh..(row + 1) * dh].copy_from_slice(d);
+                });
                 for (l, &row) in rows.iter().enumerate() {
                     let row = row as usize;
-                    let to = &mut dq[row * dh..(row + 1) * dh];
-                    to.iter_mut().zip(&scratch.tile.out).for_each(|(d, o)| *d = o.0[l] * plan.scale);
                     if let Some(rope) = &plan.rope {
-                        rope.turn(to, span.positions[l], true);
+                        rope.turn(&mut dq[row * dh..(row + 1) * dh], span.positions[l], true);
                     }
                     if plan.gates.is_some() {
                         d_gates[row] = pull.0[l];
@@ -121,8 +123,9 @@ impl<T: Real> Job<'_, T> {
             (rows.max.0[l], rows.inverse.0[l]) = (self.stats[2 * at], self.stats[2 * at + 1]);
             if l < span.rows.len() {
                 rows.gate.0[l] = plan.gates.map_or(T::ONE, |gates| gates[at]);
-                let (y, d) = (&self.y[at * plan.dh..(at + 1) * plan.dh], &self.upstream[at * plan.dh..]);
-                rows.mean.0[l] = y.iter().zip(d).map(|(y, d)| *y * *d).sum();
+                let (y, d) =
+                    (&self.y[at * plan.dh..(at + 1) * plan.dh], &self.upstream[at * plan.dh..(at + 1) * plan.dh]);
+                rows.mean.0[l] = dot(y, d);
             }
         }
         rows

@@ -27,6 +27,7 @@ pub(super) fn forward<T: Real>(
         for rows in rows.chunks(LANES) {
             let span = Span::new(plan, item, rows);
             let (max, sum, turn) = tile(plan, item, keys.start, &span, scratch);
+            let mut factors = Lanes::all(T::ZERO);
             for (l, &row) in rows.iter().enumerate() {
                 let row = row as usize;
                 let inverse = T::ONE / sum.0[l];
@@ -34,10 +35,11 @@ pub(super) fn forward<T: Real>(
                 if plan.measures() {
                     entropies[row] = sum.0[l].ln() - turn.0[l] * inverse;
                 }
-                let factor = plan.gates.map_or(inverse, |g| g[item.queries_at * plan.spec.heads + row] * inverse);
-                let to = &mut out[row * plan.dh..(row + 1) * plan.dh];
-                to.iter_mut().zip(&scratch.tile.out).for_each(|(y, o)| *y = o.0[l] * factor);
+                factors.0[l] = plan.gates.map_or(inverse, |g| g[item.queries_at * plan.spec.heads + row] * inverse);
             }
+            scratch
+                .tile
+                .unload(plan, rows, &factors, |row, y| out[row * plan.dh..(row + 1) * plan.dh].copy_from_slice(y));
         }
         scratch.rows = rows;
     }

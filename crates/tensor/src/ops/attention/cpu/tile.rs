@@ -29,8 +29,9 @@ pub(super) struct Tile<T> {
     pub q_rows: Vec<Piece<T>>,
     pub d_out: Vec<Lanes<T>>,
     pub d_out_rows: Vec<Piece<T>>,
-    /// Result, or gradient of the queries [dh].
+    /// Result, or gradient of the queries [dh], and the same by row.
     pub out: Vec<Lanes<T>>,
+    out_rows: Vec<Piece<T>>,
     /// Scores of a block, or of all keys that contextual positions reach, then weights.
     pub s: Vec<Lanes<T>>,
     /// Gradients of the weights of a block, then of the scores, then of the products.
@@ -54,8 +55,8 @@ impl<T: Real> Scratch<T> {
     pub(super) fn new() -> Self {
         let [q, d_out, out, s, d] = [(); 5].map(|()| Vec::new());
         let table = Bias { rows: Vec::new(), z: Vec::new(), dz: Vec::new(), d_rows: Vec::new() };
-        let [q_rows, d_out_rows, dk, dv, d_table] = [(); 5].map(|()| Vec::new());
-        let tile = Tile { q, q_rows, d_out, d_out_rows, out, s, d, places: Vec::new(), table };
+        let [q_rows, d_out_rows, out_rows, dk, dv, d_table] = [(); 6].map(|()| Vec::new());
+        let tile = Tile { q, q_rows, d_out, d_out_rows, out, out_rows, s, d, places: Vec::new(), table };
         Scratch { rows: Vec::new(), k: Vec::new(), v: Vec::new(), dk, dv, d_table, tile }
     }
 
@@ -234,6 +235,20 @@ impl<T: Real> Tile<T> {
         for (row, gate) in self.d_out_rows.chunks_exact_mut(plan.wide).zip(gate.0) {
             lanes::flat_mut(row).iter_mut().for_each(|d| *d *= gate);
         }
+    }
+
+    /// Hands out each row of `out`, times its factor; `rows` are those of the span.
+    pub(super) fn unload(
+        &mut self,
+        plan: &Plan<'_, T>,
+        rows: &[u32],
+        factors: &Lanes<T>,
+        mut to: impl FnMut(usize, &[T]),
+    ) {
+        self.out_rows.resize(LANES * plan.wide, Piece::all(T::ZERO));
+        lanes::lines(&mut self.out_rows, &mut self.out, factors, plan.wide);
+        let lines = lanes::flat(&self.out_rows).chunks_exact(plan.wide * PIECE);
+        rows.iter().zip(lines).for_each(|(&row, line)| to(row as usize, &line[..plan.dh]));
     }
 
     /// Scores of a block into s[at], -∞ where a row does not see the key.

@@ -1,0 +1,224 @@
+//! What `pack` does most, by vectors of sixteen elements (AVX-512), for panels of 8, 16 or 32 columns. bf16 is rounded by the instruction, which
+//! takes denormals as zero, as those that multiply it do.
+
+use super::pack::Element;
+use crate::isa::Isa;
+use std::arch::x86_64::*;
+
+/// Elements of a vector.
+pub const LANES: usize = 16;
+
+/// Whether elements of panels `width` wide can be packed here with an instruction set.
+pub fn serves(isa: Isa, element: Element, width: usize) -> bool {
+    let least = match element {
+        Element::Plain => Isa::Avx512,
+        Element::Pair => Isa::Avx512Bf16,
+        Element::Rounded => return false, // for sets without the instruction
+    };
+    isa >= least && matches!(width, 8 | 16 | 32)
+}
+
+/// Row e of `rows` becomes element e of every column; an empty column gives zeros.
+///
+/// # Safety
+/// The set serves the element and W. `rows` are a multiple of 16, and a column has all their numbers or none.
+pub unsafe fn turn<const W: usize>(columns: [&[f32]; W], element: Element, rows: &mut [[u32; W]]) {
+    // SAFETY: the caller's.
+    unsafe {
+        match element {
+            Element::Pair => turn_pairs(columns, rows),
+            _ => turn_plain(columns, rows),
+        }
+    }
+}
+
+/// Numbers p·W.. of a row, and of the row below it for pairs, become element p·stride.. of `to`, for p in 0..panels.
+///
+/// # Safety
+/// The set serves the element and W. Whole panels are readable and writable; panels of 8 are even in number.
+pub unsafe fn copy<const W: usize>(
+    rows: (*const f32, Option<*const f32>),
+    element: Element,
+    to: *mut u32,
+    panels: usize,
+    stride: usize,
+) {
+    // SAFETY: the caller's.
+    unsafe {
+        match element {
+            Element::Pair => copy_pairs::<W>(rows, to, panels, stride),
+            _ => copy_plain::<W>(rows.0, to, panels, stride),
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f")]
+unsafe fn turn_plain<const W: usize>(columns: [&[f32]; W], rows: &mut [[u32; W]]) {
+    // SAFETY: the caller's: sixteen numbers of each block.
+    unsafe { blocks(columns, rows, 1, |from| _mm512_loadu_si512(from.cast())) }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn turn_pairs<const W: usize>(columns: [&[f32]; W], rows: &mut [[u32; W]]) {
+    // SAFETY: the caller's: thirty-two numbers of each block.
+    unsafe { blocks(columns, rows, 2, |from| pairs(_mm512_loadu_ps(from), _mm512_loadu_ps(from.add(LANES)))) }
+}
+
+/// Sixteen elements from thirty-two numbers in their order.
+#[target_feature(enable = "avx512f,avx512bf16")]
+#[inline]
+fn pairs(first: __m512, second: __m512) -> __m512i {
+    // SAFETY: both are 512 bits of numbers.
+    unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(second, first)) }
+}
+
+/// `load` makes sixteen elements of one column of the numbers at its place, `numbers` each.
+///
+/// # Safety
+/// As for `turn`; `load` reads what a block has.
+#[inline(always)]
+unsafe fn blocks<const W: usize>(
+    columns: [&[f32]; W],
+    rows: &mut [[u32; W]],
+    numbers: usize,
+    load: impl Fn(*const f32) -> __m512i,
+) {
+    for (b, rows) in rows.chunks_exact_mut(LANES).enumerate() {
+        let to = rows.as_mut_ptr().cast::<u32>();
+        let column = |c: usize| match columns[c].is_empty() {
+            true => unsafe { _mm512_setzero_si512() },
+            // SAFETY: the column has the numbers of every block.
+            false => load(unsafe { columns[c].as_ptr().add(b * LANES * numbers) }),
+        };
+        // SAFETY: sixteen rows of W elements; the set is there.
+        unsafe {
+            if W == 8 {
+                turn_eight(std::array::from_fn(column), to);
+            } else {
+                for first in (0..W).step_by(LANES) {
+                    let x = transposed(std::array::from_fn(|c| column(first + c)));
+                    for (i, x) in x.into_iter().enumerate() {
+                        _mm512_storeu_si512(to.add(i * W + first).cast(), x);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Quarters of vectors taken in the order of four lanes.
+macro_rules! quarters {
+    ($a:expr, $b:expr, $order:literal) => {
+        _mm512_shuffle_i32x4::<$order>($a, $b)
+    };
+}
+
+/// Four by four elements turned in every quarter of four vectors.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn turned_quarters(x: [__m512i; 4]) -> [__m512i; 4] {
+    let low = [_mm512_unpacklo_epi32(x[0], x[1]), _mm512_unpacklo_epi32(x[2], x[3])];
+    let high = [_mm512_unpackhi_epi32(x[0], x[1]), _mm512_unpackhi_epi32(x[2], x[3])];
+    [
+        _mm512_unpacklo_epi64(low[0], low[1]),
+        _mm512_unpackhi_epi64(low[0], low[1]),
+        _mm512_unpacklo_epi64(high[0], high[1]),
+        _mm512_unpackhi_epi64(high[0], high[1]),
+    ]
+}
+
+/// Sixteen by sixteen elements.
+#[target_feature(enable = "avx512f")]
+#[inline]
+pub fn transposed(x: [__m512i; 16]) -> [__m512i; 16] {
+    // Quarter q of y[g][i] is row 4q + i of columns 4g..4g + 4.
+    let y: [[__m512i; 4]; 4] = [0, 4, 8, 12].map(|g| turned_quarters([x[g], x[g + 1], x[g + 2], x[g + 3]]));
+    let mut rows = [_mm512_setzero_si512(); 16];
+    for i in 0..4 {
+        let (a, b) = (quarters!(y[0][i], y[1][i], 0x88), quarters!(y[2][i], y[3][i], 0x88)); // quarters 0 and 2
+        let (c, d) = (quarters!(y[0][i], y[1][i], 0xdd), quarters!(y[2][i], y[3][i], 0xdd)); // quarters 1 and 3
+        rows[i] = quarters!(a, b, 0x88);
+        rows[8 + i] = quarters!(a, b, 0xdd);
+        rows[4 + i] = quarters!(c, d, 0x88);
+        rows[12 + i] = quarters!(c, d, 0xdd);
+    }
+    rows
+}
+
+/// Sixteen elements of eight columns as rows of eight.
+///
+/// # Safety
+/// The machine has AVX-512F, and `to` room for sixteen rows.
+#[target_feature(enable = "avx512f")]
+#[inline]
+unsafe fn turn_eight(x: [__m512i; 8], to: *mut u32) {
+    let [low, high] = [0, 4].map(|g| turned_quarters([x[g], x[g + 1], x[g + 2], x[g + 3]]));
+    // Two rows side by side: quarters 0 and 1, or 2 and 3, of both halves of a row.
+    let near = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+    let far = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    for i in 0..4 {
+        for (first, order) in [(i, near), (8 + i, far)] {
+            let both = _mm512_permutex2var_epi64(low[i], order, high[i]);
+            // SAFETY: rows `first` and `first` + 4 of sixteen.
+            unsafe {
+                _mm256_storeu_si256(to.add(first * 8).cast(), _mm512_castsi512_si256(both));
+                _mm256_storeu_si256(to.add((first + 4) * 8).cast(), _mm512_extracti64x4_epi64::<1>(both));
+            }
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f")]
+unsafe fn copy_plain<const W: usize>(row: *const f32, to: *mut u32, panels: usize, stride: usize) {
+    // SAFETY: the caller's.
+    unsafe { vectors::<W>(to, panels, stride, |at| _mm512_loadu_si512(row.add(at).cast())) }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn copy_pairs<const W: usize>(
+    rows: (*const f32, Option<*const f32>),
+    to: *mut u32,
+    panels: usize,
+    stride: usize,
+) {
+    // The numbers of both rows come one row after the other and are put side by side.
+    let mixed: [u16; 32] = std::array::from_fn(|i| (i / 2 + i % 2 * 16) as u16);
+    // SAFETY: the caller's.
+    unsafe {
+        let order = _mm512_loadu_si512(mixed.as_ptr().cast());
+        match rows.1 {
+            Some(below) => vectors::<W>(to, panels, stride, |at| {
+                let both = pairs(_mm512_loadu_ps(rows.0.add(at)), _mm512_loadu_ps(below.add(at)));
+                _mm512_permutexvar_epi16(order, both)
+            }),
+            None => vectors::<W>(to, panels, stride, |at| {
+                let both = pairs(_mm512_loadu_ps(rows.0.add(at)), _mm512_setzero_ps());
+                _mm512_permutexvar_epi16(order, both)
+            }),
+        }
+    }
+}
+
+/// Stores vectors of elements where their panels lie.
+///
+/// # Safety
+/// As for `copy`; `load` reads sixteen elements from a column on.
+#[inline(always)]
+unsafe fn vectors<const W: usize>(to: *mut u32, panels: usize, stride: usize, load: impl Fn(usize) -> __m512i) {
+    // SAFETY: the caller's.
+    unsafe {
+        if W == 8 {
+            for p in (0..panels).step_by(2) {
+                let x = load(p * W);
+                _mm256_storeu_si256(to.add(p * stride).cast(), _mm512_castsi512_si256(x));
+                _mm256_storeu_si256(to.add((p + 1) * stride).cast(), _mm512_extracti64x4_epi64::<1>(x));
+            }
+        } else {
+            for p in 0..panels {
+                for c in (0..W).step_by(LANES) {
+                    _mm512_storeu_si512(to.add(p * stride + c).cast(), load(p * W + c));
+                }
+            }
+        }
+    }
+}
