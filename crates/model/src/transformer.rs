@@ -219,11 +219,11 @@ impl Transformer {
         let mut params = vec![0.0f32; self.layout.len()];
         let random = Random::new(seed, Purpose::Init);
         for (name, param) in self.layout.iter() {
-            let std = self.initial_std(name, param);
+            let (std, stream) = (self.initial_std(name, param), stream(name));
             for m in 0..param.count {
                 let number = |j: usize| match std {
                     None => 1.0,
-                    Some(std) => (std * random.normal(stream(name), (m * param.len() + j) as u64)) as f32,
+                    Some(std) => (std * random.normal(stream, (m * param.len() + j) as u64)) as f32,
                 };
                 parallel::rows(&mut params[param.range(m)], 1, |j, x| x[0] = number(j));
             }

@@ -159,15 +159,16 @@ kernels! {
             return;
         }
         assert!(depth == 0 || (m - 1) * a.row + (depth - 1) * a.col < a.data.len(), "product out of bounds");
+        #[cfg(target_arch = "x86_64")]
+        if F::WIDE && TypeId::of::<T>() == TypeId::of::<f32>() {
+            // SAFETY: T is f32, the code around is compiled for AVX-512; the assertion bounds every number of a.
+            return unsafe { x86::product(narrowed_mut(dst), (a.data.as_ptr().cast(), a.row, a.col), narrowed(b), accumulate) };
+        }
         let strides = (a.row, a.col);
         let mut i = 0;
         // SAFETY: the assertion bounds every (row, column) of a; the strips i..i + M lie inside dst.
         unsafe {
             let at = |i: usize| a.data.as_ptr().wrapping_add(i * a.row);
-            while F::WIDE && i + 2 * TALL <= m {
-                strip::<T, F, { 2 * TALL }>(dst.as_mut_ptr().add(i), (at(i), strides), b, accumulate);
-                i += 2 * TALL;
-            }
             while i + TALL <= m {
                 strip::<T, F, TALL>(dst.as_mut_ptr().add(i), (at(i), strides), b, accumulate);
                 i += TALL;
@@ -193,12 +194,15 @@ kernels! {
             let (dst, b) = (dst.as_mut_ptr(), b.as_ptr());
             let at = |j: usize| (dst.wrapping_add(j), b.wrapping_add(j), wide);
             let mut j = 0;
-            while F::WIDE && j + 2 <= wide {
-                column::<T, F, { 2 * PIECE }>(a, at(j));
-                j += 2;
+            #[cfg(target_arch = "x86_64")]
+            if F::WIDE && TypeId::of::<T>() == TypeId::of::<f32>() {
+                while j + 2 <= wide {
+                    x86::column(narrowed(a), (at(j).0.cast(), at(j).1.cast(), wide * PIECE));
+                    j += 2;
+                }
             }
             while j < wide {
-                column::<T, F, PIECE>(a, at(j));
+                column::<T, F>(a, at(j));
                 j += 1;
             }
         }
@@ -513,65 +517,58 @@ unsafe fn strip<T: Real, F: Fuse, const M: usize>(
     }
 }
 
-/// All rows of an outer product in columns of W numbers: dst and b are given by where the columns start and the pieces of a row.
+/// All rows of an outer product, one piece wide: dst and b are given by where the column starts and the pieces of a row.
 ///
 /// # Safety
 /// As for `patch`, for as many rows as a has.
 #[inline(always)]
-unsafe fn column<T: Real, F: Fuse, const W: usize>(
-    a: &[Lanes<T>],
-    (dst, b, wide): (*mut Piece<T>, *const Piece<T>, usize),
-) {
+unsafe fn column<T: Real, F: Fuse>(a: &[Lanes<T>], (dst, b, wide): (*mut Piece<T>, *const Piece<T>, usize)) {
     // SAFETY: the caller's.
     unsafe {
         let at = |i: usize| (dst.wrapping_add(i * wide), a.as_ptr().wrapping_add(i), b, wide);
         let mut i = 0;
-        while F::WIDE && i + 2 * TALL <= a.len() {
-            patch::<T, F, W, { 2 * TALL }>(at(i));
-            i += 2 * TALL;
-        }
         while i + TALL <= a.len() {
-            patch::<T, F, W, TALL>(at(i));
+            patch::<T, F, TALL>(at(i));
             i += TALL;
         }
         match a.len() - i {
-            5 => patch::<T, F, W, 5>(at(i)),
-            4 => patch::<T, F, W, 4>(at(i)),
-            3 => patch::<T, F, W, 3>(at(i)),
-            2 => patch::<T, F, W, 2>(at(i)),
-            1 => patch::<T, F, W, 1>(at(i)),
+            5 => patch::<T, F, 5>(at(i)),
+            4 => patch::<T, F, 4>(at(i)),
+            3 => patch::<T, F, 3>(at(i)),
+            2 => patch::<T, F, 2>(at(i)),
+            1 => patch::<T, F, 1>(at(i)),
             _ => {}
         }
     }
 }
 
-/// M rows of an outer product in columns of W numbers.
+/// M rows of an outer product, one piece wide.
 ///
 /// # Safety
-/// dst must have M rows `wide` pieces apart, a M numbers, b `LANES` rows `wide` pieces apart, and W numbers be in a row of both.
+/// dst must have M rows `wide` pieces apart, a M numbers, b `LANES` rows `wide` pieces apart.
 #[inline(always)]
-unsafe fn patch<T: Real, F: Fuse, const W: usize, const M: usize>(
+unsafe fn patch<T: Real, F: Fuse, const M: usize>(
     (dst, a, b, wide): (*mut Piece<T>, *const Lanes<T>, *const Piece<T>, usize),
 ) {
-    let mut sum = [[T::ZERO; W]; M];
-    // SAFETY: the caller's; W numbers in a row need no more alignment than one.
+    let mut sum = [[T::ZERO; PIECE]; M];
+    // SAFETY: the caller's.
     unsafe {
         for i in 0..M {
-            sum[i] = *dst.add(i * wide).cast();
+            sum[i] = (*dst.add(i * wide)).0;
         }
         for k in 0..LANES {
-            let b: [T; W] = *b.add(k * wide).cast();
+            let b = (*b.add(k * wide)).0;
             for i in 0..M {
                 let x = (*a.add(i)).0[k];
                 let mut next = sum[i];
-                for l in 0..W {
+                for l in 0..PIECE {
                     next[l] = F::fma(x, b[l], next[l]);
                 }
                 sum[i] = next;
             }
         }
         for i in 0..M {
-            *dst.add(i * wide).cast() = sum[i];
+            (*dst.add(i * wide)).0 = sum[i];
         }
     }
 }
@@ -614,11 +611,125 @@ fn put<T: Real, F: Fuse>(to: &mut Lanes<[T; 2]>, first: &Lanes<T>, second: &Lane
     }
 }
 
+/// Lanes of T, which is f32, as what they are.
+#[cfg(target_arch = "x86_64")]
+fn narrowed<T: Real>(x: &[Lanes<T>]) -> &[Lanes<f32>] {
+    assert!(TypeId::of::<T>() == TypeId::of::<f32>());
+    // SAFETY: T is f32.
+    unsafe { std::slice::from_raw_parts(x.as_ptr().cast(), x.len()) }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn narrowed_mut<T: Real>(x: &mut [Lanes<T>]) -> &mut [Lanes<f32>] {
+    assert!(TypeId::of::<T>() == TypeId::of::<f32>());
+    // SAFETY: T is f32.
+    unsafe { std::slice::from_raw_parts_mut(x.as_mut_ptr().cast(), x.len()) }
+}
+
+/// What AVX-512 does in ways of its own, for f32.
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::{LANES, Lanes};
     use crate::kernels::gemm::transposed;
     use std::arch::x86_64::*;
+
+    /// `super::product`; number (i, k) of a lies at i·row + k·col.
+    ///
+    /// # Safety
+    /// The machine has AVX-512F; a has its numbers for the rows of dst and the depth of b.
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    pub unsafe fn product(
+        dst: &mut [Lanes<f32>],
+        (a, row, col): (*const f32, usize, usize),
+        b: &[Lanes<f32>],
+        accumulate: bool,
+    ) {
+        let mut i = 0;
+        macro_rules! strips {
+            ($($m:literal)*) => {$(
+                while i + $m <= dst.len() {
+                    // SAFETY: the caller's, for the rows i..i + M.
+                    unsafe { strip::<$m>(&mut dst[i..i + $m], (a.add(i * row), row, col), b, accumulate) };
+                    i += $m;
+                }
+            )*};
+        }
+        strips!(16 8 4 2 1);
+    }
+
+    /// M rows of a product.
+    ///
+    /// # Safety
+    /// As for `product`.
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    unsafe fn strip<const M: usize>(
+        dst: &mut [Lanes<f32>],
+        (a, row, col): (*const f32, usize, usize),
+        b: &[Lanes<f32>],
+        accumulate: bool,
+    ) {
+        // SAFETY: the caller's.
+        unsafe {
+            let mut sums = [_mm512_setzero_ps(); M];
+            if accumulate {
+                sums.iter_mut().zip(&*dst).for_each(|(sum, dst)| *sum = _mm512_loadu_ps(dst.0.as_ptr()));
+            }
+            // Four rows to a pointer, so that the addresses of sixteen need few registers.
+            let mut at: [*const f32; 4] = std::array::from_fn(|q| a.wrapping_add(4 * q * row));
+            for b in b {
+                let b = _mm512_loadu_ps(b.0.as_ptr());
+                for i in 0..M {
+                    let x = _mm512_set1_ps(*at[i / 4].add(i % 4 * row));
+                    sums[i] = _mm512_fmadd_ps(x, b, sums[i]);
+                }
+                at = at.map(|at| at.wrapping_add(col));
+            }
+            dst.iter_mut().zip(sums).for_each(|(dst, sum)| _mm512_storeu_ps(dst.0.as_mut_ptr(), sum));
+        }
+    }
+
+    /// `super::column` for sixteen numbers, where rows are `wide` numbers apart.
+    ///
+    /// # Safety
+    /// The machine has AVX-512F; dst has a row for each of a, b `LANES` rows.
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    pub unsafe fn column(a: &[Lanes<f32>], (dst, b, wide): (*mut f32, *const f32, usize)) {
+        let mut i = 0;
+        macro_rules! patches {
+            ($($m:literal)*) => {$(
+                while i + $m <= a.len() {
+                    // SAFETY: the caller's, for the rows i..i + M.
+                    unsafe { patch::<$m>(&a[i..i + $m], (dst.add(i * wide), b, wide)) };
+                    i += $m;
+                }
+            )*};
+        }
+        patches!(16 8 4 2 1);
+    }
+
+    /// # Safety
+    /// As for `column`, for the M rows of a.
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    unsafe fn patch<const M: usize>(a: &[Lanes<f32>], (dst, b, wide): (*mut f32, *const f32, usize)) {
+        let a: &[Lanes<f32>; M] = a.try_into().expect("as many rows as the patch");
+        // SAFETY: the caller's.
+        unsafe {
+            let mut sums: [__m512; M] = std::array::from_fn(|i| _mm512_loadu_ps(dst.add(i * wide)));
+            for k in 0..LANES {
+                let b = _mm512_loadu_ps(b.add(k * wide));
+                for i in 0..M {
+                    sums[i] = _mm512_fmadd_ps(_mm512_set1_ps(a[i].0[k]), b, sums[i]);
+                }
+            }
+            for i in 0..M {
+                _mm512_storeu_ps(dst.add(i * wide), sums[i]);
+            }
+        }
+    }
 
     /// # Safety
     /// The machine has AVX-512F and every n[l] is a row of z.

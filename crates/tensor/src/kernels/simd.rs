@@ -128,7 +128,14 @@ pub fn dot<T: Real>(a: &[T], b: &[T]) -> T {
     };
     a.iter().zip(b).for_each(|(a, b): (&[T; 2 * LANES], &[T; 2 * LANES])| add(&mut sums, a, b));
     add(&mut sums, a_rest, b_rest);
-    sums.into_iter().sum()
+    let mut half = LANES;
+    while half > 0 {
+        for i in 0..half {
+            sums[i] += sums[i + half];
+        }
+        half /= 2;
+    }
+    sums[0]
 }
 
 /// Copies `from` to the front of `to`; for rows too short to be worth a call of memcpy.

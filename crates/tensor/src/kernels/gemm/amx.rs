@@ -7,7 +7,7 @@ use std::arch::asm;
 const ROWS: usize = 32;
 const COLS: usize = 32;
 
-pub const TILE: Tile = Tile { rows: ROWS, cols: COLS, pairs: true, unit: 16, run, enter, leave };
+pub const TILE: Tile = Tile { rows: ROWS, cols: COLS, pairs: true, unit: 16, run, half: None, enter, leave };
 
 /// Palette 1, and for each of the eight tiles 64 bytes a row and 16 rows.
 #[repr(C, align(64))]

@@ -389,8 +389,9 @@ unsafe fn compute(job: &Job<'_>, right: &Right<'_>, task: &Task, room: &[u32], a
 /// As for `Tile::run`, dst being writable in those rows and columns.
 unsafe fn ragged(tile: Tile, strip: Strip, tall: usize, wide: usize) {
     let mut whole = [0.0f32; 32 * 32];
+    let run = tile.half.filter(|_| wide <= tile.cols / 2).unwrap_or(tile.run);
     unsafe {
-        (tile.run)(Strip { dst: whole.as_mut_ptr(), stride: tile.cols, add: false, ..strip });
+        run(Strip { dst: whole.as_mut_ptr(), stride: tile.cols, add: false, ..strip });
         for r in 0..tall {
             let to = std::slice::from_raw_parts_mut(strip.dst.add(r * strip.stride), wide);
             for (to, sum) in to.iter_mut().zip(&whole[r * tile.cols..]) {

@@ -80,7 +80,7 @@ fn pairs<const R: usize, const C: usize>(unit: usize) -> Tile {
         }
     }
     assert!(R * C <= 32 * 32);
-    Tile { rows: R, cols: C, pairs: true, unit, run: run::<R, C>, enter: || (), leave: || () }
+    Tile { rows: R, cols: C, pairs: true, unit, run: run::<R, C>, half: None, enter: || (), leave: || () }
 }
 
 fn product(method: Method, case: &Case, dst: &mut [f32], a: Matrix<'_, f32>, b: Matrix<'_, f32>) {

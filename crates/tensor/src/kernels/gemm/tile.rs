@@ -33,6 +33,8 @@ pub struct Tile {
     /// # Safety
     /// The instruction set is there, every element that `Strip` names is readable, dst is writable, and no other thread touches it.
     pub run: unsafe fn(Strip),
+    /// The same for the first half of the columns, where there is one: of a side as narrow as a router's little else is used.
+    pub half: Option<unsafe fn(Strip)>,
     /// Before the first and after the last tile of a thread.
     pub enter: fn(),
     pub leave: fn(),
@@ -98,12 +100,14 @@ unsafe fn strip<L: Lanes, const R: usize, const C: usize>(s: Strip, left: impl F
 
 /// The tile for f32 elements.
 pub fn f32_tile(isa: Isa) -> Tile {
-    let plain = Tile { rows: 4, cols: 8, pairs: false, unit: 1, run: portable, enter: || (), leave: || () };
+    let plain = Tile { rows: 4, cols: 8, pairs: false, unit: 1, run: portable, half: None, enter: || (), leave: || () };
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => Tile { rows: 8, cols: 32, run: x86::avx512, ..plain },
+        Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => {
+            Tile { rows: 8, cols: 32, run: x86::avx512, half: Some(x86::avx512_half), ..plain }
+        }
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => Tile { rows: 6, cols: 16, run: x86::avx2, ..plain },
+        Isa::Avx2 => Tile { rows: 6, cols: 16, run: x86::avx2, half: Some(x86::avx2_half), ..plain },
         _ => plain,
     }
 }
@@ -114,7 +118,10 @@ pub fn bf16_tile(isa: Isa) -> Tile {
         #[cfg(target_arch = "x86_64")]
         Isa::Amx => amx::TILE,
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512Bf16 => Tile { pairs: true, run: x86::avx512_bf16, ..f32_tile(Isa::Avx512) },
+        Isa::Avx512Bf16 => {
+            let (run, half) = (x86::avx512_bf16, Some(x86::avx512_bf16_half as unsafe fn(Strip)));
+            Tile { pairs: true, run, half, ..f32_tile(Isa::Avx512) }
+        }
         _ => f32_tile(isa),
     }
 }
@@ -234,15 +241,33 @@ mod x86 {
         unsafe { tile::<Avx2, 6, 2>(s) }
     }
 
+    #[target_feature(enable = "avx2,fma")]
+    pub unsafe fn avx2_half(s: Strip) {
+        // SAFETY: as for the caller.
+        unsafe { tile::<Avx2, 6, 1>(s) }
+    }
+
     #[target_feature(enable = "avx512f")]
     pub unsafe fn avx512(s: Strip) {
         // SAFETY: as for the caller.
         unsafe { tile::<Avx512, 8, 2>(s) }
     }
 
+    #[target_feature(enable = "avx512f")]
+    pub unsafe fn avx512_half(s: Strip) {
+        // SAFETY: as for the caller.
+        unsafe { tile::<Avx512, 8, 1>(s) }
+    }
+
     #[target_feature(enable = "avx512f,avx512bf16")]
     pub unsafe fn avx512_bf16(s: Strip) {
         // SAFETY: as for the caller.
         unsafe { tile::<Avx512Bf16, 8, 2>(s) }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    pub unsafe fn avx512_bf16_half(s: Strip) {
+        // SAFETY: as for the caller.
+        unsafe { tile::<Avx512Bf16, 8, 1>(s) }
     }
 }

@@ -29,7 +29,7 @@ pub(super) fn backward<T: Real>(
     let gate_width = if plan.gates.is_some() { heads } else { 0 };
     let parts = split(items, dq, heads * plan.dh).into_iter().zip(split(items, d_gates, gate_width));
     let work: Vec<_> = items.iter().zip(parts).collect();
-    let partials = each(plan, work, Scratch::new, |scratch, (item, (dq, d_gates))| {
+    let partials = each(plan, work, |scratch, (item, (dq, d_gates))| {
         Job { plan, item, y, upstream, stats }.run(arena, scratch, dq, d_gates)
     });
     let mut d_table = vec![T::ZERO; plan.cope.as_ref().map_or(0, |cope| (cope.last + 1) * plan.dh)];

@@ -43,7 +43,7 @@ pub(super) fn attention<'a, T: Real>(
     let mut entropies = vec![T::ZERO; n * measured];
     let parts = split(&items, &mut out, width).into_iter().zip(split(&items, &mut stats, spec.heads * 2));
     let work: Vec<_> = items.iter().zip(parts).zip(split(&items, &mut entropies, measured)).collect();
-    each(&plan, work, Scratch::new, |scratch, ((item, (out, stats)), entropies)| {
+    each(&plan, work, |scratch, ((item, (out, stats)), entropies)| {
         forward(&plan, item, scratch, [out, stats, entropies]);
     });
     drop(plan);
@@ -87,6 +87,6 @@ pub(super) fn decode<T: Real>(
     let mut entropies = vec![T::ZERO; if reach.windows_n.is_some() { m * spec.heads } else { 0 }];
     let mut plan = Plan::new([q, k, v], q.len() / m, &items, (spec, &reach), table);
     plan.mix(mixture.as_ref().map(|mixture| mixture.gates_nh.data()), mixture.as_ref().map(Mixture::choice));
-    forward(&plan, &items[0], &mut Scratch::new(), [&mut out, &mut stats, &mut entropies]);
+    Scratch::with(|scratch| forward(&plan, &items[0], scratch, [&mut out, &mut stats, &mut entropies]));
     (out, entropies)
 }

@@ -2,6 +2,7 @@
 
 use super::super::{Attention, Choice, Position, Reach};
 use super::rotary::Rope;
+use super::tile::Scratch;
 use crate::Real;
 use crate::kernels::lanes::{self, PIECE};
 use rayon::prelude::*;
@@ -88,21 +89,19 @@ pub(super) fn split<'s, T>(items: &[Item], mut data: &'s mut [T], width: usize) 
     parts
 }
 
-/// Runs `f` on every piece of work, each thread with its own scratch, and returns the results in order.
-pub(super) fn each<T: Real, W: Send, S, R: Send>(
+/// Runs `f` on every piece of work and returns the results in order.
+pub(super) fn each<T: Real, W: Send, R: Send>(
     plan: &Plan<'_, T>,
     work: Vec<W>,
-    scratch: impl Fn() -> S + Sync + Send,
-    f: impl Fn(&mut S, W) -> R + Sync + Send,
+    f: impl Fn(&mut Scratch<T>, W) -> R + Sync + Send,
 ) -> Vec<R> {
     let threads = rayon::current_num_threads();
     if plan.pairs < SMALL || work.len() < 2 || threads == 1 {
-        let mut scratch = scratch();
-        work.into_iter().map(|work| f(&mut scratch, work)).collect()
+        work.into_iter().map(|work| Scratch::with(|scratch| f(scratch, work))).collect()
     } else {
-        // A few pieces a thread: enough to even out long and short documents, and the scratch is not made anew for every item.
+        // A few pieces a thread: enough to even out long and short documents.
         let piece = (work.len() / (8 * threads)).max(1);
-        work.into_par_iter().with_min_len(piece).map_init(scratch, f).collect()
+        work.into_par_iter().with_min_len(piece).map(|work| Scratch::with(|scratch| f(scratch, work))).collect()
     }
 }
 

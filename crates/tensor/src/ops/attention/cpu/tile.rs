@@ -4,6 +4,8 @@ use super::plan::{Cope, Item, Plan};
 use super::rotary::Rope;
 use crate::Real;
 use crate::kernels::lanes::{self, LANES, Lanes, Left, PIECE, Piece, Place};
+use std::any::Any;
+use std::cell::Cell;
 use std::ops::Range;
 
 /// Keys of a block: a block of scores, keys and values fits the first cache.
@@ -51,8 +53,22 @@ pub(super) struct Bias<T> {
     pub d_rows: Vec<Lanes<T>>,
 }
 
+thread_local! {
+    /// The working memory of the last item, for the next.
+    static KEPT: Cell<Option<Box<dyn Any>>> = const { Cell::new(None) };
+}
+
 impl<T: Real> Scratch<T> {
-    pub(super) fn new() -> Self {
+    /// Runs `f` with the working memory of this thread.
+    pub(super) fn with<R>(f: impl FnOnce(&mut Self) -> R) -> R {
+        let kept = KEPT.take().and_then(|kept| kept.downcast().ok());
+        let mut scratch = kept.unwrap_or_else(|| Box::new(Self::new()));
+        let result = f(&mut scratch);
+        KEPT.set(Some(scratch));
+        result
+    }
+
+    fn new() -> Self {
         let [q, d_out, out, s, d] = [(); 5].map(|()| Vec::new());
         let table = Bias { rows: Vec::new(), z: Vec::new(), dz: Vec::new(), d_rows: Vec::new() };
         let [q_rows, d_out_rows, out_rows, dk, dv, d_table] = [(); 6].map(|()| Vec::new());
