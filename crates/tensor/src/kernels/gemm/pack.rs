@@ -64,9 +64,13 @@ impl Source<'_> {
         let spans = (j.0..j.1).step_by(W).map(|start| (start, j.1));
         if self.w_stride == 1 {
             // Row by row through all panels: memory is read in its order.
+            let (rows, panels) = self.block::<W>(element, l, j, to, (stride, depth));
             for e in 0..depth {
                 let at = l.0 + e * element.numbers();
-                let done = self.copied::<W>(element, (at, l.1), j, to, (stride, depth), e);
+                let done = match e < rows {
+                    true => panels,
+                    false => self.copied::<W>(element, (at, l.1), j, to, (stride, depth), e),
+                };
                 for (p, span) in spans.clone().enumerate().skip(done) {
                     let to = to[p * stride + e * W..].first_chunk_mut().expect("room for every panel");
                     self.piece::<W>(element, at, l.1, span, to);
@@ -77,6 +81,35 @@ impl Source<'_> {
                 .enumerate()
                 .for_each(|(p, span)| self.panel::<W>(element, l, span, &mut to[p * stride..][..depth * W]));
         }
+    }
+
+    /// The first elements of the first panels by long vectors, where there are any: how many elements and panels that were.
+    #[inline(always)]
+    fn block<const W: usize>(
+        self,
+        element: Element,
+        l: (usize, usize),
+        j: (usize, usize),
+        to: &mut [u32],
+        (stride, depth): (usize, usize),
+    ) -> (usize, usize) {
+        #[cfg(target_arch = "x86_64")]
+        if wide::serves(isa::current(), element, W) {
+            let rows = ((l.1 - l.0) / element.numbers()).min(depth);
+            let panels = (j.1 - j.0) / W;
+            let panels = if W == 8 { panels / 2 * 2 } else { panels };
+            if rows > 0 && panels > 0 {
+                let last_row = (l.0 + rows * element.numbers() - 1) * self.k_stride;
+                assert!(last_row + j.0 + panels * W <= self.data.len(), "a panel reads beyond its matrix");
+                assert!((panels - 1) * stride + rows * W <= to.len(), "no room for a panel");
+                let from = self.data[l.0 * self.k_stride + j.0..].as_ptr();
+                // SAFETY: the set serves; by the assertions all that is read and written is there.
+                unsafe { wide::copy::<W>((from, self.k_stride), element, (to.as_mut_ptr(), stride), (rows, panels)) }
+                return (rows, panels);
+            }
+        }
+        let _ = (element, l, j, to, stride, depth);
+        (0, 0)
     }
 
     /// Element e of the first panels by vectors, as far as whole vectors can be read and written, and how many panels that were.
@@ -105,14 +138,6 @@ impl Source<'_> {
             let from = self.data[at * self.k_stride + j.0..].as_ptr();
             let below = if second { Some(from.wrapping_add(self.k_stride)) } else { None };
             assert!(vector == W || stride >= depth * W + vector - W, "room between panels");
-            if wide::serves(isa::current(), element, W) {
-                if W == 8 {
-                    panels -= panels % 2;
-                }
-                // SAFETY: as below.
-                unsafe { wide::copy::<W>((from, below), element, to[e * W..].as_mut_ptr(), panels, stride) }
-                return panels;
-            }
             // SAFETY: the machine has AVX2; what is read and written lies inside data and to.
             unsafe { x86::copy::<W>((from, below), element, to[e * W..].as_mut_ptr(), panels, stride) }
             return panels;

@@ -32,22 +32,21 @@ pub unsafe fn turn<const W: usize>(columns: [&[f32]; W], element: Element, rows:
     }
 }
 
-/// Numbers p·W.. of a row, and of the row below it for pairs, become element p·stride.. of `to`, for p in 0..panels.
+/// Numbers p·W.. of row e, or of rows 2e and 2e + 1 for pairs, become element e of panel p; panels are `stride` apart in `to`.
 ///
 /// # Safety
-/// The set serves the element and W. Whole panels are readable and writable; panels of 8 are even in number.
+/// The set serves the element and W. The rows, `next` numbers apart, are readable and the panels writable; panels of 8 are even in number.
 pub unsafe fn copy<const W: usize>(
-    rows: (*const f32, Option<*const f32>),
+    (from, next): (*const f32, usize),
     element: Element,
-    to: *mut u32,
-    panels: usize,
-    stride: usize,
+    (to, stride): (*mut u32, usize),
+    (rows, panels): (usize, usize),
 ) {
     // SAFETY: the caller's.
     unsafe {
         match element {
-            Element::Pair => copy_pairs::<W>(rows, to, panels, stride),
-            _ => copy_plain::<W>(rows.0, to, panels, stride),
+            Element::Pair => copy_pairs::<W>((from, next), (to, stride), (rows, panels)),
+            _ => copy_plain::<W>((from, next), (to, stride), (rows, panels)),
         }
     }
 }
@@ -169,54 +168,69 @@ unsafe fn turn_eight(x: [__m512i; 8], to: *mut u32) {
 }
 
 #[target_feature(enable = "avx512f")]
-unsafe fn copy_plain<const W: usize>(row: *const f32, to: *mut u32, panels: usize, stride: usize) {
+unsafe fn copy_plain<const W: usize>((from, next): (*const f32, usize), to: (*mut u32, usize), size: (usize, usize)) {
     // SAFETY: the caller's.
-    unsafe { vectors::<W>(to, panels, stride, |at| _mm512_loadu_si512(row.add(at).cast())) }
+    unsafe {
+        vectors::<W>(to, size, |e, at| {
+            let row = from.add(e * next + at);
+            soon(row, AHEAD * next);
+            _mm512_loadu_si512(row.cast())
+        })
+    }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-unsafe fn copy_pairs<const W: usize>(
-    rows: (*const f32, Option<*const f32>),
-    to: *mut u32,
-    panels: usize,
-    stride: usize,
-) {
+unsafe fn copy_pairs<const W: usize>((from, next): (*const f32, usize), to: (*mut u32, usize), size: (usize, usize)) {
     // The numbers of both rows come one row after the other and are put side by side.
     let mixed: [u16; 32] = std::array::from_fn(|i| (i / 2 + i % 2 * 16) as u16);
     // SAFETY: the caller's.
     unsafe {
         let order = _mm512_loadu_si512(mixed.as_ptr().cast());
-        match rows.1 {
-            Some(below) => vectors::<W>(to, panels, stride, |at| {
-                let both = pairs(_mm512_loadu_ps(rows.0.add(at)), _mm512_loadu_ps(below.add(at)));
-                _mm512_permutexvar_epi16(order, both)
-            }),
-            None => vectors::<W>(to, panels, stride, |at| {
-                let both = pairs(_mm512_loadu_ps(rows.0.add(at)), _mm512_setzero_ps());
-                _mm512_permutexvar_epi16(order, both)
-            }),
-        }
+        vectors::<W>(to, size, |e, at| {
+            let row = from.add(2 * e * next + at);
+            let below = row.add(next);
+            soon(row, AHEAD * next);
+            soon(below, AHEAD * next);
+            _mm512_permutexvar_epi16(order, pairs(_mm512_loadu_ps(row), _mm512_loadu_ps(below)))
+        })
     }
+}
+
+/// Rows that are asked for before they are needed: each lies in a page of its own, where the machine does not look ahead by itself.
+const AHEAD: usize = 16;
+
+/// Asks for the number that far behind `from`, if there is one.
+#[inline(always)]
+fn soon(from: *const f32, far: usize) {
+    // SAFETY: asking reads nothing and cannot fail.
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(far).cast()) }
 }
 
 /// Stores vectors of elements where their panels lie.
 ///
 /// # Safety
-/// As for `copy`; `load` reads sixteen elements from a column on.
+/// As for `copy`; `load(e, c)` makes element e of sixteen columns from c on.
 #[inline(always)]
-unsafe fn vectors<const W: usize>(to: *mut u32, panels: usize, stride: usize, load: impl Fn(usize) -> __m512i) {
-    // SAFETY: the caller's.
-    unsafe {
-        if W == 8 {
-            for p in (0..panels).step_by(2) {
-                let x = load(p * W);
-                _mm256_storeu_si256(to.add(p * stride).cast(), _mm512_castsi512_si256(x));
-                _mm256_storeu_si256(to.add((p + 1) * stride).cast(), _mm512_extracti64x4_epi64::<1>(x));
-            }
-        } else {
-            for p in 0..panels {
-                for c in (0..W).step_by(LANES) {
-                    _mm512_storeu_si512(to.add(p * stride + c).cast(), load(p * W + c));
+unsafe fn vectors<const W: usize>(
+    (to, stride): (*mut u32, usize),
+    (rows, panels): (usize, usize),
+    load: impl Fn(usize, usize) -> __m512i,
+) {
+    for e in 0..rows {
+        // SAFETY: the caller's.
+        unsafe {
+            let to = to.add(e * W);
+            if W == 8 {
+                for p in (0..panels).step_by(2) {
+                    let x = load(e, p * W);
+                    _mm256_storeu_si256(to.add(p * stride).cast(), _mm512_castsi512_si256(x));
+                    _mm256_storeu_si256(to.add((p + 1) * stride).cast(), _mm512_extracti64x4_epi64::<1>(x));
+                }
+            } else {
+                for p in 0..panels {
+                    for c in (0..W).step_by(LANES) {
+                        _mm512_storeu_si512(to.add(p * stride + c).cast(), load(e, p * W + c));
+                    }
                 }
             }
         }
