@@ -160,7 +160,7 @@ def _lines(groups: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
         cells = [_cell(measure, entries) for entries in groups.values()]
         if any(cell != "-" for cell in cells):
             lines.append([measure.label, *cells, measure.target if recite else ""])
-    return [*lines, ["gate", *(_words(entries) for entries in groups.values()), ""]]
+    return [*lines, ["gate of each run", *(_words(entries) for entries in groups.values()), ""]]
 
 
 def _cell(measure: Measure, entries: list[dict[str, Any]]) -> str:
