@@ -1,6 +1,8 @@
 """Reading run directories: whole lines only, exact numbers, one row per epoch."""
 
 import json
+import os
+import shutil
 import time
 from pathlib import Path
 
@@ -187,6 +189,22 @@ def test_a_hundred_thousand_steps_are_read_in_a_second(tmp_path: Path) -> None:
         seconds.append(time.perf_counter() - start)
     print(f"100,000 steps: {min(seconds):.2f} s")
     assert min(seconds) < 1.0
+
+
+def test_of_a_stage_the_run_that_wrote_last_is_watched_and_the_others_are_named(tmp_path: Path) -> None:
+    out = tmp_path / "stage"
+    runs = [write(out / f"run-seed{seed}", Story(seed=seed)) for seed in (1, 2)]
+    assert frames.newest_run(out) == out  # a folder of runs is no stage
+    (out / "stage.json").write_text("{}")
+    os.utime(runs[0] / "metrics.jsonl")
+    os.utime(runs[1] / "metrics.jsonl", (1.0, 1.0))
+    assert frames.newest_run(out) == runs[0]
+    assert frames.newest_run(runs[1]) == runs[1]
+    with pytest.raises(ValueError, match=rf"'{out}' holds many runs: name one of them, {runs[0]} say"):
+        frames.read_run(out)
+    shutil.rmtree(out)
+    with pytest.raises(FileNotFoundError, match=r"is '.*' the directory of a run"):
+        frames.read_run(frames.newest_run(out))
 
 
 def test_a_stream_that_has_grown_is_read_anew(run: Path) -> None:

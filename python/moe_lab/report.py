@@ -92,16 +92,15 @@ MEASURED = (
 
 def of_stage(out: Path) -> str:
     """The page of a stage."""
-    stage = stages.rejudge(out)
+    stage = stages.so_far(out)
     models = stages.by_model(stage.rows)
     paths = {row["name"]: row["run"] for row in stage.rows}
     parents = {name: _parent_of(stage.rows, name, paths) for name in models}
     head = ("run", *(key.replace("_", " ") for key in MEASURED), "gate")
     listed = [[str(row["name"]), *(_number(row.get(key)) for key in MEASURED), row["verdict"]] for row in stage.rows]
-    word = "passed" if stage.passed else "not judged (quick)" if not stage.judged else "FAILED"
     return _page(
         title=stage.title[0].upper() + stage.title[1:],
-        lead=f"{out.name} · {len(stage.rows)} runs · gate: {word}",
+        lead=f"{out.name} · {len(stage.rows)} runs · gate: {stage.word}",
         tables=[("Runs", head, listed, ()), _differences(models, parents)],
         verdicts=stage.verdicts,
         sections=_sections(stages.comparisons(stage), models, out),

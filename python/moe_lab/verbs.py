@@ -63,7 +63,7 @@ def gate(
 
 @app.command()
 def table(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run, stage or roadmap directories.")],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Runs, stages, roadmaps or folders of runs.")],
     markdown: Annotated[bool, typer.Option("--markdown", help="Print it for a Markdown page.")] = False,
     as_json: Json = False,
 ) -> int:
@@ -93,13 +93,13 @@ def table(
 
 
 def _summaries(path: str) -> list[dict[str, Any]]:
-    """A row for a run, or for each run of a stage or roadmap."""
+    """A row for a run, or for each run of a stage, a roadmap or a folder."""
     from moe_lab import frames, stages, tables
 
-    if frames.is_stage(path) and stages.is_complete(Path(path)):
-        rows = stages.rejudge(Path(path)).rows
+    if frames.is_stage(path):
+        rows = stages.so_far(Path(path)).rows
     else:
-        runs = frames.find_runs(path) if frames.holds_seeds(path) else [Path(path)]
+        runs = frames.find_runs(path) or [Path(path)]
         for run in runs:
             frames.read_run(run)  # a run that is not there is named before anything is printed
         rows = tuple(tables.summary(run) for run in runs)
@@ -200,10 +200,11 @@ def plot(
     from moe_lab import frames, plots, roadmap, stages
 
     if frames.is_stage(run):
-        paths = stages.save_plots(stages.rejudge(Path(run)))
+        paths = stages.save_plots(stages.so_far(Path(run)))
     elif frames.is_roadmap(run):
         paths = plots.save(roadmap.figures(Path(run)), Path(run) / "plots")
     else:
+        frames.read_run(run)  # names what is no run
         paths = plots.save_all(run)
     if as_json:
         print_json({"plots": [str(path) for path in paths]})
@@ -233,17 +234,18 @@ def report(
 
 @app.command()
 def watch(
-    run: RunPath,
+    run: AnyRunPath,
     interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks at the stream.")] = 2.0,
     once: Annotated[bool, typer.Option("--once", help="Draw one picture and end.")] = False,
 ) -> int:
-    """Watch a run while it trains.
+    """Watch a run while it trains; of a stage or roadmap the run that wrote last.
 
     Loss with its floor, gradients, routing, samples, alerts; keys 1 to 5 and tab switch, q ends. Lines in a pipe.
     """
+    from moe_lab import frames
     from moe_lab.watch import watch as show
 
-    show(run, console(), interval, once)
+    show(frames.newest_run(run), console(), interval, once)
     return DONE
 
 
