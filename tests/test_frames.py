@@ -105,6 +105,10 @@ def test_sparse_layers_come_from_the_columns(tmp_path: Path, run: Path) -> None:
 def test_epochs_of_a_phase_stand_before_the_common_ones() -> None:
     config = {"train": {"epochs": 100}, "phase": {"chat": {"train": {"epochs": 7}}}}
     assert frames.phase_epochs(config) == {"facts": 100, "chat": 7}
+    assert frames.phase_epochs({**config, "quick": True}) == {"facts": 10, "chat": 7}
+    assert frames.text_updates(config) is None
+    text = {"data": {"text": "t"}, "train": {"max_steps": 15}}
+    assert [frames.text_updates({**text, "quick": quick}) for quick in (False, True)] == [15, 2]
 
 
 def test_what_is_no_run_is_said_in_one_sentence(tmp_path: Path) -> None:

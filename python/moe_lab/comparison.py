@@ -236,8 +236,8 @@ def _against(control: Arm, arm: Arm) -> Comparison:
     seeds = tuple(sorted(set(control.samples) & set(arm.samples)))
     if len(seeds) < 2:
         raise ValueError(
-            f"'{control.name}' and '{arm.name}' have {len(seeds)} seeds in common and an interval needs two: "
-            "train both with the same seeds (--seed, or --seeds N of a stage)"
+            f"'{control.name}' and '{arm.name}' have {'one seed' if seeds else 'no seed'} in common, "
+            "an interval needs two: train both with the same seeds (--seed, or --seeds N of a stage)"
         )
     keys = sorted(control.config.keys() | arm.config.keys())
     pairs = ((key, control.config.get(key), arm.config.get(key)) for key in keys)

@@ -19,6 +19,7 @@ Place = str | Path
 
 MAX_BYTES = 16 << 20  # of run.json, run.toml and stage.json
 SETTLED = 10  # epochs of the mean that stands for a loss: one epoch alone is high or low by chance
+QUICK = 10  # epochs that a quick run leaves of each phase
 FORMAT = 1  # of run.json, stage.json and roadmap.json; a file without one is of the first
 
 _LAYER = re.compile(r"moe/layer_(\d+)/")
@@ -197,12 +198,18 @@ def _text(path: Path) -> str:
 
 
 def phase_epochs(config: dict[str, Any]) -> dict[str, int]:
-    """Epochs per phase of a two-phase run: `[phase.X.train] epochs` before `[train] epochs`."""
-    common = config.get("train", {}).get("epochs", 0)
-    return {
-        phase: int(config.get("phase", {}).get(phase, {}).get("train", {}).get("epochs", common))
-        for phase in ("facts", "chat")
-    }
+    """Epochs per phase of a two-phase run: `[phase.X.train] epochs` before `[train] epochs`, fewer in a quick run."""
+    common, phases = config.get("train", {}).get("epochs", 0), config.get("phase", {})
+    whole = {phase: int(phases.get(phase, {}).get("train", {}).get("epochs", common)) for phase in ("facts", "chat")}
+    return {phase: min(epochs, QUICK) for phase, epochs in whole.items()} if config.get("quick") else whole
+
+
+def text_updates(config: dict[str, Any]) -> int | None:
+    """Updates of a run on a plain text, a tenth of them in a quick one; None for one on documents."""
+    if not config.get("data", {}).get("text"):
+        return None
+    whole = int(config.get("train", {}).get("max_steps", 0))
+    return -(-whole // 10) if config.get("quick") else whole
 
 
 def sparse_layers(frame: pl.DataFrame) -> list[int]:

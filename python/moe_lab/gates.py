@@ -248,7 +248,7 @@ def least_epochs(config: dict[str, Any]) -> int:
 
 
 def _completes_text(evidence: Evidence) -> Criterion:
-    wanted = int(evidence.config.get("train", {}).get("max_steps", 0))
+    wanted = frames.text_updates(evidence.config) or 0
     done = int(evidence.frame["step"].max() or 0) if evidence.frame.height else 0  # type: ignore[arg-type]
     status = evidence.run.get("status")
     why = "a run that stopped early has not met the protocol"

@@ -124,7 +124,6 @@ def of_roadmap(out: Path) -> str:
         step.name: runs for _, step in every if step.role != "study" and (runs := roadmap.runs_of(step, plan, out))
     }
     parents = {step.name: there[step.parent][0] if step.parent in there else None for _, step in every}
-    verdicts = [roadmap.verdict_of(step, milestone, plan, out) for milestone, step in every]
     curves = roadmap.figures(out) if there else {}
     steps = [row for row in listed if row["step"] in there]
     why = f" at {record['failed']}: {record.get('why')}" if record.get("failed") else ""
@@ -135,7 +134,7 @@ def of_roadmap(out: Path) -> str:
             ("Milestones", roadmap.HEAD, roadmap.cells(listed), roadmap.notes(listed)),
             _differences(there, parents),
         ],
-        verdicts=[verdict for verdict in verdicts if verdict is not None],
+        verdicts=list(roadmap.verdicts(out).values()),
         sections=_sections(({"ladder": plots.ladder(steps)} if steps else {}) | curves, there, out),
         samples=_last_samples(there),
         provenance=_shared_provenance(there),

@@ -35,21 +35,28 @@ if TYPE_CHECKING:
 
 @app.command()
 def gate(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run or stage directory.")],
+    run: AnyRunPath,
     parent: Annotated[str | None, typer.Option(metavar="RUN", help="The run whose loss must be kept.")] = None,
     as_json: Json = False,
 ) -> int:
-    """Judge a run or a stage, criterion by criterion.
+    """Judge a run, a stage or what there is of a roadmap, criterion by criterion.
 
     Exit status 1 when one fails.
     """
-    from moe_lab import frames, gates, stages, tables
+    from moe_lab import frames, gates, roadmap, stages, tables
 
+    if parent is not None and frames.holds_seeds(run):
+        raise ValueError("a stage or roadmap has parents of its own; --parent is for the gate of a single run")
+    verdicts: Sequence[gates.Verdict]
     if frames.is_stage(run):
-        if parent is not None:
-            raise ValueError("a stage has parents of its own; --parent is for the gate of a single run")
         stage = stages.rejudge(Path(run))
         verdicts, good = stage.verdicts, stage.passed or not stage.judged
+    elif frames.is_roadmap(run):
+        found = roadmap.verdicts(Path(run))
+        verdicts = tuple(found.values())
+        good = all(verdict.passed or not (step.judged and verdict.judged) for step, verdict in found.items())
+        if not verdicts:
+            raise ValueError(f"no step of the roadmap '{run}' is complete: go on with python -m moe_lab resume {run}")
     else:
         verdicts = (gates.judge(run, parent),)
         good = verdicts[0].passed or not verdicts[0].judged
@@ -329,8 +336,10 @@ def _table(title: str, rows: "pl.DataFrame") -> Table:
 @app.command()
 def tensorboard(run: RunPath, as_json: Json = False) -> int:
     """Write a run's metrics as TensorBoard event files, into its tb/."""
+    from moe_lab import frames
     from moe_lab.tensorboard import export
 
+    frames.read_run(run)  # names what is no run, or of a newer program
     folder, count = export(run)
     if as_json:
         print_json({"tensorboard": str(folder), "values": count})
@@ -407,7 +416,12 @@ def diff(
 
 
 def _source(path: str) -> str:
-    return str(Path(path) / "run.toml") if Path(path).is_dir() else path
+    from moe_lab import frames
+
+    if not Path(path).is_dir():
+        return path
+    frames.read_run(path)  # names what is no run, or of a newer program
+    return str(Path(path) / "run.toml")
 
 
 @app.command()
