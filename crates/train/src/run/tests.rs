@@ -140,12 +140,12 @@ fn an_unknown_key_is_refused_in_every_table() {
     assert!(tables.len() > 15);
     for table in tables {
         let key = format!("{table}zzz");
-        let expected = format!("--set: {key}: unknown key");
+        let expected = format!("--set: {key}: unknown key; `config docs` lists the known ones");
         assert_eq!(error("", &[&format!("{key}=1")]), expected);
     }
     for kind in ["dense", "top_p", "top_k", "expert_choice", "forced"] {
         let text = format!("[model.router]\nkind = {kind:?}\nzzz = 1");
-        assert_eq!(error(&text, &[]), "model.router.zzz: unknown key");
+        assert_eq!(error(&text, &[]), "model.router.zzz: unknown key; `config docs` lists the known ones");
     }
     // serde refuses them too, so that no other door is open
     assert!(toml::from_str::<Run>("[model.router]\nkind = \"dense\"\nzzz = 1").is_err());
@@ -183,8 +183,8 @@ fn the_nearest_key_is_named_across_sections() {
         let found = error("", &[&format!("{wrong}=1")]);
         assert!(found.ends_with(&format!("did you mean {nearest}?")), "{wrong}: {found}");
     }
-    assert_eq!(error("qwxyz = 1", &[]), "qwxyz: unknown key");
-    assert_eq!(error("\"a b\\n\" = 1", &[]), "\"a b\\n\": unknown key");
+    assert_eq!(error("qwxyz = 1", &[]), "qwxyz: unknown key; `config docs` lists the known ones");
+    assert_eq!(error("\"a b\\n\" = 1", &[]), "\"a b\\n\": unknown key; `config docs` lists the known ones");
 }
 
 #[test]

@@ -285,7 +285,7 @@ fn measures(run: &Run, found: &mut Found) {
         found.require(good, format!("losses.{key}"), "must be a finite number, 0 or more; 0 only measures it");
     }
     let held = run.model.depths.choice == DepthChoice::Best || losses.depths > 0.0;
-    let message = "alone draws tokens that choose for themselves to model.depths.capacity; set it to 0.1, say";
+    let message = "must be above 0 with model.depths.choice = \"causal\": nothing else draws the tokens to the capacity; set it to 0.1, say";
     found.require(held, "losses.depths", message);
     let smoothing = (0.0..1.0).contains(&losses.label_smoothing);
     found.require(smoothing, "losses.label_smoothing", "must be in [0, 1); set it to 0.1, say");
