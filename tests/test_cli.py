@@ -121,7 +121,9 @@ def test_a_bad_command_is_refused_in_one_sentence(tmp_path: Path, arguments: lis
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("verb", ["resume", "reproduce", "table", "gate", "report", "watch", "eval", "specialize"])
+@pytest.mark.parametrize(
+    "verb", ["resume", "reproduce", "table", "gate", "report", "watch", "eval", "specialize", "plot", "tensorboard"]
+)
 def test_a_run_of_a_newer_program_is_refused_in_one_sentence(tmp_path: Path, verb: str) -> None:
     run = write(tmp_path / "run", Story(epochs=1, trained=1))
     record = json.loads((run / "run.json").read_text())

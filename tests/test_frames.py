@@ -1,6 +1,8 @@
 """Reading run directories: whole lines only, exact numbers, one row per epoch."""
 
 import json
+import os
+import shutil
 import time
 from pathlib import Path
 
@@ -103,6 +105,10 @@ def test_sparse_layers_come_from_the_columns(tmp_path: Path, run: Path) -> None:
 def test_epochs_of_a_phase_stand_before_the_common_ones() -> None:
     config = {"train": {"epochs": 100}, "phase": {"chat": {"train": {"epochs": 7}}}}
     assert frames.phase_epochs(config) == {"facts": 100, "chat": 7}
+    assert frames.phase_epochs({**config, "quick": True}) == {"facts": 10, "chat": 7}
+    assert frames.text_updates(config) is None
+    text = {"data": {"text": "t"}, "train": {"max_steps": 15}}
+    assert [frames.text_updates({**text, "quick": quick}) for quick in (False, True)] == [15, 2]
 
 
 def test_what_is_no_run_is_said_in_one_sentence(tmp_path: Path) -> None:
@@ -187,6 +193,22 @@ def test_a_hundred_thousand_steps_are_read_in_a_second(tmp_path: Path) -> None:
         seconds.append(time.perf_counter() - start)
     print(f"100,000 steps: {min(seconds):.2f} s")
     assert min(seconds) < 1.0
+
+
+def test_of_a_stage_the_run_that_wrote_last_is_watched_and_the_others_are_named(tmp_path: Path) -> None:
+    out = tmp_path / "stage"
+    runs = [write(out / f"run-seed{seed}", Story(seed=seed)) for seed in (1, 2)]
+    assert frames.newest_run(out) == out  # a folder of runs is no stage
+    (out / "stage.json").write_text("{}")
+    os.utime(runs[0] / "metrics.jsonl")
+    os.utime(runs[1] / "metrics.jsonl", (1.0, 1.0))
+    assert frames.newest_run(out) == runs[0]
+    assert frames.newest_run(runs[1]) == runs[1]
+    with pytest.raises(ValueError, match=rf"'{out}' holds many runs: name one of them, {runs[0]} say"):
+        frames.read_run(out)
+    shutil.rmtree(out)
+    with pytest.raises(FileNotFoundError, match=r"is '.*' the directory of a run"):
+        frames.read_run(frames.newest_run(out))
 
 
 def test_a_stream_that_has_grown_is_read_anew(run: Path) -> None:

@@ -153,6 +153,8 @@ def test_the_parents_loss_is_kept_within_the_tolerance(tmp_path: Path) -> None:
 def test_a_mixture_of_depths_is_judged_by_its_causal_loss(tmp_path: Path) -> None:
     """Its training steps take the best tokens of the whole document, so that their loss flatters."""
     parent = write(tmp_path / "parent", Story(loss=0.3, results={"train_loss": 0.2}))
+    assert not gates.looks_ahead({"model": {"depths": {"capacity": 0.5, "choice": "causal"}}})
+    assert gates.looks_ahead({"model": {"router": {"kind": "expert_choice"}}})
     good = Story(capacity=0.5, loss=0.5, results={"train_loss": 0.21})
     assert failed(write(tmp_path / "good", good), parent=parent) == set()
     flattered = write(tmp_path / "bad", Story(capacity=0.5, loss=0.1, results={"train_loss": 0.42}))

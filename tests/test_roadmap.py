@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from moe_lab import gates, jobs, roadmap, stages, tables
+from moe_lab import gates, jobs, roadmap, stages, tables, verbs
 from runs import Story, write
 from sleeper import note
 from test_stages import FakeLab
@@ -122,6 +122,24 @@ def test_bounds_of_a_milestone_are_those_that_judge(tmp_path: Path) -> None:
     assert gates.judge(run).passed
     strict = gates.judge(run, bounds=gates.Bounds(loss=0.25, l0=0.1, band=(1.3, 1.6)))
     assert {each.name for each in strict.criteria if not each.passed} == {"loss", "L0", "experts per token"}
+
+
+def test_the_gate_of_a_roadmap_is_that_of_every_step_but_the_controls(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def judged(out: Path, lab: FakeLab) -> tuple[int, list[str]]:
+        roadmap.run(PLAN, out, lab, silent)
+        capsys.readouterr()
+        code = verbs.gate(str(out), as_json=True)
+        return code, [each["run"] for each in json.loads(capsys.readouterr().out)["gates"]]
+
+    assert judged(tmp_path / "good", FakeLab()) == (0, list(roadmap.steps()))
+    assert judged(tmp_path / "control", FakeLab(losses={"stage1_top2-seed1": 0.9}))[0] == 0
+    assert judged(tmp_path / "bad", FakeLab(losses={"baseline-seed2": 0.55})) == (1, ["baseline"])
+    with pytest.raises(ValueError, match="has parents of its own"):
+        verbs.gate(str(tmp_path / "good"), "parent")
+    with pytest.raises(ValueError, match=r"no step of the roadmap '.*' is complete: go on with .*resume"):
+        judged(tmp_path / "open", FakeLab(stop_at="baseline-seed1"))
 
 
 def test_jobs_run_side_by_side_and_a_signal_reaches_each(tmp_path: Path) -> None:

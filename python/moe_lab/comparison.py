@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import exp, isfinite, log
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import polars as pl
@@ -20,7 +19,6 @@ from moe_lab.statistics import CONFIDENCE, Interval, bootstrap, noise_floor
 from moe_lab.text import plain
 
 SAME = {"seed", "name", "threads", "quick"}  # keys in which runs of one arm may differ
-SETTLED = 10  # epochs of the mean that the verdict stands on: one epoch is high or low by chance
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +32,7 @@ class Measure:
 
 MEASURES = (
     Measure("loss", "loss, nats, last epoch", -1),
-    Measure("settled_loss", "loss, mean of last 10 epochs", -1),
+    Measure("settled_loss", f"loss, mean of last {frames.SETTLED} epochs", -1),
     Measure("train_loss", "loss after training, causal", -1),
     Measure("eval_loss", "held-out loss", -1),
     Measure("recited", "training answers recited", 1),
@@ -133,7 +131,8 @@ def arms_of(paths: Iterable[frames.Place], target: float = gates.LOSS) -> list[A
         flat = {key: value for key, value in frames.flatten(config).items() if key not in SAME}
         arm = next((arm for arm in arms if arm.config == flat), None)
         if arm is None:
-            arm = Arm(_unused(tables.model_name(config), arms, path), flat, {})
+            run = Path(path).name.removesuffix(f"-seed{config.get('seed')}")
+            arm = Arm(_unused(tables.model_name(config), arms, run), flat, {})
             arms.append(arm)
         sample = sample_of(path, target)
         if sample.seed in arm.samples:
@@ -148,21 +147,21 @@ def arms_of(paths: Iterable[frames.Place], target: float = gates.LOSS) -> list[A
     return arms
 
 
-def _unused(name: str, arms: Sequence[Arm], path: str) -> str:
-    return name if all(arm.name != name for arm in arms) else f"{name} ({Path(path).name})"
+def _unused(name: str, arms: Sequence[Arm], run: str) -> str:
+    return name if all(arm.name != name for arm in arms) else f"{name} ({run})"
 
 
 def sample_of(path: frames.Place, target: float = gates.LOSS) -> Sample:
     """What is compared of a run. Raises ValueError in one sentence for a run without results."""
     summary, frame, config = tables.summary(path), frames.read_metrics(path), frames.settings(path)
     results = frames.read_run(path).get("results") or {}
-    way = course(frame, config, results)
+    way, ahead = course(frame, config, results), gates.looks_ahead(config)
     last = frame["phase"].drop_nulls().last() if "phase" in frame.columns else None
     total = training_flops(frame, config, results)
     measured = {
         **{measure.key: summary.get(measure.key) for measure in MEASURES},
-        "settled_loss": fmean(way["loss"].tail(SETTLED)) if way.height >= 2 * SETTLED else None,
-        "epochs_to_target": None if gates.looks_ahead(config) else tables.epochs_to(frame, target, str(last)),
+        "settled_loss": None if ahead else frames.settled_loss(frame),
+        "epochs_to_target": None if ahead else tables.epochs_to(frame, target, str(last)),
         "flops": None if total is None else float(total.last() or 0.0),  # type: ignore[arg-type]
     }
     kept = {key: float(value) for key, value in measured.items() if value is not None and isfinite(float(value))}
@@ -237,8 +236,8 @@ def _against(control: Arm, arm: Arm) -> Comparison:
     seeds = tuple(sorted(set(control.samples) & set(arm.samples)))
     if len(seeds) < 2:
         raise ValueError(
-            f"'{control.name}' and '{arm.name}' have {len(seeds)} seeds in common and an interval needs two: "
-            "train both with the same seeds (--seed, or --seeds N of a stage)"
+            f"'{control.name}' and '{arm.name}' have {'one seed' if seeds else 'no seed'} in common, "
+            "an interval needs two: train both with the same seeds (--seed, or --seeds N of a stage)"
         )
     keys = sorted(control.config.keys() | arm.config.keys())
     pairs = ((key, control.config.get(key), arm.config.get(key)) for key in keys)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 Place = str | Path
 
 MAX_BYTES = 16 << 20  # of run.json, run.toml and stage.json
+SETTLED = 10  # epochs of the mean that stands for a loss: one epoch alone is high or low by chance
+QUICK = 10  # epochs that a quick run leaves of each phase
 FORMAT = 1  # of run.json, stage.json and roadmap.json; a file without one is of the first
 
 _LAYER = re.compile(r"moe/layer_(\d+)/")
@@ -117,6 +119,8 @@ def of_kind(frame: pl.DataFrame, kind: str) -> pl.DataFrame:
 def read_run(run: Place) -> dict[str, Any]:
     """run.json. Raises FileNotFoundError or ValueError in one sentence."""
     path = Path(run) / "run.json"
+    if not path.exists() and (runs := find_runs(run)):
+        raise ValueError(f"'{run}' holds many runs: name one of them, {runs[0]} say")
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: is '{run}' the directory of a run?")
     return json_object(path)
@@ -194,12 +198,18 @@ def _text(path: Path) -> str:
 
 
 def phase_epochs(config: dict[str, Any]) -> dict[str, int]:
-    """Epochs per phase of a two-phase run: `[phase.X.train] epochs` before `[train] epochs`."""
-    common = config.get("train", {}).get("epochs", 0)
-    return {
-        phase: int(config.get("phase", {}).get(phase, {}).get("train", {}).get("epochs", common))
-        for phase in ("facts", "chat")
-    }
+    """Epochs per phase of a two-phase run: `[phase.X.train] epochs` before `[train] epochs`, fewer in a quick run."""
+    common, phases = config.get("train", {}).get("epochs", 0), config.get("phase", {})
+    whole = {phase: int(phases.get(phase, {}).get("train", {}).get("epochs", common)) for phase in ("facts", "chat")}
+    return {phase: min(epochs, QUICK) for phase, epochs in whole.items()} if config.get("quick") else whole
+
+
+def text_updates(config: dict[str, Any]) -> int | None:
+    """Updates of a run on a plain text, a tenth of them in a quick one; None for one on documents."""
+    if not config.get("data", {}).get("text"):
+        return None
+    whole = int(config.get("train", {}).get("max_steps", 0))
+    return -(-whole // 10) if config.get("quick") else whole
 
 
 def sparse_layers(frame: pl.DataFrame) -> list[int]:
@@ -246,6 +256,15 @@ def last_epoch(frame: pl.DataFrame, phase: str = "chat") -> dict[str, Any]:
     return rows.row(-1, named=True) if rows.height else {}
 
 
+def settled_loss(frame: pl.DataFrame) -> float | None:
+    """Mean loss of the last SETTLED epochs of the last phase; None where it has less than twice as many."""
+    if not {"phase", "epoch/loss"} <= set(frame.columns):
+        return None
+    ends = frame.filter(pl.col("epoch/loss").is_not_null())
+    losses = ends.filter(pl.col("phase") == pl.col("phase").last())["epoch/loss"].cast(pl.Float64)
+    return losses.tail(SETTLED).mean() if len(losses) >= 2 * SETTLED else None  # type: ignore[return-value]
+
+
 def failure(run: Place) -> dict[str, Any] | None:
     """failure.json: step, reason and remedy of a run that ended before its time; None for a healthy one."""
     path = Path(run) / "failure.json"
@@ -260,6 +279,12 @@ def failure(run: Place) -> dict[str, Any] | None:
 
 def is_run(path: Place) -> bool:
     return (Path(path) / "run.json").is_file()
+
+
+def has_begun(run: Place) -> bool:
+    """Whether a run has trained a step."""
+    stream = Path(run) / "metrics.jsonl"
+    return stream.exists() and "kind" in (rows := read_metrics(run)).columns and "train" in rows["kind"]
 
 
 def is_stage(path: Place) -> bool:
@@ -282,6 +307,14 @@ def find_runs(folder: Place) -> list[Path]:
         return [root]
     found = {path.parent for pattern in ("*/run.json", "*/*/run.json") for path in root.glob(pattern)}
     return sorted(found)
+
+
+def newest_run(place: Place) -> Path:
+    """A run directory itself; in a stage or roadmap the run whose stream grew last."""
+    root = Path(place)
+    streams = [path / "metrics.jsonl" for path in find_runs(root)] if holds_seeds(root) else []
+    written = [stream for stream in streams if stream.exists()]
+    return max(written, key=lambda stream: stream.stat().st_mtime_ns).parent if written else root
 
 
 def samples(run: Place) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ Pure functions over frames and dicts. The bounds are the roadmap's, except where
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import polars as pl
 
 from moe_lab import frames
 
-VERSION = 3  # of the criteria and bounds below; written beside every verdict
+VERSION = 4  # of the criteria and bounds below; written beside every verdict
 
 EPOCHS = 100
 LOSS = 0.40
@@ -208,8 +208,14 @@ def on_text(config: dict[str, Any]) -> bool:
 
 
 def looks_ahead(config: dict[str, Any]) -> bool:
-    """Whether the loss of training steps saw later tokens: a mixture of depths takes the best of a whole document."""
-    return float(config.get("model", {}).get("depths", {}).get("capacity", 1.0)) < 1.0
+    """Whether the loss of training steps saw later tokens.
+
+    A mixture of depths may take the best tokens of a whole document, and experts choose theirs among all of it.
+    """
+    model = config.get("model", {})
+    depths = model.get("depths", {})
+    best = float(depths.get("capacity", 1.0)) < 1.0 and depths.get("choice", "best") == "best"
+    return best or bool(model.get("router", {}).get("kind") == "expert_choice")
 
 
 def loss_key(*configs: dict[str, Any]) -> str:
@@ -242,7 +248,7 @@ def least_epochs(config: dict[str, Any]) -> int:
 
 
 def _completes_text(evidence: Evidence) -> Criterion:
-    wanted = int(evidence.config.get("train", {}).get("max_steps", 0))
+    wanted = frames.text_updates(evidence.config) or 0
     done = int(evidence.frame["step"].max() or 0) if evidence.frame.height else 0  # type: ignore[arg-type]
     status = evidence.run.get("status")
     why = "a run that stopped early has not met the protocol"
@@ -264,7 +270,9 @@ def reaches_loss(evidence: Evidence) -> Criterion:
     floor, key = evidence.result("floor"), loss_key(evidence.config)
     beside = "" if floor is None else f"; the entropy floor of this data is {floor:.4f}"
     when = "after the last update, causal" if key == CAUSAL else "last chat epoch"
-    why = f"mean over sequences, {when}, nats{beside}"
+    late = None if key == CAUSAL else frames.settled_loss(evidence.frame)
+    mean = "" if late is None else f", mean of the last {frames.SETTLED} epochs {late:.4f}"
+    why = f"mean over sequences, {when}, nats{mean}{beside}"
     return at_most("loss", evidence.result(key), evidence.bounds.loss, why)
 
 
@@ -411,6 +419,13 @@ def paired(losses: list[tuple[float | None, float | None]], by: str = "loss") ->
     """
     mean, each = _mean_difference(losses, "+.4f")
     return at_most(PARENT, mean, TOLERANCE, f"mean over seeds of {_named(by)} minus the parent's: {each}")
+
+
+def settled(losses: Sequence[tuple[float | None, float | None]]) -> Criterion:
+    """A note beside `paired`, by the loss that `compare` judges: that of one epoch alone is high or low by chance."""
+    mean, each = _mean_difference(losses, "+.4f")
+    why = f"mean over seeds of the last {frames.SETTLED} epochs' mean loss minus the parent's: {each}"
+    return replace(at_most(f"{PARENT}, {frames.SETTLED} epochs", mean, TOLERANCE, why), note=True)
 
 
 def _mean_difference(pairs: Sequence[tuple[float | None, float | None]], form: str) -> tuple[float | None, str]:

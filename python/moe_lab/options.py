@@ -37,7 +37,7 @@ OPTIONS = (
         ("stage3c", "stage3c_updates"),
         asks=(gates.understands_paraphrases,),
     ),
-    Option("4a", "depth per token", ("stage4a",), asks=(gates.takes_fewer_flops,)),
+    Option("4a", "depth per token", ("stage4a", "stage4a_causal"), asks=(gates.takes_fewer_flops,)),
     Option("4b", "window per token", ("stage4b",), parent="text"),
     Option("4c", "specialisation of the experts", specializes=True),
     Option("5a", "threshold per layer", ("stage5a", "stage5a_roadmap"), asks=(gates.same_experts,)),

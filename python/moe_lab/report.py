@@ -92,16 +92,15 @@ MEASURED = (
 
 def of_stage(out: Path) -> str:
     """The page of a stage."""
-    stage = stages.rejudge(out)
+    stage = stages.so_far(out)
     models = stages.by_model(stage.rows)
     paths = {row["name"]: row["run"] for row in stage.rows}
     parents = {name: _parent_of(stage.rows, name, paths) for name in models}
     head = ("run", *(key.replace("_", " ") for key in MEASURED), "gate")
     listed = [[str(row["name"]), *(_number(row.get(key)) for key in MEASURED), row["verdict"]] for row in stage.rows]
-    word = "passed" if stage.passed else "not judged (quick)" if not stage.judged else "FAILED"
     return _page(
         title=stage.title[0].upper() + stage.title[1:],
-        lead=f"{out.name} · {len(stage.rows)} runs · gate: {word}",
+        lead=f"{out.name} · {len(stage.rows)} runs · gate: {stage.word}",
         tables=[("Runs", head, listed, ()), _differences(models, parents)],
         verdicts=stage.verdicts,
         sections=_sections(stages.comparisons(stage), models, out),
@@ -125,7 +124,6 @@ def of_roadmap(out: Path) -> str:
         step.name: runs for _, step in every if step.role != "study" and (runs := roadmap.runs_of(step, plan, out))
     }
     parents = {step.name: there[step.parent][0] if step.parent in there else None for _, step in every}
-    verdicts = [roadmap.verdict_of(step, milestone, plan, out) for milestone, step in every]
     curves = roadmap.figures(out) if there else {}
     steps = [row for row in listed if row["step"] in there]
     why = f" at {record['failed']}: {record.get('why')}" if record.get("failed") else ""
@@ -136,7 +134,7 @@ def of_roadmap(out: Path) -> str:
             ("Milestones", roadmap.HEAD, roadmap.cells(listed), roadmap.notes(listed)),
             _differences(there, parents),
         ],
-        verdicts=[verdict for verdict in verdicts if verdict is not None],
+        verdicts=list(roadmap.verdicts(out).values()),
         sections=_sections(({"ladder": plots.ladder(steps)} if steps else {}) | curves, there, out),
         samples=_last_samples(there),
         provenance=_shared_provenance(there),

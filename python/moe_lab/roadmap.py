@@ -256,6 +256,13 @@ def verdict_of(step: Step, milestone: Milestone, plan: Plan, out: Path) -> gates
     return judge(step, milestone.bounds, plan, out)
 
 
+def verdicts(out: Path) -> dict[Step, gates.Verdict]:
+    """The steps that have been run to their end, judged once more from the files of their runs."""
+    plan = plan_of(out)
+    every = ((step, verdict_of(step, milestone, plan, out)) for milestone in MILESTONES for step in milestone.steps)
+    return {step: verdict for step, verdict in every if verdict is not None}
+
+
 def rows(out: Path) -> list[dict[str, Any]]:
     """The roadmap's table: a row per milestone and step with its targets and, over the seeds that are there, what was
     measured (values by measure)."""

@@ -99,6 +99,13 @@ class Stage:
         return any(verdict.judged for verdict in self.verdicts)
 
     @property
+    def word(self) -> str:
+        """What is said of the whole of it."""
+        if not self.judged:
+            return "not judged (quick)" if self.verdicts else "not judged yet, some runs are missing"
+        return "passed" if self.passed else "FAILED"
+
+    @property
     def diverged(self) -> bool:
         return any(row["status"] == "diverged" for row in self.rows)
 
@@ -223,6 +230,26 @@ def run(plan: Plan, out: Path, lab: Lab, say: Say, at_once: int = 1) -> Stage:
 def resume(out: Path, lab: Lab, say: Say, at_once: int = 1) -> Stage:
     """Goes on with the stage in `out`."""
     return run(_plan(out), out, lab, say, at_once)
+
+
+def so_far(out: Path) -> Stage:
+    """The stage in `out`, judged where it has been run to its end; else the runs that have begun, without its verdict.
+
+    Raises ValueError where there is none.
+    """
+    if is_complete(out):
+        return rejudge(out)
+    plan = _plan(out)
+    runs = [(f"parent-seed{frames.settings(path).get('seed', 0)}", path) for path in plan.parents]
+    runs += [(path.name, str(path)) for path in frames.find_runs(out) if frames.has_begun(path)]
+    if not runs:
+        raise ValueError(f"no run of the stage '{out}' has begun yet: go on with python -m moe_lab resume {out}")
+    return Stage(str(out), tuple(_row_so_far(plan, name, path) for name, path in runs), stage=plan.stage)
+
+
+def _row_so_far(plan: Plan, name: str, path: str) -> dict[str, Any]:
+    row, status = _row(plan, name, path, own_verdict(path, gate=_gate_of(plan))), frames.status(path)
+    return row if status == "completed" else {**row, "verdict": status}
 
 
 def is_complete(out: Path) -> bool:
@@ -398,17 +425,33 @@ def _judge(plan: Plan, out: Path, runs: list[tuple[Cell, str]]) -> Stage:
     """A row per run with its own verdict, and a verdict per arm over all its seeds."""
     rows, verdicts = [], {}
     for cell, path in runs:
-        gate = None if plan.stage == "stage1" else gates.OPTION
-        verdicts[cell.name] = verdict = own_verdict(path, gate=gate)
-        told = {**tables.summary(path, verdict), "role": cell.role, "name": cell.name, "p": cell.p}
-        told |= {"option": cell.option, "arm": cell.arm, "parent": cell.parent, "gate": verdict.as_dict()}
-        if plan.stage != "stage1":
-            told["model"] = model_of(cell.name)
-        rows.append(told)
+        verdicts[cell.name] = verdict = own_verdict(path, gate=_gate_of(plan))
+        told = {"role": cell.role, "p": cell.p, "option": cell.option, "arm": cell.arm, "parent": cell.parent}
+        rows.append(_row(plan, cell.name, path, verdict) | told | {"gate": verdict.as_dict()})
     arms = dict.fromkeys(row["arm"] for row in rows if row["arm"] is not None)
     found = [_verdict_of_arm([row for row in rows if row["arm"] == arm], rows, verdicts) for arm in arms]
-    found += [_verdict_of_study(option, runs, out) for option in map(named, plan.options) if option.specializes]
+    for arm, verdict in zip(arms, found, strict=True):
+        _tell([row for row in rows if row["arm"] == arm], verdict)
+    for option in (option for option in map(named, plan.options) if option.specializes):
+        found.append(_verdict_of_study(option, runs, out))
+        _tell([row for row in rows if row["run"] in studied(option, runs)], found[-1])
     return Stage(str(out), tuple(rows), tuple(found), stage=plan.stage)
+
+
+def _gate_of(plan: Plan) -> str | None:
+    """The gate of its runs; None: by the router of each."""
+    return None if plan.stage == "stage1" else gates.OPTION
+
+
+def _row(plan: Plan, name: str, path: str, verdict: gates.Verdict) -> dict[str, Any]:
+    row = {**tables.summary(path, verdict), "name": name, "role": None, "p": None, "option": None, "parent": None}
+    return row if plan.stage == "stage1" else {**row, "model": model_of(name)}
+
+
+def _tell(rows: list[dict[str, Any]], verdict: gates.Verdict) -> None:
+    """Writes what was judged over all seeds beside the runs that were."""
+    for row in rows if verdict.judged else ():
+        row["over_seeds"] = f"{verdict.gate}: {verdict.word}"
 
 
 def own_verdict(path: str, bounds: gates.Bounds | None = None, gate: str | None = None) -> gates.Verdict:
@@ -463,6 +506,8 @@ def verdict_over_seeds(
     if pairs:
         by = gates.loss_key(*(frames.settings(run) for pair in pairs for run in pair))
         criteria.append(gates.paired([_losses(run, parent, by) for run, parent in pairs], by))
+        if by == "loss":
+            criteria.append(gates.settled([(_settled(run), _settled(parent)) for run, parent in pairs]))
     return gates.Verdict(gate, label, True, (*criteria, *more))
 
 
@@ -473,6 +518,10 @@ def _losses(run: str, parent: str, by: str) -> tuple[float | None, float | None]
     if frames.read_run(parent).get("status") == "diverged":
         return own, None
     return own, gates.result(gates.parent_record(record, parent), by)
+
+
+def _settled(run: str) -> float | None:
+    return frames.settled_loss(frames.read_metrics(run))
 
 
 def _over_seeds(same: tuple[gates.Criterion, ...]) -> gates.Criterion:
@@ -515,11 +564,17 @@ def comparisons(stage: Stage) -> "dict[str, Figure]":
     """The models of a stage in one figure a measure, and p against what it does where there are several."""
     from moe_lab import plots
 
+    models = by_model(stage.rows)
     figures = plots.comparisons(
-        {name: [frames.read_metrics(run) for run in runs] for name, runs in by_model(stage.rows).items()}
+        {_drawn(name, runs): [*map(frames.read_metrics, runs)] for name, runs in models.items()}
     )
     studied = [row for row in stage.rows if row["role"] == "top_p"]
     return figures | ({"sweep": plots.sweep(studied)} if len({row["p"] for row in studied}) > 1 else {})
+
+
+def _drawn(model: str, runs: Sequence[str]) -> str:
+    """Its name in figures, which draw losses of training steps: no other loss is told epoch by epoch."""
+    return f"{model} (looks ahead)" if gates.looks_ahead(frames.settings(runs[0])) else model
 
 
 def _plan(out: Path) -> Plan:

@@ -160,7 +160,11 @@ def _lines(groups: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
         cells = [_cell(measure, entries) for entries in groups.values()]
         if any(cell != "-" for cell in cells):
             lines.append([measure.label, *cells, measure.target if recite else ""])
-    return [*lines, ["gate", *(_words(entries) for entries in groups.values()), ""]]
+    lines.append(["gate of each run", *(_words(entries) for entries in groups.values()), ""])
+    over = [
+        next((entry["over_seeds"] for entry in entries if entry.get("over_seeds")), "-") for entries in groups.values()
+    ]
+    return [*lines, ["gate over seeds", *over, ""]] if set(over) - {"-"} else lines
 
 
 def _cell(measure: Measure, entries: list[dict[str, Any]]) -> str:

@@ -35,21 +35,28 @@ if TYPE_CHECKING:
 
 @app.command()
 def gate(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run or stage directory.")],
+    run: AnyRunPath,
     parent: Annotated[str | None, typer.Option(metavar="RUN", help="The run whose loss must be kept.")] = None,
     as_json: Json = False,
 ) -> int:
-    """Judge a run or a stage, criterion by criterion.
+    """Judge a run, a stage or what there is of a roadmap, criterion by criterion.
 
     Exit status 1 when one fails.
     """
-    from moe_lab import frames, gates, stages, tables
+    from moe_lab import frames, gates, roadmap, stages, tables
 
+    if parent is not None and frames.holds_seeds(run):
+        raise ValueError("a stage or roadmap has parents of its own; --parent is for the gate of a single run")
+    verdicts: Sequence[gates.Verdict]
     if frames.is_stage(run):
-        if parent is not None:
-            raise ValueError("a stage has parents of its own; --parent is for the gate of a single run")
         stage = stages.rejudge(Path(run))
         verdicts, good = stage.verdicts, stage.passed or not stage.judged
+    elif frames.is_roadmap(run):
+        found = roadmap.verdicts(Path(run))
+        verdicts = tuple(found.values())
+        good = all(verdict.passed or not (step.judged and verdict.judged) for step, verdict in found.items())
+        if not verdicts:
+            raise ValueError(f"no step of the roadmap '{run}' is complete: go on with python -m moe_lab resume {run}")
     else:
         verdicts = (gates.judge(run, parent),)
         good = verdicts[0].passed or not verdicts[0].judged
@@ -63,7 +70,7 @@ def gate(
 
 @app.command()
 def table(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run, stage or roadmap directories.")],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Runs, stages, roadmaps or folders of runs.")],
     markdown: Annotated[bool, typer.Option("--markdown", help="Print it for a Markdown page.")] = False,
     as_json: Json = False,
 ) -> int:
@@ -93,13 +100,13 @@ def table(
 
 
 def _summaries(path: str) -> list[dict[str, Any]]:
-    """A row for a run, or for each run of a stage or roadmap."""
+    """A row for a run, or for each run of a stage, a roadmap or a folder."""
     from moe_lab import frames, stages, tables
 
-    if frames.is_stage(path) and stages.is_complete(Path(path)):
-        rows = stages.rejudge(Path(path)).rows
+    if frames.is_stage(path):
+        rows = stages.so_far(Path(path)).rows
     else:
-        runs = frames.find_runs(path) if frames.holds_seeds(path) else [Path(path)]
+        runs = frames.find_runs(path) or [Path(path)]
         for run in runs:
             frames.read_run(run)  # a run that is not there is named before anything is printed
         rows = tuple(tables.summary(run) for run in runs)
@@ -200,10 +207,11 @@ def plot(
     from moe_lab import frames, plots, roadmap, stages
 
     if frames.is_stage(run):
-        paths = stages.save_plots(stages.rejudge(Path(run)))
+        paths = stages.save_plots(stages.so_far(Path(run)))
     elif frames.is_roadmap(run):
         paths = plots.save(roadmap.figures(Path(run)), Path(run) / "plots")
     else:
+        frames.read_run(run)  # names what is no run
         paths = plots.save_all(run)
     if as_json:
         print_json({"plots": [str(path) for path in paths]})
@@ -233,17 +241,18 @@ def report(
 
 @app.command()
 def watch(
-    run: RunPath,
+    run: AnyRunPath,
     interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks at the stream.")] = 2.0,
     once: Annotated[bool, typer.Option("--once", help="Draw one picture and end.")] = False,
 ) -> int:
-    """Watch a run while it trains.
+    """Watch a run while it trains; of a stage or roadmap the run that wrote last.
 
     Loss with its floor, gradients, routing, samples, alerts; keys 1 to 5 and tab switch, q ends. Lines in a pipe.
     """
+    from moe_lab import frames
     from moe_lab.watch import watch as show
 
-    show(run, console(), interval, once)
+    show(frames.newest_run(run), console(), interval, once)
     return DONE
 
 
@@ -327,8 +336,10 @@ def _table(title: str, rows: "pl.DataFrame") -> Table:
 @app.command()
 def tensorboard(run: RunPath, as_json: Json = False) -> int:
     """Write a run's metrics as TensorBoard event files, into its tb/."""
+    from moe_lab import frames
     from moe_lab.tensorboard import export
 
+    frames.read_run(run)  # names what is no run, or of a newer program
     folder, count = export(run)
     if as_json:
         print_json({"tensorboard": str(folder), "values": count})
@@ -405,7 +416,12 @@ def diff(
 
 
 def _source(path: str) -> str:
-    return str(Path(path) / "run.toml") if Path(path).is_dir() else path
+    from moe_lab import frames
+
+    if not Path(path).is_dir():
+        return path
+    frames.read_run(path)  # names what is no run, or of a newer program
+    return str(Path(path) / "run.toml")
 
 
 @app.command()

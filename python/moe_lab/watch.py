@@ -114,8 +114,8 @@ class View:
     def of(cls, run: frames.Place) -> "View":
         frames.read_run(run)  # names what is no run
         config = frames.settings(run)
-        steps = config.get("train", {}).get("max_steps") if config.get("data", {}).get("text") else None
-        return cls(Path(run), Follower(Path(run) / "metrics.jsonl"), frames.phase_epochs(config), steps)
+        follower = Follower(Path(run) / "metrics.jsonl")
+        return cls(Path(run), follower, frames.phase_epochs(config), frames.text_updates(config))
 
     @property
     def status(self) -> str:

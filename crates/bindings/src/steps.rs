@@ -4,9 +4,7 @@ use crate::convert::enter;
 use numpy::{IntoPyArray, PyArray1};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
-use std::io::Error;
 use std::path::PathBuf;
-use train::TrainError;
 use train::steps::{Column, Steps, Values};
 
 /// Places of the plain steps, their columns, place and bytes of every other line.
@@ -16,12 +14,7 @@ type Piece<'py> = (Bound<'py, PyArray1<u64>>, Bound<'py, PyDict>, Vec<(u64, Boun
 /// texts that they stand for (a code past their end: none).
 #[pyfunction]
 pub fn read_steps(py: Python<'_>, path: PathBuf) -> PyResult<Vec<Piece<'_>>> {
-    let pieces = enter(py, move || {
-        let stream = std::fs::read(&path).map_err(|error| {
-            TrainError::Io(Error::new(error.kind(), format!("cannot read {}: {error}", path.display())))
-        })?;
-        Ok(train::steps::read_steps(&stream))
-    })?;
+    let pieces = enter(py, move || train::steps::read(&path))?;
     pieces.into_iter().map(|steps| piece(py, steps)).collect()
 }
 

@@ -1,7 +1,7 @@
 //! One block: x += attention(norm(x)); x += feed_forward(norm(x)). It owns what it needs to run, so that the walk back can run it again. A routed
 //! block (mixture of depths) takes some tokens only: x += r · (both sublayers of the taken ones), r their score, which is how it learns.
 
-use crate::config::AdaptiveWindow;
+use crate::config::{AdaptiveWindow, DepthChoice};
 use crate::input::{Documents, Watch};
 use moe_router::depths::{self, Selection};
 use moe_router::{Mode, Policy, RouterInput, Routing, node};
@@ -53,6 +53,7 @@ pub(crate) enum FeedForward {
 pub(crate) struct Depth {
     pub(crate) router: Param,
     pub(crate) capacity: f64,
+    pub(crate) choice: DepthChoice,
 }
 
 #[derive(Clone)]
@@ -141,6 +142,8 @@ pub struct DepthTrace<T: Real> {
     pub layer: usize,
     pub scores_n1: Value<T>,
     pub selection: Arc<Selection>,
+    /// What the scores are taught to say in training: the best of each document.
+    pub target: Arc<Selection>,
 }
 
 /// The windows of the tokens of a block, or of those that it took.
@@ -424,7 +427,7 @@ struct Part {
 }
 
 impl Depth {
-    /// Scores the tokens and chooses: the best of each document in training, by the score alone otherwise. Returns the pass of the taken tokens too.
+    /// Scores the tokens and chooses: by the score alone, or in training the best of each document. Returns the pass of the taken tokens too.
     fn choose<'a, T: Real>(
         &self,
         tape: &mut Tape<'a, T>,
@@ -434,14 +437,20 @@ impl Depth {
     ) -> (Pass<'a, T>, DepthTrace<T>) {
         let scores_n1 = linears(tape, x, &[(self.router, Precision::F32)]).remove(0);
         let Documents { tokens_n, offsets_b1 } = &pass.documents;
-        let selection = Arc::new(match pass.mode {
-            Mode::Train => depths::best(scores_n1.data(), offsets_b1, self.capacity),
-            Mode::Evaluate => depths::causal(scores_n1.data(), offsets_b1),
-        });
+        let causal = Arc::new(depths::causal(scores_n1.data(), offsets_b1));
+        let (selection, target) = match pass.mode {
+            Mode::Evaluate => (causal.clone(), causal),
+            Mode::Train => {
+                let best = Arc::new(depths::best(scores_n1.data(), offsets_b1, self.capacity));
+                // A batch that would take nothing would leave the block without gradient and its experts without a count.
+                let own = self.choice == DepthChoice::Causal && !causal.rows_m.is_empty();
+                (if own { causal } else { best.clone() }, best)
+            }
+        };
         let tokens_n = selection.rows_m.iter().map(|&t| tokens_n[t as usize]).collect();
         let documents = Documents { tokens_n, offsets_b1: selection.offsets_b1.clone() };
         let taken = |breadth_n: &Arc<[f64]>| selection.rows_m.iter().map(|&t| breadth_n[t as usize]).collect();
         let breadth_n = pass.breadth_n.as_ref().map(taken);
-        (Pass { documents, breadth_n, ..pass.clone() }, DepthTrace { layer, scores_n1, selection })
+        (Pass { documents, breadth_n, ..pass.clone() }, DepthTrace { layer, scores_n1, selection, target })
     }
 }

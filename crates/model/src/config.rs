@@ -131,6 +131,19 @@ pub struct Depths {
     pub capacity: f64,
     /// Every so many-th block is routed: 2 routes the second, the fourth, …
     pub every: usize,
+    /// Which tokens a routed block takes in training.
+    pub choice: DepthChoice,
+}
+
+/// Which tokens a routed block takes in training. Evaluation and generation always take those whose own score is above 0.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum DepthChoice {
+    /// The best of the document, which looks ahead; `losses.depths` teaches the scores to say so themselves.
+    #[default]
+    Best,
+    /// Those of evaluation, so that nothing looks ahead; `losses.depths` draws their number to the capacity.
+    Causal,
 }
 
 impl Depths {
@@ -147,7 +160,7 @@ impl Depths {
 
 impl Default for Depths {
     fn default() -> Self {
-        Self { capacity: 1.0, every: 2 }
+        Self { capacity: 1.0, every: 2, choice: DepthChoice::Best }
     }
 }
 
@@ -294,13 +307,15 @@ impl Model {
     }
 
     fn depth_problems(&self, problem: &mut impl FnMut(&str, String)) {
-        let Depths { capacity, every } = self.depths;
+        let Depths { capacity, every, choice } = self.depths;
         if !(capacity > 0.0 && capacity <= 1.0) {
             problem("depths.capacity", "must be above 0 and at most 1; 1 lets every block take every token".into());
         } else if every == 0 || (self.depths.on() && every > self.num_layers) {
             problem("depths.every", "must be from 1 to model.num_layers, so that some block is routed".into());
         } else if !self.depths.on() && every != Depths::default().every {
             problem("depths.every", "has no effect with model.depths.capacity = 1; set that to 0.5, say".into());
+        } else if !self.depths.on() && choice != DepthChoice::default() {
+            problem("depths.choice", "has no effect with model.depths.capacity = 1; set that to 0.5, say".into());
         }
     }
 
@@ -383,7 +398,7 @@ mod tests {
 
     #[test]
     fn every_so_many_th_block_is_routed() {
-        let depths = Depths { capacity: 0.5, every: 2 };
+        let depths = Depths { capacity: 0.5, ..Depths::default() };
         assert_eq!((0..5).map(|i| depths.routes(i)).collect::<Vec<_>>(), [false, true, false, true, false]);
         let model = Model { depths, num_layers: 5, ..Model::default() };
         let plain = Model { num_layers: 5, ..Model::default() };
@@ -416,10 +431,12 @@ mod tests {
         for capacity in [0.0, -0.5, 1.01, f64::NAN] {
             assert_eq!(keys(|m| m.depths.capacity = capacity), ["depths.capacity"]);
         }
-        assert_eq!(keys(|m| m.depths = Depths { capacity: 0.5, every: 4 }), ["depths.every"]);
-        assert_eq!(keys(|m| m.depths = Depths { capacity: 0.5, every: 0 }), ["depths.every"]);
+        assert_eq!(keys(|m| m.depths = Depths { capacity: 0.5, every: 4, ..m.depths }), ["depths.every"]);
+        assert_eq!(keys(|m| m.depths = Depths { capacity: 0.5, every: 0, ..m.depths }), ["depths.every"]);
         assert_eq!(keys(|m| m.depths.every = 3), ["depths.every"]);
-        assert_eq!(keys(|m| m.depths = Depths { capacity: 0.5, every: 3 }), [""; 0]);
+        assert_eq!(keys(|m| m.depths = Depths { capacity: 0.5, every: 3, ..m.depths }), [""; 0]);
+        assert_eq!(keys(|m| m.depths.choice = DepthChoice::Causal), ["depths.choice"]);
+        assert_eq!(keys(|m| (m.depths.capacity, m.depths.choice) = (0.5, DepthChoice::Causal)), [""; 0]);
         assert_eq!(keys(|m| m.rms_norm_eps = 0.0), ["rms_norm_eps"]);
         assert_eq!(keys(|m| m.rms_norm_eps = f64::NAN), ["rms_norm_eps"]);
         assert_eq!(keys(|m| (m.hidden_size, m.position.kind) = (8, PositionKind::Rope)), ["hidden_size"]);

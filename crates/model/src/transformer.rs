@@ -157,9 +157,11 @@ impl Transformer {
                 index: i,
                 epsilon: config.rms_norm_eps,
                 windows: config.adaptive_window.on().then_some(config.adaptive_window),
-                depth: layout
-                    .get(&format!("model.layers.{i}.depths.weight"))
-                    .map(|router| Depth { router, capacity: config.depths.capacity }),
+                depth: layout.get(&format!("model.layers.{i}.depths.weight")).map(|router| Depth {
+                    router,
+                    capacity: config.depths.capacity,
+                    choice: config.depths.choice,
+                }),
                 attention_norm: layer("input_layernorm.weight"),
                 query: layer("self_attn.q_proj.weight"),
                 key: layer("self_attn.k_proj.weight"),

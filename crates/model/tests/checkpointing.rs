@@ -65,7 +65,7 @@ fn step(model: &Transformer, checkpoints: bool, threads: usize) -> ((u32, Vec<u3
             terms.extend(trace.gates.clone().map(|gates| (gates, 0.2)));
         }
         for trace in &output.depths {
-            terms.push((node::depth_loss(&mut tape, &trace.scores_n1, &trace.selection), 0.3));
+            terms.push((node::depth_loss(&mut tape, &trace.scores_n1, &trace.target), 0.3));
         }
         for trace in &output.heads {
             terms.push((node::head_balance_loss(&mut tape, &trace.routed_nh, &trace.selection), 0.3));

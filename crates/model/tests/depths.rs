@@ -1,7 +1,7 @@
 //! Mixture of depths: a routed block that takes every token with factor 1 is the block, tokens it does not take keep their bits, the causal rule is
 //! causal and the one of training is not, decoding equals the full pass, gradients agree with differences.
 
-use model::config::{Depths, Model, PositionKind};
+use model::config::{DepthChoice, Depths, Model, PositionKind};
 use model::generate::{Sampling, Weights};
 use model::transformer::{Context, Documents, Forward, Output, Transformer, Watch, unwatched};
 use moe_router::{Config, Mode, node};
@@ -36,8 +36,8 @@ fn all(capacity: f64) -> Vec<Transformer> {
     let mut models = Vec::new();
     for kind in [PositionKind::Cope, PositionKind::Rope, PositionKind::None, PositionKind::Learned] {
         for router in [Config::Dense {}, sparse()] {
-            for every in [1, 2] {
-                models.push(model(kind, router.clone(), Depths { capacity, every }));
+            for (every, choice) in [(1, DepthChoice::Best), (2, DepthChoice::Best), (2, DepthChoice::Causal)] {
+                models.push(model(kind, router.clone(), Depths { capacity, every, choice }));
             }
         }
     }
@@ -70,7 +70,7 @@ fn step<T: Forward>(model: &Transformer, params: &[f64], engine: Engine) -> (f64
     let hidden = output.hidden_nd.data().iter().map(|x| x.to_f64()).collect();
     let mut terms = vec![(cross_entropy(&mut tape, &output.hidden_nd, model.output, &targets).0, 1.0)];
     for trace in &output.depths {
-        terms.push((node::depth_loss(&mut tape, &trace.scores_n1, &trace.selection), 0.5));
+        terms.push((node::depth_loss(&mut tape, &trace.scores_n1, &trace.target), 0.5));
     }
     drop(output);
     let loss = weighted_sum(&mut tape, &terms.iter().map(|(value, c)| (value, *c)).collect::<Vec<_>>());
@@ -113,7 +113,7 @@ fn gradients_agree_with_differences_and_the_cpu_face_with_the_reference() {
 fn a_block_that_takes_every_token_with_factor_one_is_the_block() {
     for kind in [PositionKind::Cope, PositionKind::Rope, PositionKind::Learned] {
         for router in [Config::Dense {}, sparse()] {
-            let routed = model(kind, router.clone(), Depths { capacity: 0.999, every: 2 });
+            let routed = model(kind, router.clone(), Depths { capacity: 0.999, ..Depths::default() });
             let plain = model(kind, router, Depths::default());
             let mut numbers = params(&routed);
             // Column 0 of the stream is 1 for every token, whatever block 0 does, and the router of block 1 reads it alone.
@@ -179,7 +179,8 @@ fn look(
 
 #[test]
 fn tokens_that_are_not_taken_keep_their_bits_and_the_share_is_the_capacity() {
-    for model in all(0.4).iter().filter(|model| model.config.depths.every == 2) {
+    let looks = |model: &&Transformer| model.config.depths == Depths { capacity: 0.4, ..Depths::default() };
+    for model in all(0.4).iter().filter(looks) {
         let tokens: Vec<u32> = (0..12).map(|i| (i * 5 + 2) % VOCABULARY as u32).collect();
         let (output, before, after, _) = look(model, &params(model), &tokens, Mode::Train);
         let [trace] = &output.depths[..] else { panic!("one routed block") };
@@ -195,7 +196,7 @@ fn tokens_that_are_not_taken_keep_their_bits_and_the_share_is_the_capacity() {
 }
 
 #[test]
-fn the_rule_of_evaluation_is_blind_to_the_future_and_that_of_training_is_not() {
+fn the_causal_rule_is_blind_to_the_future_and_the_best_of_a_document_is_not() {
     for model in all(0.4) {
         let params = params(&model);
         let tokens: Vec<u32> = (0..14).map(|i| (i * 5 + 2) % VOCABULARY as u32).collect();
@@ -212,7 +213,25 @@ fn the_rule_of_evaluation_is_blind_to_the_future_and_that_of_training_is_not() {
             assert!(gap(Mode::Evaluate) < 1e-12, "{:?}: {t}", model.config);
             leaks += usize::from(gap(Mode::Train) > 1e-6);
         }
-        assert!(leaks > 0, "{:?}: the rule of training looks ahead", model.config);
+        let best = model.config.depths.choice == DepthChoice::Best;
+        assert_eq!(leaks > 0, best, "{:?}: {leaks} places of training saw the next token", model.config);
+    }
+}
+
+#[test]
+fn the_causal_choice_trains_on_what_it_evaluates_and_is_drawn_to_the_capacity() {
+    for model in all(0.4).iter().filter(|model| model.config.depths.choice == DepthChoice::Causal) {
+        let tokens: Vec<u32> = (0..12).map(|i| (i * 5 + 2) % VOCABULARY as u32).collect();
+        let mut params = params(model);
+        let seen = |mode, params: &[f64]| look(model, params, &tokens, mode);
+        let ((trained, .., a), (evaluated, .., b)) = (seen(Mode::Train, &params), seen(Mode::Evaluate, &params));
+        assert_eq!((&trained.depths[0].selection, a), (&evaluated.depths[0].selection, b));
+        assert_eq!(trained.depths[0].target.rows_m.len(), 5, "ceil(0.4 · 12) tokens");
+        // No score is above 0: the best of the document train the block, so that it can come back.
+        let router = model.layout.get("model.layers.1.depths.weight").unwrap().range(0);
+        params[router].fill(0.0);
+        let (trained, ..) = seen(Mode::Train, &params);
+        assert_eq!(trained.depths[0].selection.rows_m.len(), 5);
     }
 }
 
@@ -247,7 +266,7 @@ fn cached_decoding_equals_the_full_pass_and_keeps_taken_tokens_only() {
 
 #[test]
 fn a_block_that_takes_nothing_is_the_identity() {
-    let model = model(PositionKind::Cope, sparse(), Depths { capacity: 0.4, every: 2 });
+    let model = model(PositionKind::Cope, sparse(), Depths { capacity: 0.4, ..Depths::default() });
     let mut params = params(&model);
     let embedding = model.layout.get("model.embed_tokens.weight").unwrap();
     params[embedding.range(0)].iter_mut().step_by(WIDTH).for_each(|x| *x = 100.0);

@@ -1,6 +1,6 @@
-//! Mixture-of-depths (Raposo 2024, arXiv 2404.02258): which tokens a routed block takes. Training takes, of every document, the ceil(c·T) tokens with the
-//! highest scores, and so looks at later tokens. Evaluation and decoding take every token whose score says so itself: σ(r) > ½. The binary
-//! cross-entropy of σ(r) against "was taken" teaches the scores to agree.
+//! Mixture-of-depths (Raposo 2024, arXiv 2404.02258): which tokens a routed block takes. The best of a document are the ceil(c·T) tokens with the
+//! highest scores: training that takes them looks at later tokens. Evaluation and decoding take every token whose score says so itself: σ(r) > ½; training
+//! may do so too. The binary cross-entropy of σ(r) against "is one of the best" teaches the scores to say the same.
 
 use std::sync::Arc;
 use tensor::Real;
@@ -74,7 +74,7 @@ impl Selection {
     }
 }
 
-/// Mean over tokens of -ln σ(r) for the taken ones and -ln(1 - σ(r)) for the others.
+/// Mean over tokens of -ln σ(r) for those of the selection and -ln(1 - σ(r)) for the others.
 pub fn loss<T: Real>(scores_n: &[T], selection: &Selection) -> f64 {
     let term = |t: usize| {
         let r = scores_n[t].to_f64();

@@ -10,7 +10,7 @@ use crate::flops;
 use crate::learner::{Learner, thread_pool};
 use crate::run::{Run, Train};
 use crate::{directory, optimizers, record};
-use model::config::MAX_LAYERS;
+use model::config::{DepthChoice, MAX_LAYERS};
 use serde_json::{Map, Value, json};
 use std::time::Instant;
 use tensor::Random;
@@ -103,7 +103,12 @@ fn activations(run: &Run, checkpoints: bool, vocab: usize, [n, longest]: [f64; 2
     let block = attention + 2.0 * passing;
     // A routed block keeps what a block keeps of the tokens it takes, those tokens and what it adds to them, and the stream of all.
     let routed = (0..model.num_layers.min(MAX_LAYERS)).filter(|&i| model.depths.routes(i)).count() as f64;
-    let part = model.depths.capacity * (block + 2.0 * d) + d;
+    // By their own word half of the tokens are taken at the start, when scores are above 0 as often as below.
+    let share = match model.depths.choice {
+        DepthChoice::Best => model.depths.capacity,
+        DepthChoice::Causal => model.depths.capacity.max(0.5),
+    };
+    let part = share * (block + 2.0 * d) + d;
     let blocks = if checkpoints { layers * (d + scores) + block } else { (layers - routed) * block + routed * part };
     let per_token = blocks + 6.0 * d + passing + rows;
     let width = model.hidden_size / model.num_heads.max(1);
@@ -245,7 +250,7 @@ fn time(run: &Run, mut learner: Learner, offsets: &[usize], settings: &Train) ->
     let experts =
         run.model.router.experts().map_or(0.0, |e| experts_per_token(run, e.num_experts, initial_score_std(run)));
     let rate = STEP_SHARE * thread_pool(run.threads)?.install(|| product_flops(run, PROBE, 3));
-    let guess = flops::step(&run.model, vocab, offsets, experts) / rate;
+    let guess = flops::step(&run.model, vocab, offsets, experts, None) / rate;
     if guess > LONGEST_STEP && run.device == "cpu" {
         return Ok(StepTime { seconds: guess, source: "matrix product (a guess)" });
     }

@@ -210,7 +210,7 @@ impl Learner {
     pub fn flops(&self, batch: &Batch, settings: &Train, update: &Update) -> f64 {
         let passes = if settings.sam > 0.0 { 2.0 } else { 1.0 };
         let experts = update.mean_experts().unwrap_or(0.0);
-        passes * flops::step(&self.model.config, self.model.vocab_size, &batch.offsets_b1, experts)
+        passes * flops::step(&self.model.config, self.model.vocab_size, &batch.offsets_b1, experts, update.mean_taken())
     }
 
     /// One optimizer step on `batch` at learning rate `rate`. `epoch` notes the routing. The error says why it was not made; loss and gradient are checked, where there is a `guard` for jumps too, before parameters, moments or control states are changed.
@@ -409,7 +409,7 @@ impl Pass<'_> {
             }
         }
         for trace in &output.depths {
-            let (foretold, agreed) = trace.selection.foretold(trace.scores_n1.data());
+            let (foretold, agreed) = trace.target.foretold(trace.scores_n1.data());
             add(
                 &mut sum.depths,
                 trace.layer,
@@ -455,6 +455,12 @@ impl Update {
     pub fn mean_experts(&self) -> Option<f64> {
         let sum: f64 = self.experts_per_token.iter().map(|(_, experts)| experts).sum();
         (!self.experts_per_token.is_empty()).then(|| sum / self.experts_per_token.len() as f64)
+    }
+
+    /// Mean over the routed blocks of the share of the tokens that they took; none without a mixture of depths.
+    pub fn mean_taken(&self) -> Option<f64> {
+        let sum: f64 = self.depths.iter().map(|(_, [taken, ..])| taken).sum();
+        (!self.depths.is_empty()).then(|| sum / self.depths.len() as f64)
     }
 
     /// Mean window and share of earlier keys that windows hide, mean over the blocks; none where tokens have no windows of their own.

@@ -73,7 +73,7 @@ pub fn loss<'a, T: Real>(
         term("heads", trace.layer, value, coefficients.heads, output.heads.len());
     }
     for trace in &output.depths {
-        let value = node::depth_loss(tape, &trace.scores_n1, &trace.selection);
+        let value = node::depth_loss(tape, &trace.scores_n1, &trace.target);
         term("depths", trace.layer, value, coefficients.depths, output.depths.len());
     }
     let cross_entropy = match smoothing > 0.0 {

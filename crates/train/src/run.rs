@@ -320,7 +320,7 @@ pub struct Losses {
     pub z: f64,
     /// Even use of the routed heads.
     pub heads: f64,
-    /// Cross-entropy of the depth routers' own word on "was taken", nats a token (model.depths).
+    /// Cross-entropy of the depth routers' own word on "is one of the best of its document", nats a token (model.depths).
     pub depths: f64,
     /// Share of each target that is spread evenly over the vocabulary, from 0 to below 1. Only what is minimised (`train/total_loss`) is smoothed:
     /// `train/loss`, `epoch/loss` and all evaluations stay the plain cross-entropy, to be held against the floor.

@@ -1,7 +1,10 @@
 //! metrics.jsonl -> columns: the rows of steps, which are nearly all of a stream, flat and alike; every other line is the caller's to parse.
 
+use crate::error::TrainError;
+use crate::files::explain;
 use memchr::{memchr_iter, memrchr};
 use std::collections::HashMap;
+use std::path::Path;
 
 /// The rows of kind "train" whose values are numbers, plain strings or null, column by column.
 #[derive(Debug, Default, PartialEq)]
@@ -33,6 +36,14 @@ pub const NO_TEXT: u32 = u32::MAX;
 
 /// What one thread reads at least, in bytes.
 const PIECE: usize = 8 << 20;
+
+/// Texts that a column may have, as names of phases are; a row with one more is the caller's to parse.
+const TEXTS: usize = 64;
+
+/// The steps of a metrics.jsonl; an error names the file.
+pub fn read(path: &Path) -> Result<Vec<Steps>, TrainError> {
+    Ok(read_steps(&std::fs::read(path).map_err(explain("read", path))?))
+}
 
 /// Reads the whole lines of a stream, a piece to a thread: what stands behind the last line end was cut off and is left out.
 pub fn read_steps(stream: &[u8]) -> Vec<Steps> {
@@ -116,7 +127,7 @@ enum Scalar<'a> {
 }
 
 impl<'a> Reader<'a> {
-    /// Takes a line in; none where it is no plain row of kind "train" or has a value of another type than its column.
+    /// Takes a line in; none where it is no plain row of kind "train" or has a value that its column does not take.
     fn step(&mut self, line: &'a [u8]) -> Option<()> {
         self.parse(line)?;
         if !self.fields.iter().any(|field| field.name == "kind" && matches!(field.value, Scalar::Text("train"))) {
@@ -193,12 +204,13 @@ impl Values {
     }
 
     fn takes(&self, value: Scalar) -> bool {
-        matches!(
-            (self, value),
-            (_, Scalar::Null)
-                | (Values::Numbers { .. }, Scalar::Number { .. })
-                | (Values::Texts { .. }, Scalar::Text(_))
-        )
+        match (self, value) {
+            (_, Scalar::Null) | (Values::Numbers { .. }, Scalar::Number { .. }) => true,
+            (Values::Texts { distinct, .. }, Scalar::Text(text)) => {
+                distinct.len() < TEXTS || distinct.iter().any(|known| known == text)
+            }
+            _ => false,
+        }
     }
 
     /// Fills up with nothing to `rows` values.
@@ -280,7 +292,7 @@ impl<'a> Cursor<'a> {
         match self.0.first()? {
             b'"' => self.string().map(Scalar::Text),
             b'n' => {
-                self.0 = self.0.strip_prefix(b"null")?;
+                self.0 = self.0.strip_prefix(b"null".as_slice())?;
                 Some(Scalar::Null)
             }
             _ => self.number(),
@@ -401,6 +413,13 @@ mod tests {
             Values::Texts { .. } => false,
         };
         assert!(integers("step") && !integers("loss") && !integers("phase"));
+    }
+
+    #[test]
+    fn a_column_of_many_texts_is_handed_back_from_the_first_too_many() {
+        let lines: String = (0..200).map(|i| format!("{{\"kind\":\"train\",\"note\":\"{i}\"}}\n")).collect();
+        let steps = read_piece(lines.as_bytes());
+        assert_eq!((steps.places.len(), steps.others.len()), (TEXTS, 200 - TEXTS));
     }
 
     proptest! {

@@ -102,6 +102,7 @@ const CASES: &[(&str, &[&str], &[&str], Seen)] = &[
     ("model.heads.active", &[], &["model.heads.active=1"], Weights),
     ("model.depths.capacity", &[], &["model.depths.capacity=0.5"], Weights),
     ("model.depths.every", &[HALF], &["model.depths.every=1"], Weights),
+    ("model.depths.choice", &[HALF], &["model.depths.choice=causal"], Weights),
     ("model.router.kind", &[], &[SPARSE], Weights),
     ("model.router.p", &[SPARSE], &["model.router.p=0.9"], Weights),
     ("model.router.renormalize", &[SPARSE], &["model.router.renormalize=true"], Weights),
@@ -372,7 +373,15 @@ const MENUS: &[(&str, &[&str])] = &[
     ),
     (
         "model.depths",
-        &["{capacity=0.5, every=1}", "{capacity=0.01}", "{capacity=0}", "{every=1}", "{capacity=0.5, every=9}"],
+        &[
+            "{capacity=0.5, every=1}",
+            "{capacity=0.01}",
+            "{capacity=0}",
+            "{every=1}",
+            "{capacity=0.5, every=9}",
+            "{capacity=0.2, choice='causal'}",
+            "{choice='causal'}",
+        ],
     ),
     (
         "model.router",

@@ -84,7 +84,7 @@ fn bf16_products_move_the_run_a_little_and_are_evaluated_as_trained() {
 
 #[test]
 fn a_killed_run_ends_with_the_bytes_of_one_that_never_stopped() {
-    let variants: [&[&str]; 15] = [
+    let variants: [&[&str]; 16] = [
         &[],
         &["train.optimizer=adamw", "train.weight_decay=0.1", "data.shuffle=true"],
         &["train.optimizer=sgd", "train.learning_rate=0.1"],
@@ -135,6 +135,12 @@ fn a_killed_run_ends_with_the_bytes_of_one_that_never_stopped() {
             "model.adaptive_window={kind='token', min=2, max=8, block=2}",
             "train.activation_checkpointing=true",
             "train.ema=0.9",
+        ],
+        &[
+            "model.router={kind='top_p', bias_rate=0.05, num_experts=4, expert_hidden_size=6}",
+            "model.depths={capacity=0.2, choice='causal'}",
+            "losses.depths=1",
+            "train.accumulate=2",
         ],
     ];
     for sets in variants {

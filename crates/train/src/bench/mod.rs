@@ -105,7 +105,7 @@ pub fn bench(options: &Options, profile: bool) -> Result<(Map<String, Value>, Op
         None
     };
     let experts_per_token = (!experts.is_empty()).then(|| experts.iter().sum::<f64>() / experts.len() as f64);
-    let flops = flops::step(&case.run.model, case.vocab, &batch.offsets_b1, experts_per_token.unwrap_or(0.0));
+    let flops = flops::step(&case.run.model, case.vocab, &batch.offsets_b1, experts_per_token.unwrap_or(0.0), None);
     let roof = (!options.no_peak).then(|| learner.pool.install(|| Roof::measure(&case.run)));
     let report = [
         ("preset", json!(options.preset)),

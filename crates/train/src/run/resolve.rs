@@ -26,6 +26,7 @@ pub(super) const STANDARD: &[(&str, &str)] = &[
     ("stage3c", include_str!("../../../../experiments/stage3c.toml")),
     ("stage3c_updates", include_str!("../../../../experiments/stage3c_updates.toml")),
     ("stage4a", include_str!("../../../../experiments/stage4a.toml")),
+    ("stage4a_causal", include_str!("../../../../experiments/stage4a_causal.toml")),
     ("stage4b", include_str!("../../../../experiments/stage4b.toml")),
     ("stage4b_documents", include_str!("../../../../experiments/stage4b_documents.toml")),
     ("stage5a", include_str!("../../../../experiments/stage5a.toml")),

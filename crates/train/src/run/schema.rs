@@ -261,7 +261,9 @@ pub(super) fn shown(value: &Value) -> String {
 }
 
 pub(super) fn unknown(path: String) -> Problem {
-    let message = format!("unknown key{}", hint(nearest(&path).as_deref()));
+    let other =
+        nearest(&path).map_or("`config docs` lists the known ones".into(), |key| format!("did you mean {key}?"));
+    let message = format!("unknown key; {other}");
     Problem { key: path, message, ..Problem::default() }
 }
 

@@ -98,7 +98,7 @@ fn an_option_changes_what_its_name_says_and_nothing_else() {
         ("stage5a", &["model.router.p"]),
         ("stage2a", &["train.activation_checkpointing"]),
         ("stage3c", &["data.augment.copies"]),
-        ("stage4a", &["model.depths.capacity"]),
+        ("stage4a", &["losses.depths", "model.depths.capacity"]),
     ] {
         assert_eq!(changed(name, "stage1"), keys, "{name}");
     }
@@ -106,6 +106,7 @@ fn an_option_changes_what_its_name_says_and_nothing_else() {
     assert_eq!(changed("stage3b_updates", "stage3b"), ["train.epochs", "train.warmup_epochs"]);
     let lengths = ["chat.train.epochs", "chat.train.warmup_epochs", "facts.train.epochs", "facts.train.warmup_epochs"];
     assert_eq!(changed("stage3c_updates", "stage3c"), lengths.map(|key| format!("phase.{key}")));
+    assert_eq!(changed("stage4a_causal", "stage4a"), ["losses.depths", "model.depths.choice"]);
     assert_eq!(changed("stage5c", "text"), ["data.lengths"]);
     let windows =
         |name: &str, parent: &str| changed(name, parent).iter().all(|key| key.starts_with("model.adaptive_window."));
@@ -139,12 +140,12 @@ fn an_unknown_key_is_refused_in_every_table() {
     assert!(tables.len() > 15);
     for table in tables {
         let key = format!("{table}zzz");
-        let expected = format!("--set: {key}: unknown key");
+        let expected = format!("--set: {key}: unknown key; `config docs` lists the known ones");
         assert_eq!(error("", &[&format!("{key}=1")]), expected);
     }
     for kind in ["dense", "top_p", "top_k", "expert_choice", "forced"] {
         let text = format!("[model.router]\nkind = {kind:?}\nzzz = 1");
-        assert_eq!(error(&text, &[]), "model.router.zzz: unknown key");
+        assert_eq!(error(&text, &[]), "model.router.zzz: unknown key; `config docs` lists the known ones");
     }
     // serde refuses them too, so that no other door is open
     assert!(toml::from_str::<Run>("[model.router]\nkind = \"dense\"\nzzz = 1").is_err());
@@ -182,8 +183,8 @@ fn the_nearest_key_is_named_across_sections() {
         let found = error("", &[&format!("{wrong}=1")]);
         assert!(found.ends_with(&format!("did you mean {nearest}?")), "{wrong}: {found}");
     }
-    assert_eq!(error("qwxyz = 1", &[]), "qwxyz: unknown key");
-    assert_eq!(error("\"a b\\n\" = 1", &[]), "\"a b\\n\": unknown key");
+    assert_eq!(error("qwxyz = 1", &[]), "qwxyz: unknown key; `config docs` lists the known ones");
+    assert_eq!(error("\"a b\\n\" = 1", &[]), "\"a b\\n\": unknown key; `config docs` lists the known ones");
 }
 
 #[test]
@@ -304,6 +305,8 @@ fn every_range_is_checked() {
         ("data.augment.table='t.json'", "data.augment.table"),
         ("data.routing='r.safetensors'", "data.routing"),
         ("model.position={kind='rope',max=10}", "model.position.max"),
+        ("model.depths.every=3", "model.depths.every"),
+        ("model.depths.choice=causal", "model.depths.choice"),
         ("train.clip_window=100", "train.clip_window"),
         ("monitor.response=rate", "monitor.response"),
         ("monitor.cooldown=9", "monitor.cooldown"),
@@ -337,6 +340,9 @@ fn every_range_is_checked() {
         let problems = parse("data.text = \"t.txt\"", &[bad]).expect_err(bad).problems;
         assert_eq!(problems.iter().map(|p| p.key.as_str()).collect::<Vec<_>>(), [bad.split_once('=').unwrap().0]);
     }
+    let alone = ["model.depths={capacity=0.5,choice='causal'}", "losses.depths=0"];
+    assert!(error("", &alone).contains("losses.depths"), "nothing would draw the tokens to the capacity");
+    assert!(parse("", &["model.depths.capacity=0.5", "losses.depths=0"]).is_ok());
     // What the torch engine does not have is refused by name, whether this build has that engine or not.
     for (set, key) in [
         ("train.sam=0.05", "train.sam"),

@@ -3,7 +3,7 @@
 use super::merge::{CHOICES, OF_DOCUMENTS, OF_TEXT, overridden};
 use super::{Augment, ConfigError, Monitor, Optimizer, Problem, Response, Run, Train, schema};
 use crate::auto_clip;
-use model::config::MAX_NUMBERS;
+use model::config::{DepthChoice, MAX_NUMBERS};
 use tensor::{Engine, Precision};
 use toml::{Table, Value};
 
@@ -284,6 +284,9 @@ fn measures(run: &Run, found: &mut Found) {
         let good = number.is_finite() && number >= 0.0;
         found.require(good, format!("losses.{key}"), "must be a finite number, 0 or more; 0 only measures it");
     }
+    let held = run.model.depths.choice == DepthChoice::Best || losses.depths > 0.0;
+    let message = "must be above 0 with model.depths.choice = \"causal\": nothing else draws the tokens to the capacity; set it to 0.1, say";
+    found.require(held, "losses.depths", message);
     let smoothing = (0.0..1.0).contains(&losses.label_smoothing);
     found.require(smoothing, "losses.label_smoothing", "must be in [0, 1); set it to 0.1, say");
     found.count("eval.every", run.eval.every, 0);

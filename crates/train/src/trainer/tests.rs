@@ -460,7 +460,7 @@ fn the_operations_of_all_updates_add_up_from_shapes_and_counted_experts() {
         let rows: Vec<Row> = trainer.queue.drain(..).collect();
         let row = rows.iter().find(|row| row.fields()["kind"] == "train").unwrap().fields();
         let experts = row["moe/experts_per_token"].as_f64().unwrap();
-        let update = crate::flops::step(&config, vocab, &batch.offsets_b1, experts);
+        let update = crate::flops::step(&config, vocab, &batch.offsets_b1, experts, None);
         assert!(update > 1e3);
         expected += update;
         assert_eq!((&row["step"], row["flops"].as_f64()), (&json!(step), Some(expected)));
