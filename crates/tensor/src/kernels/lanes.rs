@@ -648,7 +648,7 @@ mod x86 {
         let mut i = 0;
         macro_rules! strips {
             ($($m:literal)*) => {$(
-                while i + $m <= dst.len() {
+                while dst.len() - i >= $m {
                     // SAFETY: the caller's, for the rows i..i + M.
                     unsafe { strip::<$m>(&mut dst[i..i + $m], (a.add(i * row), row, col), b, accumulate) };
                     i += $m;
@@ -700,7 +700,7 @@ mod x86 {
         let mut i = 0;
         macro_rules! patches {
             ($($m:literal)*) => {$(
-                while i + $m <= a.len() {
+                while a.len() - i >= $m {
                     // SAFETY: the caller's, for the rows i..i + M.
                     unsafe { patch::<$m>(&a[i..i + $m], (dst.add(i * wide), b, wide)) };
                     i += $m;

@@ -110,3 +110,29 @@ fn multiply_add() -> usize {
     black_box(&sums);
     2 * LANES * CHAINS * ROUNDS
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::gemm::{Matrix, matmul};
+
+    /// Half, because tests beside this one take their share of the machine.
+    #[test]
+    fn no_product_is_much_faster_than_the_peak() {
+        const N: usize = 512;
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+        let (a, mut c) = (vec![1.0f32; N * N], vec![0.0; N * N]);
+        for precision in [Precision::F32, Precision::Bf16] {
+            let product = pool.install(|| {
+                let rates = (0..TRIES).map(|_| {
+                    let start = Instant::now();
+                    matmul(precision, &mut c, Matrix::new(&a, N, N), Matrix::new(&a, N, N), false);
+                    2.0 * (N * N * N) as f64 / start.elapsed().as_secs_f64()
+                });
+                rates.fold(0.0, f64::max)
+            });
+            let peak = pool.install(|| register_flops(precision));
+            assert!(peak > 0.5 * product, "{precision:?}: peak {peak:.3e}, product {product:.3e}");
+        }
+    }
+}

@@ -1,13 +1,14 @@
 //! Sums of values: the residual `add`, and `weighted_sum` of scalars (the total loss).
 
 use crate::kernels::parallel;
-use crate::profile::Cost;
+use crate::profile::{Cost, Work};
 use crate::{Engine, Real, Tape, Value};
 
 /// x + y, both [n, d].
 pub fn add<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, y: &Value<T>) -> Value<T> {
     assert_eq!((x.rows(), x.width()), (y.rows(), y.width()), "add: shapes differ");
-    let _span = tape.span("add", Cost::new::<T>(0, 3 * x.data().len()));
+    let forward = Work { flops: 0, bytes: 3 * x.data().len() * size_of::<T>() };
+    let _span = tape.span("add", Cost { forward, backward: Work::default() }); // gradients are passed on, not copied
     if tape.engine() == Engine::Reference {
         return tape.reference(&[x, y], &[], |t| Ok(vec![(&t[0] + &t[1])?])).remove(0);
     }
