@@ -31,7 +31,8 @@ def filled(page: Path, place: re.Match[str]) -> str:
     print(f"{page}: {runs}")
     moe_lab("plot", place[2])
     table = moe_lab("table", place[2], "--markdown")
-    return f"{place[1]}\n{table.strip()}\n{figures(runs / 'plots', page.parent)}\n{place[3]}"
+    lines = figures(runs, page.parent, place.string[: place.start()])
+    return f"{place[1]}\n{table.strip()}\n{lines}\n{place[3]}"
 
 
 def moe_lab(*arguments: str) -> str:
@@ -39,13 +40,14 @@ def moe_lab(*arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def figures(plots: Path, folder: Path) -> str:
-    """Copies the figures that have a caption beside the page; their lines."""
+def figures(runs: Path, folder: Path, above: str) -> str:
+    """Copies the figures that have a caption beside the page; their lines. A name that stands above gets that of the runs."""
     lines = []
     for name, caption in CAPTIONS.items():
-        if (plot := plots / f"{name}.png").exists():
-            shutil.copy(plot, folder)
-            lines.append(f"\n![{caption}]({plot.name})\n")
+        if (plot := runs / "plots" / f"{name}.png").exists():
+            copy = f"{runs.name}_{plot.name}" if f"]({plot.name})" in above else plot.name
+            shutil.copy(plot, folder / copy)
+            lines.append(f"\n![{caption}]({copy})\n")
     return "".join(lines)
 
 

@@ -50,3 +50,6 @@ def test_places_are_filled_by_what_the_command_prints_and_by_its_figures(tmp_pat
     assert "old" not in new
     assert f"-->\n\n| new |\n\n![{fill.CAPTIONS['loss']}](loss.png)\n\n<!-- end -->\nb" in new
     assert (tmp_path / "loss.png").read_bytes() == b"figure"
+    again = text.replace("old", f"![{fill.CAPTIONS['loss']}](loss.png)") + text
+    assert fill.PLACE.sub(partial(fill.filled, page), again).count("](runs_loss.png)") == 1
+    assert (tmp_path / "runs_loss.png").exists()

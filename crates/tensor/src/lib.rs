@@ -7,6 +7,7 @@
 pub mod arena;
 pub mod check;
 pub mod engine;
+mod kept;
 pub mod kernels;
 pub mod ops;
 pub mod params;

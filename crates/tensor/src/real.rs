@@ -5,7 +5,7 @@ use std::iter::Sum;
 use std::ops::Neg;
 
 /// f32 or f64. Conversions are `T::from_f64` and `x.to_f64` of candle's `WithDType`.
-pub trait Real: WithDType + Neg<Output = Self> + Sum + gemm_types::Gemm {
+pub trait Real: WithDType + Default + Neg<Output = Self> + Sum + gemm_types::Gemm {
     const ZERO: Self;
     const ONE: Self;
     const INFINITY: Self;

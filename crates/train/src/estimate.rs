@@ -96,7 +96,7 @@ fn activations(run: &Run, checkpoints: bool, vocab: usize, [n, longest]: [f64; 2
         Some(e) => {
             let active = experts_per_token(run, e.num_experts, score_std);
             let routed = active * e.expert_hidden_size as f64;
-            (routed + e.shared_width() as f64, 4.0 * active * d + routed + 2.0 * e.num_experts as f64)
+            (routed + e.shared_width() as f64, 2.0 * active * d + 2.0 * e.num_experts as f64)
         }
     };
     let scores = model.router.experts().map_or(0.0, |e| e.num_experts as f64) + model.heads.routed as f64;

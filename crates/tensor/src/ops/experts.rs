@@ -6,7 +6,7 @@ use crate::kernels::gemm::{Matrix, Packed, Product, Side, grouped};
 use crate::kernels::parallel;
 use crate::ops::swiglu::{activate_backward_block, activate_block};
 use crate::profile::Cost;
-use crate::{Arena, Engine, Param, Precision, Real, Tape, Value};
+use crate::{Arena, Engine, Param, Precision, Real, Tape, Value, kept};
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -143,11 +143,12 @@ impl Sorted {
         self.tokens_s.len()
     }
 
-    /// The segments of the experts cut into blocks of about equal length. Fixed by the routing alone: threads never show in the result.
-    fn blocks(&self) -> Vec<Block> {
-        let most = (self.len() / BLOCKS).next_multiple_of(LEAST).clamp(LEAST, MOST);
+    /// The segments of some experts cut into blocks of about equal length. A row's result does not depend on its block.
+    fn blocks(&self, experts: &Range<usize>) -> Vec<Block> {
+        let most = (self.places(experts).len() / BLOCKS).next_multiple_of(LEAST).clamp(LEAST, MOST);
         let mut blocks = Vec::new();
-        for (expert, span) in self.offsets_e1.windows(2).enumerate() {
+        for expert in experts.clone() {
+            let span = &self.offsets_e1[expert..expert + 2];
             let len = span[1] - span[0];
             let size = len.div_ceil(len.div_ceil(most).max(1)).next_multiple_of(LEAST / 2).max(1);
             let starts = (span[0]..span[1]).step_by(size);
@@ -194,19 +195,42 @@ impl Sorted {
         });
     }
 
-    /// The products of dW_e += (left rows of its segment)ᵀ · (right rows of its segment) for every expert with tokens.
+    /// Experts whose rows are taken back together, and their gradients of the weights after them, while all that is in the caches.
+    fn waves(&self) -> Vec<Range<usize>> {
+        let least = WAVE * rayon::current_num_threads();
+        let (mut waves, mut start) = (Vec::new(), 0);
+        for e in 1..self.offsets_e1.len() {
+            if self.offsets_e1[e] - self.offsets_e1[start] >= least || e + 1 == self.offsets_e1.len() {
+                waves.push(start..e);
+                start = e;
+            }
+        }
+        waves
+    }
+
+    /// The places of some experts.
+    fn places(&self, experts: &Range<usize>) -> Range<usize> {
+        self.offsets_e1[experts.start]..self.offsets_e1[experts.end]
+    }
+
+    /// The products of dW_e += (left rows of its segment)ᵀ · (right rows of its segment) for each of the experts that has tokens. The rows are those
+    /// of all these experts, dw the matrices of all experts.
     fn weight_gradients<'s, T: Real>(
         &self,
         products: &mut Vec<Product<'s, T>>,
+        experts: &Range<usize>,
         dw: &'s mut [T],
         weight: &Param,
-        left: &'s [T],
-        right: &'s [T],
+        (left, right): (&'s [T], &'s [T]),
     ) {
         let (rows, cols) = (weight.rows, weight.width);
-        for (span, dw) in self.offsets_e1.windows(2).zip(dw.chunks_mut(weight.stride)).filter(|(w, _)| w[0] < w[1]) {
-            let left = Matrix::new(&left[span[0] * rows..span[1] * rows], span[1] - span[0], rows);
-            let right = Matrix::new(&right[span[0] * cols..span[1] * cols], span[1] - span[0], cols);
+        let first = self.offsets_e1[experts.start];
+        let spans = self.offsets_e1[experts.start..=experts.end].windows(2);
+        let matrices = dw.chunks_mut(weight.stride).skip(experts.start);
+        for (span, dw) in spans.zip(matrices).filter(|(w, _)| w[0] < w[1]) {
+            let (start, end, k) = (span[0] - first, span[1] - first, span[1] - span[0]);
+            let left = Matrix::new(&left[start * rows..end * rows], k, rows);
+            let right = Matrix::new(&right[start * cols..end * cols], k, cols);
             products.push(Product { dst: &mut dw[..weight.len()], a: left.t(), b: right });
         }
     }
@@ -216,6 +240,9 @@ impl Sorted {
 const BLOCKS: usize = 16;
 const LEAST: usize = 48;
 const MOST: usize = 144;
+
+/// Rows of a wave at least, for each thread.
+const WAVE: usize = 512;
 
 /// Below this many multiplications one thread is faster than waking the pool.
 const SMALL: usize = 1 << 20;
@@ -273,13 +300,11 @@ fn cpu<'a, T: Real>(
     let (n, d, g, precision) = (x.rows(), x.width(), down.width, tape.precision());
     let sorted = Sorted::new(routing);
     let s = sorted.len();
-    let blocks = sorted.blocks();
+    let blocks = sorted.blocks(&(0..gate_up.count));
     let (w_gate_up, w_down, experts) = (tape.param(&gate_up), tape.param(&down), gate_up.count);
     let mut rows_sd = tape.arena().take(s * d);
     let mut pre_s2g = tape.arena().take(s * 2 * g);
-    let mut hidden_sg = tape.arena().take(s * g);
     let parts = split(&blocks, &mut rows_sd, d).into_iter().zip(split(&blocks, &mut pre_s2g, 2 * g));
-    let parts = parts.zip(split(&blocks, &mut hidden_sg, g));
     let stacks = [(gate_up, w_gate_up), (down, w_down)];
     // The right sides of both stacks: gate and up of every expert, then down of every expert.
     let pack = move |arena: &Arena<T>, sorted: &Sorted, transpose: bool| {
@@ -287,14 +312,18 @@ fn cpu<'a, T: Real>(
         Packed::new(arena, all.collect(), s * d * g >= SMALL)
     };
     let packed = pack(tape.arena(), &sorted, true);
-    each(&blocks, s * d * g, parts, |block, ((rows, pre), hidden)| {
+    each(&blocks, s * d * g, parts, |block, (rows, pre)| {
         let n = block.places.len();
         sorted.gather(block, rows, x.data(), d);
         packed.multiply(block.expert, pre, Matrix::new(rows, n, d), false);
-        activate_block(pre, hidden, g);
-        packed.multiply(experts + block.expert, rows, Matrix::new(hidden, n, g), false);
+        // Hidden rows stay in the caches of their thread: they are recomputed from the pre-activations on the way back.
+        kept::with(|hidden: &mut Vec<T>| {
+            hidden.resize(n * g, T::ZERO);
+            activate_block(pre, hidden, g);
+            packed.multiply(experts + block.expert, rows, Matrix::new(hidden, n, g), false);
+        });
     });
-    drop((packed, hidden_sg)); // recomputed from the pre-activations on the way back
+    drop(packed);
     let mut y_nd = tape.arena().take(n * d);
     let weights = weights_a.data();
     sorted.combine(&mut y_nd, &rows_sd, d, routing, |a| weights[a], false);
@@ -308,38 +337,47 @@ fn cpu<'a, T: Real>(
             let arena = grads.arena().clone();
             let weights = weights_a.data();
             // dw_a = dy·(W_down h) = (W_downᵀ dy)·h: the expert outputs are not needed, the hidden rows are recomputed in passing.
-            let [mut dy_sd, mut x_sd, mut dx_sd] = [(); 3].map(|()| arena.take(s * d));
-            let mut hidden_sg = arena.take(s * g);
-            let mut dweights_s = arena.take(s);
-            let parts = split(&blocks, &mut dy_sd, d).into_iter().zip(split(&blocks, &mut x_sd, d));
-            let parts = parts.zip(split(&blocks, &mut dx_sd, d)).zip(split(&blocks, &mut pre_s2g, 2 * g));
-            let parts = parts.zip(split(&blocks, &mut hidden_sg, g)).zip(split(&blocks, &mut dweights_s, 1));
+            let waves = sorted.waves();
+            let longest = waves.iter().map(|wave| sorted.places(wave).len()).max().unwrap_or(0);
+            let [mut dy_wd, mut x_wd] = [(); 2].map(|()| arena.take(longest * d));
+            let mut hidden_wg = arena.take(longest * g);
+            let (mut dx_sd, mut dweights_s) = (arena.take(s * d), arena.take(s));
             let packed = pack(&arena, &sorted, false);
-            each(&blocks, s * d * g, parts, |block, (((((dy, x_rows), dx), pre), hidden), dweights)| {
-                let n = block.places.len();
-                sorted.gather(block, dy, &dy_nd, d);
-                packed.multiply(experts + block.expert, hidden, Matrix::new(dy, n, d), false);
-                let weight = |i: usize| weights[sorted.assignments_s[block.places.start + i] as usize];
-                activate_backward_block(pre, hidden, g, weight, dweights);
-                if gate_up.trainable {
-                    sorted.gather(block, x_rows, x.data(), d);
+            for wave in waves {
+                let places = sorted.places(&wave);
+                let (blocks, w) = (sorted.blocks(&wave), places.len());
+                let (dy_wd, x_wd, hidden_wg) = (&mut dy_wd[..w * d], &mut x_wd[..w * d], &mut hidden_wg[..w * g]);
+                let pre_w2g = &mut pre_s2g[places.start * 2 * g..places.end * 2 * g];
+                let parts = split(&blocks, dy_wd, d).into_iter().zip(split(&blocks, x_wd, d));
+                let parts = parts.zip(split(&blocks, &mut dx_sd[places.start * d..places.end * d], d));
+                let parts = parts.zip(split(&blocks, pre_w2g, 2 * g)).zip(split(&blocks, hidden_wg, g));
+                let parts = parts.zip(split(&blocks, &mut dweights_s[places], 1));
+                each(&blocks, w * d * g, parts, |block, (((((dy, x_rows), dx), pre), hidden), dweights)| {
+                    let n = block.places.len();
+                    sorted.gather(block, dy, &dy_nd, d);
+                    packed.multiply(experts + block.expert, hidden, Matrix::new(dy, n, d), false);
+                    let weight = |i: usize| weights[sorted.assignments_s[block.places.start + i] as usize];
+                    activate_backward_block(pre, hidden, g, weight, dweights);
+                    if gate_up.trainable {
+                        sorted.gather(block, x_rows, x.data(), d);
+                    }
+                    if x.needs_grad() {
+                        packed.multiply(block.expert, dx, Matrix::new(pre, n, 2 * g), false);
+                    }
+                });
+                let mut products = Vec::new();
+                let sides = [(&down, (&*dy_wd, &*hidden_wg)), (&gate_up, (&*pre_w2g, &*x_wd))];
+                for (dw, (param, rows)) in grads.params(&[&down, &gate_up]).into_iter().zip(sides) {
+                    if let Some(dw) = dw {
+                        sorted.weight_gradients(&mut products, &wave, dw, param, rows);
+                    }
                 }
-                if x.needs_grad() {
-                    packed.multiply(block.expert, dx, Matrix::new(pre, n, 2 * g), false);
-                }
-            });
+                grouped(precision, products, true);
+            }
             drop(packed);
             grads.add(weights_a.slot(), |dw_a| {
                 sorted.assignments_s.iter().zip(dweights_s.iter()).for_each(|(&a, dw)| dw_a[a as usize] += *dw);
             });
-            let mut products = Vec::new();
-            let left_and_right = [(&down, &*dy_sd, &*hidden_sg), (&gate_up, &*pre_s2g, &*x_sd)];
-            for (dw, (param, left, right)) in grads.params(&[&down, &gate_up]).into_iter().zip(left_and_right) {
-                if let Some(dw) = dw {
-                    sorted.weight_gradients(&mut products, dw, param, left, right);
-                }
-            }
-            grouped(precision, products, true);
             grads.write(x.slot(), |dx_nd, accumulate| {
                 sorted.combine(dx_nd, &dx_sd, d, &routing, |_| T::ONE, accumulate);
             });

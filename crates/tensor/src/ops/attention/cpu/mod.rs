@@ -11,13 +11,12 @@ mod tile;
 
 use super::{Attention, Mixture, Position, Reach};
 use crate::tape::add;
-use crate::{Param, Real, Tape, Value};
+use crate::{Param, Real, Tape, Value, kept};
 use backward::backward;
 use forward::forward;
 pub use plan::numbers_of_backward;
 use plan::{Item, Plan, each, items, split};
 use std::sync::Arc;
-use tile::Scratch;
 
 pub(super) fn attention<'a, T: Real>(
     tape: &mut Tape<'a, T>,
@@ -87,6 +86,6 @@ pub(super) fn decode<T: Real>(
     let mut entropies = vec![T::ZERO; if reach.windows_n.is_some() { m * spec.heads } else { 0 }];
     let mut plan = Plan::new([q, k, v], q.len() / m, &items, (spec, &reach), table);
     plan.mix(mixture.as_ref().map(|mixture| mixture.gates_nh.data()), mixture.as_ref().map(Mixture::choice));
-    Scratch::with(|scratch| forward(&plan, &items[0], scratch, [&mut out, &mut stats, &mut entropies]));
+    kept::with(|scratch| forward(&plan, &items[0], scratch, [&mut out, &mut stats, &mut entropies]));
     (out, entropies)
 }

@@ -3,8 +3,8 @@
 use super::super::{Attention, Choice, Position, Reach};
 use super::rotary::Rope;
 use super::tile::Scratch;
-use crate::Real;
 use crate::kernels::lanes::{self, PIECE};
+use crate::{Real, kept};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -97,11 +97,11 @@ pub(super) fn each<T: Real, W: Send, R: Send>(
 ) -> Vec<R> {
     let threads = rayon::current_num_threads();
     if plan.pairs < SMALL || work.len() < 2 || threads == 1 {
-        work.into_iter().map(|work| Scratch::with(|scratch| f(scratch, work))).collect()
+        work.into_iter().map(|work| kept::with(|scratch| f(scratch, work))).collect()
     } else {
         // A few pieces a thread: enough to even out long and short documents.
         let piece = (work.len() / (8 * threads)).max(1);
-        work.into_par_iter().with_min_len(piece).map(|work| Scratch::with(|scratch| f(scratch, work))).collect()
+        work.into_par_iter().with_min_len(piece).map(|work| kept::with(|scratch| f(scratch, work))).collect()
     }
 }
 

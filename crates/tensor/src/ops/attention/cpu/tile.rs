@@ -4,14 +4,13 @@ use super::plan::{Cope, Item, Plan};
 use super::rotary::Rope;
 use crate::Real;
 use crate::kernels::lanes::{self, LANES, Lanes, Left, PIECE, Piece, Place};
-use std::any::Any;
-use std::cell::Cell;
 use std::ops::Range;
 
 /// Keys of a block: a block of scores, keys and values fits the first cache.
 const BLOCK: usize = 64;
 
 /// Working memory of a thread: the operands of one item and key/value head, and one tile.
+#[derive(Default)]
 pub(super) struct Scratch<T> {
     /// Query rows of the item, as places in [rows, heads].
     pub rows: Vec<u32>,
@@ -25,6 +24,7 @@ pub(super) struct Scratch<T> {
     pub tile: Tile<T>,
 }
 
+#[derive(Default)]
 pub(super) struct Tile<T> {
     /// Scaled queries and upstream gradients, by column [dh] and by row [lanes, wide pieces].
     pub q: Vec<Lanes<T>>,
@@ -44,6 +44,7 @@ pub(super) struct Tile<T> {
 }
 
 /// q · table for a tile, computed as far as positions reach.
+#[derive(Default)]
 pub(super) struct Bias<T> {
     /// [rows], and for each row (bias, step to the next row; 0 at the last).
     rows: Vec<Lanes<T>>,
@@ -53,29 +54,7 @@ pub(super) struct Bias<T> {
     pub d_rows: Vec<Lanes<T>>,
 }
 
-thread_local! {
-    /// The working memory of the last item, for the next.
-    static KEPT: Cell<Option<Box<dyn Any>>> = const { Cell::new(None) };
-}
-
 impl<T: Real> Scratch<T> {
-    /// Runs `f` with the working memory of this thread.
-    pub(super) fn with<R>(f: impl FnOnce(&mut Self) -> R) -> R {
-        let kept = KEPT.take().and_then(|kept| kept.downcast().ok());
-        let mut scratch = kept.unwrap_or_else(|| Box::new(Self::new()));
-        let result = f(&mut scratch);
-        KEPT.set(Some(scratch));
-        result
-    }
-
-    fn new() -> Self {
-        let [q, d_out, out, s, d] = [(); 5].map(|()| Vec::new());
-        let table = Bias { rows: Vec::new(), z: Vec::new(), dz: Vec::new(), d_rows: Vec::new() };
-        let [q_rows, d_out_rows, out_rows, dk, dv, d_table] = [(); 6].map(|()| Vec::new());
-        let tile = Tile { q, q_rows, d_out, d_out_rows, out, out_rows, s, d, places: Vec::new(), table };
-        Scratch { rows: Vec::new(), k: Vec::new(), v: Vec::new(), dk, dv, d_table, tile }
-    }
-
     /// Copies keys and values of head `kv` that the item sees.
     pub(super) fn pack(&mut self, plan: &Plan<'_, T>, item: &Item, keys: Range<usize>, kv: usize) {
         for (from, to) in [(plan.k, &mut self.k), (plan.v, &mut self.v)] {
