@@ -1,11 +1,10 @@
 //! Dense SwiGLU (Shazeer 2020) as one op: y = W_down (silu(W_gate x) * W_up x), silu(a) = a σ(a), without biases.
 //! x [n, d], gate and up [f, d], down [d, f], y [n, d]. The rows between the products are shared with the experts.
 
-use crate::kernels::gemm::{Matrix, Threads, matmul, matmul_strided};
-use crate::kernels::parallel;
+use crate::kernels::gemm::{Matrix, Packed, Product, Side, grouped};
 use crate::kernels::simd::{self, Kernel, LANES, sigmoid};
 use crate::profile::Cost;
-use crate::{Engine, Param, Real, Tape, Value};
+use crate::{Engine, Param, Real, Tape, Value, kept};
 use rayon::prelude::*;
 
 /// Panics if the shapes differ: they are fixed by the model's configuration, which is validated before.
@@ -26,23 +25,37 @@ pub fn swiglu<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, gate: Param, up
     }
 }
 
+/// Blocks that the rows are cut into, about, and rows of one. A row's result does not depend on its block.
+const BLOCKS: usize = 16;
+const LEAST: usize = 48;
+const MOST: usize = 144;
+
+/// Below this many multiplications one thread is faster than waking the pool.
+const SMALL: usize = 1 << 20;
+
+/// A task takes a block of rows through products and activation while they are in its cache.
 fn cpu<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, gate: Param, up: Param, down: Param) -> Value<T> {
     let (n, d, f, precision) = (x.rows(), gate.width, gate.rows, tape.precision());
-    let weights = [gate, up].map(|p| &tape.param(&p)[..p.len()]);
-    let down_df = &tape.param(&down)[..down.len()];
+    let block = (n / BLOCKS).next_multiple_of(LEAST).clamp(LEAST, MOST);
+    let pool = n * d * f >= SMALL;
+    let weights = [(gate, f, d), (up, f, d), (down, d, f)]
+        .map(|(p, rows, cols)| Matrix::new(&tape.param(&p)[..p.len()], rows, cols));
     // Gate and up pre-activations side by side, as the experts keep them.
-    let mut pre_n2f = tape.arena().take(n * 2 * f);
-    for (half, w_fd) in weights.into_iter().enumerate() {
-        if n > 0 {
-            let (x, w) = (Matrix::new(x.data(), n, d), Matrix::new(w_fd, f, d).t());
-            matmul_strided(precision, &mut pre_n2f[half * f..], 2 * f, x, w, false, Threads::Pool);
-        }
-    }
-    let mut hidden_nf = tape.arena().take(n * f);
-    activate(&pre_n2f, &mut hidden_nf, f);
-    let mut y_nd = tape.arena().take(n * d);
-    matmul(precision, &mut y_nd, Matrix::new(&hidden_nf, n, f), Matrix::new(down_df, d, f).t(), false);
-    drop(hidden_nf); // recomputed from the pre-activations on the way back
+    let (mut pre_n2f, mut y_nd) = (tape.arena().take(n * 2 * f), tape.arena().take(n * d));
+    let sides = weights.map(|w| Side { matrix: w.t(), precision, rows: n });
+    let packed = Packed::new(tape.arena(), sides.to_vec(), pool);
+    let tasks = pre_n2f.chunks_mut(block * 2 * f).zip(y_nd.chunks_mut(block * d)).zip(x.data().chunks(block * d));
+    each(pool, tasks.collect(), |((pre, y), x)| {
+        let x = Matrix::new(x, x.len() / d, d);
+        (0..2).for_each(|half| packed.multiply_strided(half, &mut pre[half * f..], 2 * f, x, false));
+        // Hidden rows stay in the caches of their thread: they are recomputed from the pre-activations on the way back.
+        kept::with(|hidden: &mut Vec<T>| {
+            hidden.resize(pre.len() / 2, T::ZERO);
+            activate_block(pre, hidden, f);
+            packed.multiply(2, y, Matrix::new(hidden, hidden.len() / f, f), false);
+        });
+    });
+    drop(packed);
     let needs_grad = x.needs_grad() || gate.trainable || up.trainable || down.trainable;
     let y = tape.output(y_nd, n, d, needs_grad);
     if y.needs_grad() {
@@ -52,38 +65,56 @@ fn cpu<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, gate: Param, up: Param
             if n == 0 {
                 return;
             }
-            let dy = Matrix::new(&dy_nd, n, d);
-            let mut hidden_nf = grads.arena().take(n * f);
-            matmul(precision, &mut hidden_nf, dy, Matrix::new(down_df, d, f), false);
-            let mut unused_n = grads.arena().take(n);
-            activate_backward(&mut pre_n2f, &mut hidden_nf, f, |_| T::ONE, &mut unused_n);
-            let hidden = Matrix::new(&hidden_nf, n, f);
-            if let Some(ddown_df) = grads.param(&down) {
-                matmul(precision, &mut ddown_df[..d * f], dy.t(), hidden, true);
-            }
-            for (half, p) in [gate, up].into_iter().enumerate() {
-                let dpre = Matrix::strided(&pre_n2f[half * f..], n, f, 2 * f);
-                if let Some(dw_fd) = grads.param(&p) {
-                    matmul(precision, &mut dw_fd[..f * d], dpre.t(), Matrix::new(x.data(), n, d), true);
-                }
-            }
-            for (half, w_fd) in weights.into_iter().enumerate() {
-                let dpre = Matrix::strided(&pre_n2f[half * f..], n, f, 2 * f);
-                grads.write(x.slot(), |dx_nd, accumulate| {
-                    matmul(precision, dx_nd, dpre, Matrix::new(w_fd, f, d), accumulate)
+            let arena = grads.arena().clone();
+            let mut hidden_nf = arena.take(n * f);
+            let sides = weights.map(|w| Side { matrix: w, precision, rows: n });
+            let packed = Packed::new(&arena, sides.to_vec(), pool);
+            let mut back = |dx_nd: &mut [T], accumulate: bool| {
+                let rows = pre_n2f.chunks_mut(block * 2 * f).zip(hidden_nf.chunks_mut(block * f));
+                let mut dx = dx_nd.chunks_mut(block * d);
+                let tasks = rows.zip(dy_nd.chunks(block * d)).map(|rows| (rows, dx.next()));
+                each(pool, tasks.collect(), |(((pre, hidden), dy), dx)| {
+                    let rows = dy.len() / d;
+                    packed.multiply(2, hidden, Matrix::new(dy, rows, d), false);
+                    kept::with(|unused: &mut Vec<T>| {
+                        unused.resize(rows, T::ZERO);
+                        activate_backward_block(pre, hidden, f, |_| T::ONE, unused);
+                    });
+                    if let Some(dx) = dx {
+                        for half in 0..2 {
+                            let dpre = Matrix::strided(&pre[half * f..], rows, f, 2 * f);
+                            packed.multiply(half, dx, dpre, accumulate || half > 0);
+                        }
+                    }
                 });
+            };
+            match x.needs_grad() {
+                true => grads.write(x.slot(), back),
+                false => back(&mut [], false),
             }
+            drop(packed);
+            let (dy, x) = (Matrix::new(&dy_nd, n, d), Matrix::new(x.data(), n, d));
+            let dpre = |half: usize| Matrix::strided(&pre_n2f[half * f..], n, f, 2 * f).t();
+            let sides = [(dpre(0), x), (dpre(1), x), (dy.t(), Matrix::new(&hidden_nf, n, f))];
+            let params = [&gate, &up, &down];
+            let products = grads.params(&params).into_iter().zip(params).zip(sides);
+            let products = products.filter_map(|((dw, p), (a, b))| Some(Product { dst: &mut dw?[..p.len()], a, b }));
+            grouped(precision, products.collect(), true);
         });
     }
     y
 }
 
-/// hidden = silu(a) * u for rows [a | u] of width 2f.
-pub(crate) fn activate<T: Real>(pre_n2f: &[T], hidden_nf: &mut [T], f: usize) {
-    parallel::rows(hidden_nf, f, |t, hidden| activate_block(&pre_n2f[t * 2 * f..(t + 1) * 2 * f], hidden, f));
+/// Runs `f` on every task, side by side where `pool` says so.
+fn each<W: Send>(pool: bool, tasks: Vec<W>, f: impl Fn(W) + Sync + Send) {
+    if pool {
+        tasks.into_par_iter().with_max_len(1).for_each(f);
+    } else {
+        tasks.into_iter().for_each(f);
+    }
 }
 
-/// The same on this thread.
+/// hidden = silu(a) * u for rows [a | u] of width 2f, on this thread.
 pub(crate) fn activate_block<T: Real>(pre_b2f: &[T], hidden_bf: &mut [T], f: usize) {
     for (pre_2f, hidden_f) in pre_b2f.chunks_exact(2 * f).zip(hidden_bf.chunks_exact_mut(f)) {
         simd::dispatch(Activate { pre_2f, hidden_f });
@@ -107,30 +138,9 @@ impl<T: Real> Kernel for Activate<'_, T> {
     }
 }
 
-/// The backward of `activate` for hidden rows that enter the output times `weight(row)`. In: pre-activations, and in `hidden_nf` the gradient of
-/// the unweighted output carried to the hidden rows. Out: `pre_n2f` holds its own gradient, `hidden_nf` weight · silu(a) * u (what the gradient of
-/// W_down is made of), `dweight_n` the gradient of the weights. One σ per number.
-pub(crate) fn activate_backward<T: Real>(
-    pre_n2f: &mut [T],
-    hidden_nf: &mut [T],
-    f: usize,
-    weight: impl Fn(usize) -> T + Sync,
-    dweight_n: &mut [T],
-) {
-    const ROWS: usize = 16; // rows a task takes
-    const SMALL: usize = 8192; // below this many numbers one thread is faster
-    if hidden_nf.len() < SMALL {
-        activate_backward_block(pre_n2f, hidden_nf, f, weight, dweight_n);
-    } else {
-        let blocks = pre_n2f.par_chunks_mut(2 * f * ROWS).zip(hidden_nf.par_chunks_mut(f * ROWS));
-        let blocks = blocks.zip(dweight_n.par_chunks_mut(ROWS)).enumerate();
-        blocks.for_each(|(b, ((pre, hidden), dweight))| {
-            activate_backward_block(pre, hidden, f, |i| weight(b * ROWS + i), dweight);
-        });
-    }
-}
-
-/// The same on this thread.
+/// The backward of `activate_block` for hidden rows that enter the output times `weight(row)`. In: pre-activations, and in `hidden_bf` the gradient of
+/// the unweighted output carried to the hidden rows. Out: `pre_b2f` holds its own gradient, `hidden_bf` weight · silu(a) * u (what the gradient of
+/// W_down is made of), `dweight_b` the gradient of the weights. One σ per number.
 pub(crate) fn activate_backward_block<T: Real>(
     pre_b2f: &mut [T],
     hidden_bf: &mut [T],
@@ -266,10 +276,10 @@ mod tests {
         for scale in [1e4, -1e4] {
             let mut pre = vec![scale as f32, 1.0];
             let mut hidden = vec![0.0f32];
-            activate(&pre, &mut hidden, 1);
+            activate_block(&pre, &mut hidden, 1);
             assert!((hidden[0] - if scale > 0.0 { scale as f32 } else { 0.0 }).abs() < 1e-30);
             let mut back = vec![1.0f32];
-            activate_backward(&mut pre, &mut back, 1, |_| 1.0, &mut [0.0]);
+            activate_backward_block(&mut pre, &mut back, 1, |_| 1.0, &mut [0.0]);
             assert!((pre[0] - if scale > 0.0 { 1.0 } else { 0.0 }).abs() < 1e-30);
         }
     }

@@ -56,9 +56,14 @@ impl<'a, T: Real> Packed<'a, T> {
 
     /// dst [m, n] = a [m, k] · side, or += when `accumulate`, on this thread.
     pub fn multiply(&self, side: usize, dst: &mut [T], a: Matrix<'_, T>, accumulate: bool) {
+        self.multiply_strided(side, dst, self.sides[side].matrix.cols, a, accumulate);
+    }
+
+    /// The same where the rows of dst are `stride` apart.
+    pub fn multiply_strided(&self, side: usize, dst: &mut [T], stride: usize, a: Matrix<'_, T>, accumulate: bool) {
         let Side { matrix: b, precision, .. } = self.sides[side];
-        let Some((right, job)) = self.places[side].zip(job(dst, b.cols, a, b)) else {
-            return matmul_strided(precision, dst, b.cols, a, b, accumulate, Threads::One);
+        let Some((right, job)) = self.places[side].zip(job(dst, stride, a, b)) else {
+            return matmul_strided(precision, dst, stride, a, b, accumulate, Threads::One);
         };
         // SAFETY: as in `new`; `job` checked that dst holds its rows and columns and the operands theirs.
         unsafe {
