@@ -41,7 +41,7 @@ def moe_lab(*arguments: str) -> str:
 
 
 def figures(runs: Path, folder: Path, above: str) -> str:
-    """Copies the figures that have a caption beside the page; their lines. A name that is taken gets that of the runs."""
+    """Copies the figures that have a caption beside the page; their lines. A name above gets that of the runs."""
     lines = []
     for name, caption in CAPTIONS.items():
         if (plot := runs / "plots" / f"{name}.png").exists():
