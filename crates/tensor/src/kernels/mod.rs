@@ -7,3 +7,5 @@ pub mod memory;
 pub mod parallel;
 pub mod peak;
 pub mod simd;
+#[cfg(target_arch = "x86_64")]
+mod turn;

@@ -64,6 +64,33 @@ impl Drop for Done<'_> {
     }
 }
 
+/// Multiplications below which an op is faster on one thread than waking the pool.
+const WORTH: usize = 1 << 20;
+
+/// Whether an op of so many multiplications is worth waking the pool.
+pub fn pays(multiplications: usize) -> bool {
+    multiplications >= WORTH
+}
+
+/// Rows of a task that takes a block of `n` rows through an op's products: about sixteen blocks, each 48 to 144 rows. Threads have no say, so that
+/// they never show in a result.
+pub fn block(n: usize) -> usize {
+    const BLOCKS: usize = 16;
+    (n / BLOCKS).next_multiple_of(LEAST).clamp(LEAST, 144)
+}
+
+/// Rows of the smallest block.
+pub const LEAST: usize = 48;
+
+/// Runs `f` on every task, side by side where `pool` says so.
+pub fn each<W: Send>(pool: bool, tasks: Vec<W>, f: impl Fn(W) + Sync + Send) {
+    if pool {
+        tasks.into_par_iter().with_max_len(1).for_each(f);
+    } else {
+        tasks.into_iter().for_each(f);
+    }
+}
+
 /// Calls `f(row index, row)` for every `width`-long row of `dst`.
 pub fn rows<T: Send>(dst: &mut [T], width: usize, f: impl Fn(usize, &mut [T]) + Sync) {
     if width == 0 {

@@ -50,51 +50,38 @@ fn chains(precision: Precision) -> usize {
     multiply_add()
 }
 
+/// Defines chains of one instruction: `of` makes an operand of a number, `add` a sum of a sum and two operands; `operations` are those of one.
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bf16")]
-fn chains_bf16() -> usize {
-    use std::arch::x86_64::{_mm512_cvtne2ps_pbh, _mm512_dpbf16_ps, _mm512_set1_ps};
-    let ones = _mm512_set1_ps(black_box(1.0));
-    let (a, b) = (_mm512_cvtne2ps_pbh(ones, ones), _mm512_cvtne2ps_pbh(ones, ones));
-    let mut sums = [ones; CHAINS];
-    for _ in 0..ROUNDS {
-        for sum in &mut sums {
-            *sum = _mm512_dpbf16_ps(*sum, a, b);
+macro_rules! chains {
+    ($name:ident, $set:literal, $operations:literal, $sum:ident, $of:expr, $add:expr) => {
+        #[target_feature(enable = $set)]
+        fn $name() -> usize {
+            use std::arch::x86_64::*;
+            let [a, b] = [0.999, 0.001].map(|x: f32| ($of)(black_box(x)));
+            let mut sums = [$sum(black_box(1.0)); CHAINS];
+            for _ in 0..ROUNDS {
+                for sum in &mut sums {
+                    *sum = ($add)(*sum, a, b);
+                }
+            }
+            black_box(&sums);
+            $operations * CHAINS * ROUNDS
         }
-    }
-    black_box(&sums);
-    2 * 32 * CHAINS * ROUNDS
+    };
 }
-
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
-fn chains_avx512() -> usize {
-    use std::arch::x86_64::{_mm512_fmadd_ps, _mm512_set1_ps};
-    let [one, a, b] = [1.0, 0.999, 0.001].map(|x: f32| _mm512_set1_ps(black_box(x)));
-    let mut sums = [one; CHAINS];
-    for _ in 0..ROUNDS {
-        for sum in &mut sums {
-            *sum = _mm512_fmadd_ps(*sum, a, b);
-        }
-    }
-    black_box(&sums);
-    2 * 16 * CHAINS * ROUNDS
-}
-
+chains!(
+    chains_bf16,
+    "avx512f,avx512bf16",
+    64,
+    _mm512_set1_ps,
+    |x| _mm512_cvtne2ps_pbh(_mm512_set1_ps(x), _mm512_set1_ps(x)),
+    |sum, a, b| _mm512_dpbf16_ps(sum, a, b)
+);
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-fn chains_avx2() -> usize {
-    use std::arch::x86_64::{_mm256_fmadd_ps, _mm256_set1_ps};
-    let [one, a, b] = [1.0, 0.999, 0.001].map(|x: f32| _mm256_set1_ps(black_box(x)));
-    let mut sums = [one; CHAINS];
-    for _ in 0..ROUNDS {
-        for sum in &mut sums {
-            *sum = _mm256_fmadd_ps(*sum, a, b);
-        }
-    }
-    black_box(&sums);
-    2 * 8 * CHAINS * ROUNDS
-}
+chains!(chains_avx512, "avx512f", 32, _mm512_set1_ps, |x| _mm512_set1_ps(x), |sum, a, b| _mm512_fmadd_ps(sum, a, b));
+#[cfg(target_arch = "x86_64")]
+chains!(chains_avx2, "avx2,fma", 16, _mm256_set1_ps, |x| _mm256_set1_ps(x), |sum, a, b| _mm256_fmadd_ps(sum, a, b));
 
 fn multiply_add() -> usize {
     const LANES: usize = 4;

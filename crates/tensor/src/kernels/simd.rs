@@ -128,7 +128,13 @@ pub fn dot<T: Real>(a: &[T], b: &[T]) -> T {
     };
     a.iter().zip(b).for_each(|(a, b): (&[T; 2 * LANES], &[T; 2 * LANES])| add(&mut sums, a, b));
     add(&mut sums, a_rest, b_rest);
-    let mut half = LANES;
+    total(sums)
+}
+
+/// Running sums joined, halves onto halves; N is a power of two.
+#[inline(always)]
+pub fn total<T: Real, const N: usize>(mut sums: [T; N]) -> T {
+    let mut half = N / 2;
     while half > 0 {
         for i in 0..half {
             sums[i] += sums[i + half];

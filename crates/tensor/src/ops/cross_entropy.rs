@@ -4,11 +4,11 @@
 //! (1 − s)·onehot + s/v, so that a row's objective is its cross-entropy + s·(logit[target] − mean of its logits).
 
 use crate::kernels::gemm::{Matrix, Packed, Side, matmul};
+use crate::kernels::parallel;
 use crate::kernels::simd::{self, Kernel, exp};
 use crate::profile::{Cost, Work};
 use crate::{Buffer, Engine, Param, Real, Tape, Value};
 use candle_core::{D, Device, Tensor};
-use rayon::prelude::*;
 use std::sync::Arc;
 
 /// Logits that live at one time, in numbers.
@@ -16,11 +16,6 @@ const CHUNK: usize = 1 << 19;
 
 /// Rows of a chunk at least: fewer would read W too often.
 const LEAST: usize = 256;
-
-/// Blocks that a chunk's rows are cut into, about, and rows of one. Fixed: threads never show in the result.
-const BLOCKS: usize = 16;
-const ROWS: usize = 48;
-const MOST: usize = 144;
 
 /// Running sums of a row.
 const SUMS: usize = 16;
@@ -73,27 +68,25 @@ pub fn smoothed<'a, T: Real>(
     let packed = Packed::new(tape.arena(), if needs { vec![side(w.t()), side(w)] } else { vec![side(w.t())] }, true);
     for start in (0..n).step_by(rows.max(1)) {
         let c = rows.min(n - start);
-        let block = (c / BLOCKS).next_multiple_of(ROWS).clamp(ROWS, MOST);
+        let block = parallel::block(c);
         let (x_cd, logits_cv) = (&x.data()[start * d..(start + c) * d], &mut logits[..c * v]);
         let dx_cd = dx_nd.as_mut().map_or(&mut [][..], |dx_nd| &mut dx_nd[start * d..(start + c) * d]);
         let blocks = losses_n[start..start + c].chunks_mut(block).zip(logits_cv.chunks_mut(block * v));
         let mut dx_blocks = dx_cd.chunks_mut(block * d);
         let blocks = blocks.zip(x_cd.chunks(block * d)).map(|part| (part, dx_blocks.next()));
-        blocks.enumerate().collect::<Vec<_>>().into_par_iter().with_max_len(1).for_each(
-            |(b, (((losses, logits_bv), x_bd), dx_bd))| {
-                let rows = losses.len();
-                packed.multiply(0, logits_bv, Matrix::new(x_bd, rows, d), false);
-                for (i, (loss, row_v)) in losses.iter_mut().zip(logits_bv.chunks_mut(v)).enumerate() {
-                    let t = start + b * block + i;
-                    let (target, share) = (targets.ids_n[t] as usize, T::from_f64(share_n[t]));
-                    let share = needs.then_some(share);
-                    *loss = simd::dispatch(Row { row_v, target, share, smoothing: T::from_f64(smoothing) });
-                }
-                if let Some(dx_bd) = dx_bd {
-                    packed.multiply(1, dx_bd, Matrix::new(logits_bv, rows, v), false);
-                }
-            },
-        );
+        parallel::each(true, blocks.enumerate().collect(), |(b, (((losses, logits_bv), x_bd), dx_bd))| {
+            let rows = losses.len();
+            packed.multiply(0, logits_bv, Matrix::new(x_bd, rows, d), false);
+            for (i, (loss, row_v)) in losses.iter_mut().zip(logits_bv.chunks_mut(v)).enumerate() {
+                let t = start + b * block + i;
+                let (target, share) = (targets.ids_n[t] as usize, T::from_f64(share_n[t]));
+                let share = needs.then_some(share);
+                *loss = simd::dispatch(Row { row_v, target, share, smoothing: T::from_f64(smoothing) });
+            }
+            if let Some(dx_bd) = dx_bd {
+                packed.multiply(1, dx_bd, Matrix::new(logits_bv, rows, v), false);
+            }
+        });
         if let Some(dw_vd) = &mut dw_vd {
             let (dlogits, x_cd) = (Matrix::new(&logits[..c * v], c, v), Matrix::new(x_cd, c, d));
             matmul(precision, dw_vd, dlogits.t(), x_cd, start > 0);

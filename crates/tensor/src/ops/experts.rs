@@ -8,7 +8,6 @@ use crate::ops::swiglu::{activate_backward_block, activate_block};
 use crate::profile::Cost;
 use crate::{Arena, Engine, Param, Precision, Real, Tape, Value, kept};
 use candle_core::{Device, Tensor};
-use rayon::prelude::*;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -145,12 +144,12 @@ impl Sorted {
 
     /// The segments of some experts cut into blocks of about equal length. A row's result does not depend on its block.
     fn blocks(&self, experts: &Range<usize>) -> Vec<Block> {
-        let most = (self.places(experts).len() / BLOCKS).next_multiple_of(LEAST).clamp(LEAST, MOST);
+        let most = parallel::block(self.places(experts).len());
         let mut blocks = Vec::new();
         for expert in experts.clone() {
             let span = &self.offsets_e1[expert..expert + 2];
             let len = span[1] - span[0];
-            let size = len.div_ceil(len.div_ceil(most).max(1)).next_multiple_of(LEAST / 2).max(1);
+            let size = len.div_ceil(len.div_ceil(most).max(1)).next_multiple_of(parallel::LEAST / 2).max(1);
             let starts = (span[0]..span[1]).step_by(size);
             blocks.extend(starts.map(|start| Block { expert, places: start..span[1].min(start + size) }));
         }
@@ -236,16 +235,8 @@ impl Sorted {
     }
 }
 
-/// Blocks that a layer's rows are cut into, about; rows of one.
-const BLOCKS: usize = 16;
-const LEAST: usize = 48;
-const MOST: usize = 144;
-
 /// Rows of a wave at least, for each thread.
 const WAVE: usize = 512;
-
-/// Below this many multiplications one thread is faster than waking the pool.
-const SMALL: usize = 1 << 20;
 
 /// Some rows of one expert, as places in sorted order.
 struct Block {
@@ -262,16 +253,6 @@ fn split<'s, T>(blocks: &[Block], mut data: &'s mut [T], width: usize) -> Vec<&'
         data = rest;
     }
     parts
-}
-
-/// Runs `f` on every block with its parts of some arrays, side by side if there is enough to do.
-fn each<P: Send>(blocks: &[Block], work: usize, parts: impl Iterator<Item = P>, f: impl Fn(&Block, P) + Sync) {
-    let work_of: Vec<(&Block, P)> = blocks.iter().zip(parts).collect();
-    if work < SMALL {
-        work_of.into_iter().for_each(|(block, part)| f(block, part));
-    } else {
-        work_of.into_par_iter().with_max_len(1).for_each(|(block, part)| f(block, part));
-    }
 }
 
 /// The matrices of a stacked weight [e, rows, cols], or their transposes, as right sides of the products of their experts' rows.
@@ -309,10 +290,10 @@ fn cpu<'a, T: Real>(
     // The right sides of both stacks: gate and up of every expert, then down of every expert.
     let pack = move |arena: &Arena<T>, sorted: &Sorted, transpose: bool| {
         let all = stacks.iter().flat_map(|(param, data)| sides(param, data, sorted, transpose, precision));
-        Packed::new(arena, all.collect(), s * d * g >= SMALL)
+        Packed::new(arena, all.collect(), parallel::pays(s * d * g))
     };
     let packed = pack(tape.arena(), &sorted, true);
-    each(&blocks, s * d * g, parts, |block, (rows, pre)| {
+    parallel::each(parallel::pays(s * d * g), blocks.iter().zip(parts).collect(), |(block, (rows, pre))| {
         let n = block.places.len();
         sorted.gather(block, rows, x.data(), d);
         packed.multiply(block.expert, pre, Matrix::new(rows, n, d), false);
@@ -352,19 +333,24 @@ fn cpu<'a, T: Real>(
                 let parts = parts.zip(split(&blocks, &mut dx_sd[places.start * d..places.end * d], d));
                 let parts = parts.zip(split(&blocks, pre_w2g, 2 * g)).zip(split(&blocks, hidden_wg, g));
                 let parts = parts.zip(split(&blocks, &mut dweights_s[places], 1));
-                each(&blocks, w * d * g, parts, |block, (((((dy, x_rows), dx), pre), hidden), dweights)| {
-                    let n = block.places.len();
-                    sorted.gather(block, dy, &dy_nd, d);
-                    packed.multiply(experts + block.expert, hidden, Matrix::new(dy, n, d), false);
-                    let weight = |i: usize| weights[sorted.assignments_s[block.places.start + i] as usize];
-                    activate_backward_block(pre, hidden, g, weight, dweights);
-                    if gate_up.trainable {
-                        sorted.gather(block, x_rows, x.data(), d);
-                    }
-                    if x.needs_grad() {
-                        packed.multiply(block.expert, dx, Matrix::new(pre, n, 2 * g), false);
-                    }
-                });
+                let tasks = blocks.iter().zip(parts).collect();
+                parallel::each(
+                    parallel::pays(w * d * g),
+                    tasks,
+                    |(block, (((((dy, x_rows), dx), pre), hidden), dweights))| {
+                        let n = block.places.len();
+                        sorted.gather(block, dy, &dy_nd, d);
+                        packed.multiply(experts + block.expert, hidden, Matrix::new(dy, n, d), false);
+                        let weight = |i: usize| weights[sorted.assignments_s[block.places.start + i] as usize];
+                        activate_backward_block(pre, hidden, g, weight, dweights);
+                        if gate_up.trainable {
+                            sorted.gather(block, x_rows, x.data(), d);
+                        }
+                        if x.needs_grad() {
+                            packed.multiply(block.expert, dx, Matrix::new(pre, n, 2 * g), false);
+                        }
+                    },
+                );
                 let mut products = Vec::new();
                 let sides = [(&down, (&*dy_wd, &*hidden_wg)), (&gate_up, (&*pre_w2g, &*x_wd))];
                 for (dw, (param, rows)) in grads.params(&[&down, &gate_up]).into_iter().zip(sides) {

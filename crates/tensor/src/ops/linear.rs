@@ -1,9 +1,9 @@
 //! y = x Wᵀ, without bias. x [n, d], W [f, d], y [n, f]; also several weights at once that read the same x.
 
 use crate::kernels::gemm::{Matrix, Packed, Product, Side, grouped};
+use crate::kernels::parallel;
 use crate::profile::{Cost, Work};
 use crate::{Engine, Param, Precision, Real, Tape, Value};
-use rayon::prelude::*;
 
 /// Panics if the widths differ: shapes are fixed by the model's configuration, which is validated before.
 pub fn linear<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, weight: Param) -> Value<T> {
@@ -39,37 +39,20 @@ fn cost<T: Real>(x: &Value<T>, weights: &[(Param, Precision)]) -> Cost {
     sum
 }
 
-/// Blocks that the rows are cut into, about, and rows of one. Fixed, so that threads never show in the result.
-const BLOCKS: usize = 16;
-const LEAST: usize = 48;
-const MOST: usize = 144;
-
-/// Below this many multiplications one thread is faster than waking the pool.
-const SMALL: usize = 1 << 20;
-
-/// Runs `f` on every task, side by side if there is enough to do.
-fn each<W: Send>(work: usize, tasks: Vec<W>, f: impl Fn(W) + Sync + Send) {
-    if work < SMALL {
-        tasks.into_iter().for_each(f);
-    } else {
-        tasks.into_par_iter().with_max_len(1).for_each(f);
-    }
-}
-
 fn cpu<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, weights: &[(Param, Precision)]) -> Vec<Value<T>> {
     let (n, d) = (x.rows(), x.width());
-    let block = (n / BLOCKS).next_multiple_of(LEAST).clamp(LEAST, MOST);
+    let block = parallel::block(n);
     let weights: Vec<Weight<'a, T>> = weights
         .iter()
         .map(|&(param, precision)| Weight { param, data: &tape.param(&param)[..param.len()], precision })
         .collect();
-    let work = n * d * weights.iter().map(|weight| weight.param.rows).sum::<usize>();
+    let pool = parallel::pays(n * d * weights.iter().map(|weight| weight.param.rows).sum::<usize>());
     let mut outputs: Vec<_> = weights.iter().map(|weight| tape.arena().take(n * weight.param.rows)).collect();
     let mut rows: Vec<_> =
         outputs.iter_mut().zip(&weights).map(|(y, weight)| y.chunks_mut(block * weight.param.rows)).collect();
     let tasks = x.data().chunks(block * d).map(|x| (x, rows.iter_mut().filter_map(Iterator::next).collect::<Vec<_>>()));
-    let packed = Packed::new(tape.arena(), weights.iter().map(|weight| weight.side(n, true)).collect(), work >= SMALL);
-    each(work, tasks.collect(), |(x, rows)| {
+    let packed = Packed::new(tape.arena(), weights.iter().map(|weight| weight.side(n, true)).collect(), pool);
+    parallel::each(pool, tasks.collect(), |(x, rows)| {
         rows.into_iter().enumerate().for_each(|(i, y)| packed.multiply(i, y, Matrix::new(x, x.len() / d, d), false));
     });
     drop((rows, packed));
@@ -98,9 +81,9 @@ fn cpu<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, weights: &[(Param, Pre
             let arena = grads.arena().clone();
             grads.write(x.slot(), |dx_nd, accumulate| {
                 let sides = upstream.iter().map(|(weight, _)| weight.side(n, false)).collect();
-                let packed = Packed::new(&arena, sides, work >= SMALL);
+                let packed = Packed::new(&arena, sides, pool);
                 let tasks = dx_nd.chunks_mut(block * d).enumerate().collect();
-                each(work, tasks, |(b, dx): (usize, &mut [T])| {
+                parallel::each(pool, tasks, |(b, dx): (usize, &mut [T])| {
                     let rows = dx.len() / d;
                     for (i, (weight, dy_nf)) in upstream.iter().enumerate() {
                         let f = weight.param.rows;

@@ -1,7 +1,7 @@
 //! y = g∘x / √(mean x² + ε), row by row (Zhang & Sennrich 2019). x [n, d], g [d].
 //! dx = g∘dy/r − x·Σ(g∘dy∘x)/(d r³); dg = Σ_t dy∘x/r.
 
-use crate::kernels::simd::{self, Kernel};
+use crate::kernels::simd::{self, Kernel, total};
 use crate::profile::Cost;
 use crate::tape::add;
 use crate::{Engine, Param, Real, Tape, Value};
@@ -148,19 +148,6 @@ impl<T: Real> Kernel for Backward<'_, T> {
             }
         }
     }
-}
-
-/// The running sums joined, halves onto halves.
-#[inline(always)]
-fn total<T: Real>(mut sums: [T; SUMS]) -> T {
-    let mut half = SUMS / 2;
-    while half > 0 {
-        for i in 0..half {
-            sums[i] += sums[i + half];
-        }
-        half /= 2;
-    }
-    sums[0]
 }
 
 #[cfg(test)]

@@ -2,10 +2,10 @@
 //! x [n, d], gate and up [f, d], down [d, f], y [n, d]. The rows between the products are shared with the experts.
 
 use crate::kernels::gemm::{Matrix, Packed, Product, Side, grouped};
+use crate::kernels::parallel;
 use crate::kernels::simd::{self, Kernel, LANES, sigmoid};
 use crate::profile::Cost;
 use crate::{Engine, Param, Real, Tape, Value, kept};
-use rayon::prelude::*;
 
 /// Panics if the shapes differ: they are fixed by the model's configuration, which is validated before.
 pub fn swiglu<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, gate: Param, up: Param, down: Param) -> Value<T> {
@@ -25,19 +25,10 @@ pub fn swiglu<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, gate: Param, up
     }
 }
 
-/// Blocks that the rows are cut into, about, and rows of one. A row's result does not depend on its block.
-const BLOCKS: usize = 16;
-const LEAST: usize = 48;
-const MOST: usize = 144;
-
-/// Below this many multiplications one thread is faster than waking the pool.
-const SMALL: usize = 1 << 20;
-
 /// A task takes a block of rows through products and activation while they are in its cache.
 fn cpu<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, gate: Param, up: Param, down: Param) -> Value<T> {
     let (n, d, f, precision) = (x.rows(), gate.width, gate.rows, tape.precision());
-    let block = (n / BLOCKS).next_multiple_of(LEAST).clamp(LEAST, MOST);
-    let pool = n * d * f >= SMALL;
+    let (block, pool) = (parallel::block(n), parallel::pays(n * d * f));
     let weights = [(gate, f, d), (up, f, d), (down, d, f)]
         .map(|(p, rows, cols)| Matrix::new(&tape.param(&p)[..p.len()], rows, cols));
     // Gate and up pre-activations side by side, as the experts keep them.
@@ -45,7 +36,7 @@ fn cpu<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, gate: Param, up: Param
     let sides = weights.map(|w| Side { matrix: w.t(), precision, rows: n });
     let packed = Packed::new(tape.arena(), sides.to_vec(), pool);
     let tasks = pre_n2f.chunks_mut(block * 2 * f).zip(y_nd.chunks_mut(block * d)).zip(x.data().chunks(block * d));
-    each(pool, tasks.collect(), |((pre, y), x)| {
+    parallel::each(pool, tasks.collect(), |((pre, y), x)| {
         let x = Matrix::new(x, x.len() / d, d);
         (0..2).for_each(|half| packed.multiply_strided(half, &mut pre[half * f..], 2 * f, x, false));
         // Hidden rows stay in the caches of their thread: they are recomputed from the pre-activations on the way back.
@@ -73,7 +64,7 @@ fn cpu<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, gate: Param, up: Param
                 let rows = pre_n2f.chunks_mut(block * 2 * f).zip(hidden_nf.chunks_mut(block * f));
                 let mut dx = dx_nd.chunks_mut(block * d);
                 let tasks = rows.zip(dy_nd.chunks(block * d)).map(|rows| (rows, dx.next()));
-                each(pool, tasks.collect(), |(((pre, hidden), dy), dx)| {
+                parallel::each(pool, tasks.collect(), |(((pre, hidden), dy), dx)| {
                     let rows = dy.len() / d;
                     packed.multiply(2, hidden, Matrix::new(dy, rows, d), false);
                     kept::with(|unused: &mut Vec<T>| {
@@ -103,15 +94,6 @@ fn cpu<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, gate: Param, up: Param
         });
     }
     y
-}
-
-/// Runs `f` on every task, side by side where `pool` says so.
-fn each<W: Send>(pool: bool, tasks: Vec<W>, f: impl Fn(W) + Sync + Send) {
-    if pool {
-        tasks.into_par_iter().with_max_len(1).for_each(f);
-    } else {
-        tasks.into_iter().for_each(f);
-    }
 }
 
 /// hidden = silu(a) * u for rows [a | u] of width 2f, on this thread.

@@ -24,8 +24,6 @@ mod tests;
 
 #[cfg(target_arch = "x86_64")]
 pub(super) use amx::chains as tile_chains;
-#[cfg(target_arch = "x86_64")]
-pub(super) use wide::transposed;
 
 pub use packed::{Packed, Side};
 

@@ -1,0 +1,43 @@
+//! Elements of four bytes turned in registers (AVX-512).
+#![allow(unsafe_code)]
+
+use std::arch::x86_64::*;
+
+/// Quarters of vectors taken in the order of four lanes.
+macro_rules! quarters {
+    ($a:expr, $b:expr, $order:literal) => {
+        _mm512_shuffle_i32x4::<$order>($a, $b)
+    };
+}
+
+/// Four by four elements turned in every quarter of four vectors.
+#[target_feature(enable = "avx512f")]
+#[inline]
+pub fn turned_quarters(x: [__m512i; 4]) -> [__m512i; 4] {
+    let low = [_mm512_unpacklo_epi32(x[0], x[1]), _mm512_unpacklo_epi32(x[2], x[3])];
+    let high = [_mm512_unpackhi_epi32(x[0], x[1]), _mm512_unpackhi_epi32(x[2], x[3])];
+    [
+        _mm512_unpacklo_epi64(low[0], low[1]),
+        _mm512_unpackhi_epi64(low[0], low[1]),
+        _mm512_unpacklo_epi64(high[0], high[1]),
+        _mm512_unpackhi_epi64(high[0], high[1]),
+    ]
+}
+
+/// Sixteen by sixteen elements.
+#[target_feature(enable = "avx512f")]
+#[inline]
+pub fn transposed(x: [__m512i; 16]) -> [__m512i; 16] {
+    // Quarter q of y[g][i] is row 4q + i of columns 4g..4g + 4.
+    let y: [[__m512i; 4]; 4] = [0, 4, 8, 12].map(|g| turned_quarters([x[g], x[g + 1], x[g + 2], x[g + 3]]));
+    let mut rows = [_mm512_setzero_si512(); 16];
+    for i in 0..4 {
+        let (a, b) = (quarters!(y[0][i], y[1][i], 0x88), quarters!(y[2][i], y[3][i], 0x88)); // quarters 0 and 2
+        let (c, d) = (quarters!(y[0][i], y[1][i], 0xdd), quarters!(y[2][i], y[3][i], 0xdd)); // quarters 1 and 3
+        rows[i] = quarters!(a, b, 0x88);
+        rows[8 + i] = quarters!(a, b, 0xdd);
+        rows[4 + i] = quarters!(c, d, 0x88);
+        rows[12 + i] = quarters!(c, d, 0xdd);
+    }
+    rows
+}
