@@ -141,6 +141,13 @@ def test_nine_models_are_told_apart_and_their_ends_stand_above_the_floor(frame: 
         assert end[name].get_ydata()[-1] == pytest.approx(loss - 0.17)
 
 
+def test_a_shorter_model_shows_its_own_end_beside_a_longer_one(frame: pl.DataFrame, tmp_path: Path) -> None:
+    longer = frames.read_metrics(write(tmp_path / "longer", Story(epochs=12, trained=12)))
+    ends = plots.comparisons({"short": [frame], "long": [longer]})["loss"].axes[1]
+    shown = {str(line.get_label()).partition(":")[0]: list(line.get_xdata()) for line in ends.get_lines()}
+    assert shown["short"] == [10, 11, 12] and shown["long"] == list(range(19, 25))
+
+
 def test_a_model_has_one_colour_in_all_figures(frame: pl.DataFrame, tmp_path: Path) -> None:
     dense = frames.read_metrics(write(tmp_path / "dense", Story(DENSE, epochs=6, trained=6)))
     colours = [

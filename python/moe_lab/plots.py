@@ -219,17 +219,15 @@ def _over_seeds(runs: Sequence[Rows], name: str) -> Rows:
 
 
 def _ends(models: Mapping[str, Sequence[Rows]], name: str, floor: str) -> dict[str, list[Rows]]:
-    """The second half of the last phase with the excess over each run's own floor; {} where no floor is known."""
-    rows, x = _longest(run for runs in models.values() for run in runs)
-    last = rows.filter(pl.col("phase") == pl.col("phase").last())[x]
-    begin = last[len(last) // 2] if x == "index" else None
-    found = {label: [(_end(rows, begin, name, floor), x) for rows, x in runs] for label, runs in models.items()}
+    """The second half of each run's last phase with the excess over its own floor; {} where no floor is known."""
+    found = {label: [(_end(rows, x, name, floor), x) for rows, x in runs] for label, runs in models.items()}
     return found if any(rows.height for runs in found.values() for rows, _ in runs) else {}
 
 
-def _end(rows: pl.DataFrame, begin: int | None, name: str, floor: str) -> pl.DataFrame:
+def _end(rows: pl.DataFrame, x: str, name: str, floor: str) -> pl.DataFrame:
+    last = rows.filter(pl.col("phase") == pl.col("phase").last())[x]
     known = rows.filter(_known_mask(rows, name) & _known_mask(rows, floor))
-    late = known.filter(pl.col("index") >= begin) if begin and "index" in known.columns else known.clear()
+    late = known.filter(pl.col(x) >= last[len(last) // 2]) if x == "index" and len(last) else known.clear()
     return late.with_columns((_column(late, name) - _column(late, floor)).alias(EXCESS))
 
 
