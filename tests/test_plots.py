@@ -145,7 +145,8 @@ def test_a_shorter_model_shows_its_own_end_beside_a_longer_one(frame: pl.DataFra
     longer = frames.read_metrics(write(tmp_path / "longer", Story(epochs=12, trained=12)))
     ends = plots.comparisons({"short": [frame], "long": [longer]})["loss"].axes[1]
     shown = {str(line.get_label()).partition(":")[0]: list(line.get_xdata()) for line in ends.get_lines()}
-    assert shown["short"] == [10, 11, 12] and shown["long"] == list(range(19, 25))
+    assert shown["short"] == [10, 11, 12]
+    assert shown["long"] == list(range(19, 25))
 
 
 def test_a_model_has_one_colour_in_all_figures(frame: pl.DataFrame, tmp_path: Path) -> None:
