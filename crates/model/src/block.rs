@@ -396,9 +396,9 @@ impl Block {
                 let (shape, inputs) =
                     ((q.rows(), cache.keys.len() / k.width()), [q.data(), &cache.keys[..], &cache.values[..]]);
                 let (rows, breadth_n) = match &windows {
-                    None => (decode(inputs, shape, spec, mixture, table), None),
+                    None => (decode(inputs, shape, spec, mixture, table, precision), None),
                     Some(windows_m) => {
-                        let (rows, breadth_m) = decode_within(inputs, shape, spec, mixture, table, windows_m);
+                        let (rows, breadth_m) = decode_within(inputs, shape, spec, mixture, (table, precision), windows_m);
                         (rows, Some(breadth_m))
                     }
                 };

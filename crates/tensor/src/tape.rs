@@ -118,6 +118,11 @@ impl<'a, T: Real> Tape<'a, T> {
     }
 
     /// How the products of ops multiply; ops in f64 ignore it.
+    #[cfg(test)]
+    pub fn set_precision(&mut self, precision: Precision) {
+        self.precision = precision;
+    }
+
     pub fn precision(&self) -> Precision {
         self.precision
     }

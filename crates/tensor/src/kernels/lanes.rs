@@ -4,6 +4,7 @@
 #![allow(unsafe_code)]
 #![allow(clippy::needless_range_loop)] // arrays of lanes side by side
 
+pub mod narrow;
 #[cfg(target_arch = "x86_64")]
 mod wide;
 
@@ -614,19 +615,26 @@ fn put<T: Real, F: Fuse>(to: &mut Lanes<[T; 2]>, first: &Lanes<T>, second: &Lane
     }
 }
 
-/// Lanes of T, which is f32, as what they are.
-#[cfg(target_arch = "x86_64")]
-fn narrowed<T: Real>(x: &[Lanes<T>]) -> &[Lanes<f32>] {
-    assert!(TypeId::of::<T>() == TypeId::of::<f32>());
-    // SAFETY: T is f32.
+/// Numbers of T, which is U, as what they are.
+fn same<T: 'static, U: 'static>(x: &[T]) -> &[U] {
+    assert!(TypeId::of::<T>() == TypeId::of::<U>());
+    // SAFETY: T is U.
     unsafe { std::slice::from_raw_parts(x.as_ptr().cast(), x.len()) }
 }
 
-#[cfg(target_arch = "x86_64")]
-fn narrowed_mut<T: Real>(x: &mut [Lanes<T>]) -> &mut [Lanes<f32>] {
-    assert!(TypeId::of::<T>() == TypeId::of::<f32>());
-    // SAFETY: T is f32.
+fn same_mut<T: 'static, U: 'static>(x: &mut [T]) -> &mut [U] {
+    assert!(TypeId::of::<T>() == TypeId::of::<U>());
+    // SAFETY: T is U; the borrow is exclusive.
     unsafe { std::slice::from_raw_parts_mut(x.as_mut_ptr().cast(), x.len()) }
+}
+
+/// Lanes of T, which is f32, as what they are.
+fn narrowed<T: Real>(x: &[Lanes<T>]) -> &[Lanes<f32>] {
+    same(x)
+}
+
+fn narrowed_mut<T: Real>(x: &mut [Lanes<T>]) -> &mut [Lanes<f32>] {
+    same_mut(x)
 }
 
 #[inline(always)]
@@ -673,6 +681,6 @@ fn exp_f32<F: Fuse>(x: f32) -> f32 {
 #[inline(always)]
 fn sigmoid<T: Real, F: Fuse>(x: T) -> T {
     let positive = x >= T::ZERO;
-    let e = exp::<T, F>(if positive { -x } else { x });
+    let e = exp::<T, F>(-x.abs()); // one exponential: of a choice between two the compiler computes both
     (if positive { T::ONE } else { e }) / (T::ONE + e)
 }

@@ -156,10 +156,14 @@ impl Sorted {
         blocks
     }
 
-    /// Rows of the tokens of a block.
-    fn gather<T: Real>(&self, block: &Block, dst: &mut [T], rows_nd: &[T], d: usize) {
-        for (row, &t) in dst.chunks_exact_mut(d).zip(&self.tokens_s[block.places.clone()]) {
-            row.copy_from_slice(&rows_nd[t as usize * d..(t as usize + 1) * d]);
+    /// The rows of some places, `width` numbers each.
+    fn matrix<'s, T: Real>(&'s self, rows: Rows<'s, T>, places: &Range<usize>, width: usize) -> Matrix<'s, T> {
+        match rows {
+            Rows::Tokens(rows) => Matrix::gathered(rows, width, &self.tokens_s[places.clone()]),
+            Rows::Sorted(rows, first) => {
+                let span = (places.start - first) * width..(places.end - first) * width;
+                Matrix::new(&rows[span], places.len(), width)
+            }
         }
     }
 
@@ -212,27 +216,31 @@ impl Sorted {
         self.offsets_e1[experts.start]..self.offsets_e1[experts.end]
     }
 
-    /// The products of dW_e += (left rows of its segment)ᵀ · (right rows of its segment) for each of the experts that has tokens. The rows are those
-    /// of all these experts, dw the matrices of all experts.
+    /// The products of dW_e += (left rows of its places)ᵀ · (right rows of its places) for each of the experts that has tokens; dw are the matrices of
+    /// all experts.
     fn weight_gradients<'s, T: Real>(
-        &self,
+        &'s self,
         products: &mut Vec<Product<'s, T>>,
         experts: &Range<usize>,
         dw: &'s mut [T],
         weight: &Param,
-        (left, right): (&'s [T], &'s [T]),
+        (left, right): (Rows<'s, T>, Rows<'s, T>),
     ) {
-        let (rows, cols) = (weight.rows, weight.width);
-        let first = self.offsets_e1[experts.start];
         let spans = self.offsets_e1[experts.start..=experts.end].windows(2);
         let matrices = dw.chunks_mut(weight.stride).skip(experts.start);
         for (span, dw) in spans.zip(matrices).filter(|(w, _)| w[0] < w[1]) {
-            let (start, end, k) = (span[0] - first, span[1] - first, span[1] - span[0]);
-            let left = Matrix::new(&left[start * rows..end * rows], k, rows);
-            let right = Matrix::new(&right[start * cols..end * cols], k, cols);
+            let places = span[0]..span[1];
+            let (left, right) = (self.matrix(left, &places, weight.rows), self.matrix(right, &places, weight.width));
             products.push(Product { dst: &mut dw[..weight.len()], a: left.t(), b: right });
         }
     }
+}
+
+/// Rows of an array: of the tokens at their places, or one for each place from one on.
+#[derive(Clone, Copy)]
+enum Rows<'s, T> {
+    Tokens(&'s [T]),
+    Sorted(&'s [T], usize),
 }
 
 /// Rows of a wave at least, for each thread.
@@ -295,8 +303,7 @@ fn cpu<'a, T: Real>(
     let packed = pack(tape.arena(), &sorted, true);
     parallel::each(parallel::pays(s * d * g), blocks.iter().zip(parts).collect(), |(block, (rows, pre))| {
         let n = block.places.len();
-        sorted.gather(block, rows, x.data(), d);
-        packed.multiply(block.expert, pre, Matrix::new(rows, n, d), false);
+        packed.multiply(block.expert, pre, sorted.matrix(Rows::Tokens(x.data()), &block.places, d), false);
         // Hidden rows stay in the caches of their thread: they are recomputed from the pre-activations on the way back.
         kept::with(|hidden: &mut Vec<T>| {
             hidden.resize(n * g, T::ZERO);
@@ -320,39 +327,36 @@ fn cpu<'a, T: Real>(
             // dw_a = dy·(W_down h) = (W_downᵀ dy)·h: the expert outputs are not needed, the hidden rows are recomputed in passing.
             let waves = sorted.waves();
             let longest = waves.iter().map(|wave| sorted.places(wave).len()).max().unwrap_or(0);
-            let [mut dy_wd, mut x_wd] = [(); 2].map(|()| arena.take(longest * d));
             let mut hidden_wg = arena.take(longest * g);
             let (mut dx_sd, mut dweights_s) = (arena.take(s * d), arena.take(s));
             let packed = pack(&arena, &sorted, false);
             for wave in waves {
                 let places = sorted.places(&wave);
                 let (blocks, w) = (sorted.blocks(&wave), places.len());
-                let (dy_wd, x_wd, hidden_wg) = (&mut dy_wd[..w * d], &mut x_wd[..w * d], &mut hidden_wg[..w * g]);
-                let pre_w2g = &mut pre_s2g[places.start * 2 * g..places.end * 2 * g];
-                let parts = split(&blocks, dy_wd, d).into_iter().zip(split(&blocks, x_wd, d));
-                let parts = parts.zip(split(&blocks, &mut dx_sd[places.start * d..places.end * d], d));
+                let first = places.start;
+                let hidden_wg = &mut hidden_wg[..w * g];
+                let pre_w2g = &mut pre_s2g[first * 2 * g..places.end * 2 * g];
+                let parts = split(&blocks, &mut dx_sd[first * d..places.end * d], d).into_iter();
                 let parts = parts.zip(split(&blocks, pre_w2g, 2 * g)).zip(split(&blocks, hidden_wg, g));
                 let parts = parts.zip(split(&blocks, &mut dweights_s[places], 1));
                 let tasks = blocks.iter().zip(parts).collect();
                 parallel::each(
                     parallel::pays(w * d * g),
                     tasks,
-                    |(block, (((((dy, x_rows), dx), pre), hidden), dweights))| {
+                    |(block, (((dx, pre), hidden), dweights))| {
                         let n = block.places.len();
-                        sorted.gather(block, dy, &dy_nd, d);
-                        packed.multiply(experts + block.expert, hidden, Matrix::new(dy, n, d), false);
+                        let dy = sorted.matrix(Rows::Tokens(&dy_nd), &block.places, d);
+                        packed.multiply(experts + block.expert, hidden, dy, false);
                         let weight = |i: usize| weights[sorted.assignments_s[block.places.start + i] as usize];
                         activate_backward_block(pre, hidden, g, weight, dweights);
-                        if gate_up.trainable {
-                            sorted.gather(block, x_rows, x.data(), d);
-                        }
                         if x.needs_grad() {
                             packed.multiply(block.expert, dx, Matrix::new(pre, n, 2 * g), false);
                         }
                     },
                 );
                 let mut products = Vec::new();
-                let sides = [(&down, (&*dy_wd, &*hidden_wg)), (&gate_up, (&*pre_w2g, &*x_wd))];
+                let (hidden, pre) = (Rows::Sorted(hidden_wg, first), Rows::Sorted(pre_w2g, first));
+                let sides = [(&down, (Rows::Tokens(&dy_nd), hidden)), (&gate_up, (pre, Rows::Tokens(x.data())))];
                 for (dw, (param, rows)) in grads.params(&[&down, &gate_up]).into_iter().zip(sides) {
                     if let Some(dw) = dw {
                         sorted.weight_gradients(&mut products, &wave, dw, param, rows);

@@ -1,6 +1,6 @@
 //! y = x Wᵀ, without bias. x [n, d], W [f, d], y [n, f]; also several weights at once that read the same x.
 
-use crate::kernels::gemm::{Matrix, Packed, Product, Side, grouped};
+use crate::kernels::gemm::{Matrix, Packed, Product, Side, To, grouped};
 use crate::kernels::parallel;
 use crate::profile::{Cost, Work};
 use crate::{Engine, Param, Precision, Real, Tape, Value};
@@ -53,7 +53,8 @@ fn cpu<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, weights: &[(Param, Pre
     let tasks = x.data().chunks(block * d).map(|x| (x, rows.iter_mut().filter_map(Iterator::next).collect::<Vec<_>>()));
     let packed = Packed::new(tape.arena(), weights.iter().map(|weight| weight.side(n, true)).collect(), pool);
     parallel::each(pool, tasks.collect(), |(x, rows)| {
-        rows.into_iter().enumerate().for_each(|(i, y)| packed.multiply(i, y, Matrix::new(x, x.len() / d, d), false));
+        let mut to: Vec<_> = rows.into_iter().enumerate().map(|(i, dst)| To { sides: i..i + 1, dst }).collect();
+        packed.multiply_all(&mut to, Matrix::new(x, x.len() / d, d), false);
     });
     drop((rows, packed));
     let outputs = outputs.into_iter().zip(&weights);

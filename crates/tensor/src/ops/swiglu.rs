@@ -1,9 +1,9 @@
 //! Dense SwiGLU (Shazeer 2020) as one op: y = W_down (silu(W_gate x) * W_up x), silu(a) = a σ(a), without biases.
 //! x [n, d], gate and up [f, d], down [d, f], y [n, d]. The rows between the products are shared with the experts.
 
-use crate::kernels::gemm::{Matrix, Packed, Product, Side, grouped};
+use crate::kernels::gemm::{Matrix, Packed, Product, Side, To, grouped};
 use crate::kernels::parallel;
-use crate::kernels::simd::{self, Kernel, LANES, sigmoid};
+use crate::kernels::simd::{self, Kernel, LANES, sigmoid, total};
 use crate::profile::Cost;
 use crate::{Engine, Param, Real, Tape, Value, kept};
 
@@ -38,7 +38,7 @@ fn cpu<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, gate: Param, up: Param
     let tasks = pre_n2f.chunks_mut(block * 2 * f).zip(y_nd.chunks_mut(block * d)).zip(x.data().chunks(block * d));
     parallel::each(pool, tasks.collect(), |((pre, y), x)| {
         let x = Matrix::new(x, x.len() / d, d);
-        (0..2).for_each(|half| packed.multiply_strided(half, &mut pre[half * f..], 2 * f, x, false));
+        packed.multiply_all(&mut [To { sides: 0..2, dst: pre }], x, false);
         // Hidden rows stay in the caches of their thread: they are recomputed from the pre-activations on the way back.
         kept::with(|hidden: &mut Vec<T>| {
             hidden.resize(pre.len() / 2, T::ZERO);
@@ -148,25 +148,29 @@ impl<T: Real> Kernel for ActivateBackward<'_, T> {
 
     #[inline(always)]
     fn run(self) -> T {
-        let f = self.hidden_f.len();
-        let (a, u) = self.pre_2f.split_at_mut(f);
+        let (a, u) = self.pre_2f.split_at_mut(self.hidden_f.len());
         // One sum per lane, joined in order: the additions vectorise and keep their order on every machine.
-        let mut lanes = [T::ZERO; LANES];
-        for start in (0..f).step_by(LANES) {
-            let span = start..(start + LANES).min(f);
-            let rows = a[span.clone()].iter_mut().zip(&mut u[span.clone()]).zip(&mut self.hidden_f[span]);
-            for (lane, ((a, u), h)) in lanes.iter_mut().zip(rows) {
+        let mut sums = [T::ZERO; 2 * LANES];
+        let back = |sums: &mut [T; 2 * LANES], a: &mut [T], u: &mut [T], h: &mut [T]| {
+            for (((sum, a), u), h) in sums.iter_mut().zip(a).zip(u).zip(h) {
                 let sigmoid = sigmoid(*a);
                 let silu = *a * sigmoid;
                 let hidden = silu * *u;
-                *lane += hidden * *h;
+                *sum += hidden * *h;
                 let dhidden = self.weight * *h;
                 *a = dhidden * *u * sigmoid * (T::ONE + *a - silu);
                 *u = dhidden * silu;
                 *h = self.weight * hidden;
             }
+        };
+        let ((a, a_rest), (u, u_rest)) = (a.as_chunks_mut(), u.as_chunks_mut());
+        let (h, h_rest) = self.hidden_f.as_chunks_mut();
+        for ((a, u), h) in a.iter_mut().zip(u).zip(h) {
+            let (a, u, h): (&mut [T; 2 * LANES], &mut [T; 2 * LANES], &mut [T; 2 * LANES]) = (a, u, h);
+            back(&mut sums, a, u, h);
         }
-        lanes.into_iter().sum()
+        back(&mut sums, a_rest, u_rest, h_rest);
+        total(sums)
     }
 }
 

@@ -39,8 +39,7 @@ pub struct Job<'a> {
 impl Job<'_> {
     /// The columns start..start + n of it.
     fn columns(self, start: usize, n: usize) -> Self {
-        let data = &self.b.data[(start * self.b.w_stride).min(self.b.data.len())..];
-        Job { n, dst: self.dst.wrapping_add(start), b: Source { data, ..self.b }, ..self }
+        Job { n, dst: self.dst.wrapping_add(start), b: self.b.columns(start), ..self }
     }
 }
 
@@ -117,7 +116,7 @@ impl<'a> Right<'a> {
         let depth = k.div_ceil(element.numbers()).next_multiple_of(tile.unit);
         let panels = n.div_ceil(tile.cols);
         // Plain rows are read where they lie if so few rows of dst use them that a copy does not pay.
-        let direct = element == Element::Plain && b.w_stride == 1 && rows <= 2 * tile.rows;
+        let direct = element == Element::Plain && !b.along_k && b.order.is_none() && rows <= 2 * tile.rows;
         let packed = if direct { n / tile.cols } else { 0 };
         Right { method, b, n, k, depth, panels, packed, offset }
     }
@@ -127,9 +126,24 @@ impl<'a> Right<'a> {
         (self.panels - self.packed) * self.depth * self.method.tile.cols
     }
 
+    /// Where a panel's elements of k from `start` on are, `depth` of them, and how far apart.
+    fn panel(&self, panel: usize, (start, depth): (usize, usize), room: &[u32]) -> (*const f32, usize) {
+        let cols = self.method.tile.cols;
+        if panel < self.packed {
+            return (self.b.data.as_ptr().wrapping_add(start * self.b.stride + panel * cols), self.b.stride);
+        }
+        let before = start * (self.panels - self.packed) + (panel - self.packed) * depth;
+        (room[self.offset + before * cols..].as_ptr().cast(), cols)
+    }
+
+    /// All of its panels.
+    pub fn all(&self) -> (usize, usize) {
+        (0, self.panels)
+    }
+
     fn is(&self, job: &Job<'_>) -> bool {
-        let strides = (self.b.k_stride, self.b.w_stride) == (job.b.k_stride, job.b.w_stride);
-        std::ptr::eq(self.b.data, job.b.data) && strides && (self.k, self.n) == (job.k, job.n)
+        let lines = |b: &Source<'_>| (b.stride, b.along_k, b.order.map(<[u32]>::as_ptr));
+        std::ptr::eq(self.b.data, job.b.data) && lines(&self.b) == lines(&job.b) && (self.k, self.n) == (job.k, job.n)
     }
 }
 
@@ -197,8 +211,9 @@ unsafe fn wave(method: Method, jobs: &[Job<'_>], accumulate: bool, pool: bool) {
         pack(&rights, room, threads);
         let room = &*room;
         let one = |task: &Task| {
-            let plan = &plans[task.job];
-            unsafe { compute(plan.job, &rights[plan.right], task, room, accumulate) }
+            let Plan { job, right, .. } = plans[task.job];
+            let out = Out { dst: job.dst, stride: job.stride, right: &rights[right], panels: task.panels };
+            unsafe { compute(job.a, task.rows, &[out], room, accumulate) }
         };
         if threads == 1 {
             tasks.iter().for_each(one);
@@ -208,15 +223,24 @@ unsafe fn wave(method: Method, jobs: &[Job<'_>], accumulate: bool, pool: bool) {
     });
 }
 
-/// One product with a right side that `pack` put into `room`, on this thread; `job.b` is not looked at.
+/// A product with a right side that is packed: where it goes, and which panels of it.
+#[derive(Clone, Copy)]
+pub struct Out<'a, 'r> {
+    pub dst: *mut f32,
+    pub stride: usize,
+    pub right: &'r Right<'a>,
+    pub panels: (usize, usize),
+}
+
+/// The products of `m` rows of `a` with right sides that `pack` put into `room`, all of one depth and method, on this thread.
 ///
 /// # Safety
-/// As for `run`.
-pub unsafe fn multiply(job: &Job<'_>, right: &Right<'_>, room: &[u32], accumulate: bool) {
-    let tall = BLOCK * right.method.tile.rows;
-    for start in (0..job.m).step_by(tall) {
-        let task = Task { job: 0, rows: (start, job.m.min(start + tall)), panels: (0, right.panels) };
-        unsafe { compute(job, right, &task, room, accumulate) };
+/// As for `run`, for every dst; `a` has its rows.
+pub unsafe fn multiply(a: Source<'_>, m: usize, outs: &[Out<'_, '_>], room: &[u32], accumulate: bool) {
+    let Some(first) = outs.first() else { return };
+    let tall = BLOCK * first.right.method.tile.rows;
+    for start in (0..m).step_by(tall) {
+        unsafe { compute(a, (start, m.min(start + tall)), outs, room, accumulate) };
     }
 }
 
@@ -323,15 +347,18 @@ impl Kernel for Pack<'_> {
     }
 }
 
+/// Some rows of products that share their left side, which is packed once for all of them.
+///
 /// # Safety
-/// As for `run`; no other task has these rows and panels.
-unsafe fn compute(job: &Job<'_>, right: &Right<'_>, task: &Task, room: &[u32], accumulate: bool) {
-    let Method { tile, element } = right.method;
-    let rows = task.rows.1 - task.rows.0;
-    let direct =
-        element == Element::Plain && job.a.k_stride == 1 && (task.panels.1 - task.panels.0) * tile.cols < NARROW;
-    let first_packed = if direct { rows / tile.rows * tile.rows } else { 0 }; // a ragged tile is packed all the same
-    let packed_rows = rows.next_multiple_of(tile.rows) - first_packed;
+/// As for `multiply`; no other task has these rows and panels.
+unsafe fn compute(a: Source<'_>, rows: (usize, usize), outs: &[Out<'_, '_>], room: &[u32], accumulate: bool) {
+    let Right { method: Method { tile, element }, depth: all, k, .. } = *outs[0].right;
+    debug_assert!(outs.iter().all(|out| (out.right.depth, out.right.k) == (all, k)));
+    let count = rows.1 - rows.0;
+    let columns: usize = outs.iter().map(|out| (out.panels.1 - out.panels.0) * tile.cols).sum();
+    let direct = element == Element::Plain && a.along_k && a.order.is_none() && columns < NARROW;
+    let first_packed = if direct { count / tile.rows * tile.rows } else { 0 }; // a ragged tile is packed all the same
+    let packed_rows = count.next_multiple_of(tile.rows) - first_packed;
     // One element of k for all rows of a tile side by side, or where the tile wants it one row's elements, a line apart from being a power of two.
     let by_rows = tile.unit > 1;
     let row_stride = DEPTH + 16;
@@ -339,42 +366,41 @@ unsafe fn compute(job: &Job<'_>, right: &Right<'_>, task: &Task, room: &[u32], a
     let left_room = if by_rows { packed_rows * row_stride } else { packed_rows / tile.rows * size };
     with_room(&LEFT, left_room, |left| unsafe {
         (tile.enter)();
-        for start in (0..right.depth.max(1)).step_by(DEPTH) {
-            let depth = DEPTH.min(right.depth - start);
-            let numbers = (start * element.numbers(), ((start + depth) * element.numbers()).min(right.k));
+        for start in (0..all.max(1)).step_by(DEPTH) {
+            let depth = DEPTH.min(all - start);
+            let numbers = (start * element.numbers(), ((start + depth) * element.numbers()).min(k));
             let layout = if by_rows {
                 Layout::Lines { stride: row_stride, depth }
             } else {
                 Layout::Panels { width: tile.rows, stride: size, depth }
             };
-            let j = (task.rows.0 + first_packed, task.rows.1);
-            simd::dispatch(Pack { from: job.a, element, l: numbers, j, to: left, layout });
-            let add = accumulate || start > 0;
-            for panel in task.panels.0..task.panels.1 {
-                let (b, b_k) = if panel < right.packed {
-                    (right.b.data.as_ptr().wrapping_add(start * right.b.k_stride + panel * tile.cols), right.b.k_stride)
+            let j = (rows.0 + first_packed, rows.1);
+            simd::dispatch(Pack { from: a, element, l: numbers, j, to: left, layout });
+            // Element (r, 0) of the left side, and from there to the next row and the next element.
+            let place = |r: usize| {
+                if r < first_packed {
+                    (a.data.as_ptr().wrapping_add(start + (rows.0 + r) * a.stride), a.stride, 1)
+                } else if by_rows {
+                    (left.as_ptr().add((r - first_packed) * row_stride).cast::<f32>(), row_stride, 1)
                 } else {
-                    let before = start * (right.panels - right.packed) + (panel - right.packed) * depth;
-                    let at = right.offset + before * tile.cols;
-                    (room.as_ptr().add(at).cast::<f32>(), tile.cols)
-                };
-                let wide = tile.cols.min(right.n - panel * tile.cols);
-                for r in (0..rows).step_by(tile.rows) {
-                    let (a, a_row, a_k) = if r < first_packed {
-                        let at = start * job.a.k_stride + (task.rows.0 + r) * job.a.w_stride;
-                        (job.a.data.as_ptr().wrapping_add(at), job.a.w_stride, job.a.k_stride)
-                    } else if by_rows {
-                        (left.as_ptr().add((r - first_packed) * row_stride).cast::<f32>(), row_stride, 1)
-                    } else {
-                        (left.as_ptr().add((r - first_packed) / tile.rows * size).cast::<f32>(), 1, tile.rows)
-                    };
-                    let tall = tile.rows.min(rows - r);
-                    let dst = job.dst.add((task.rows.0 + r) * job.stride + panel * tile.cols);
-                    let strip = Strip { k: depth, a, a_row, a_k, b, b_k, dst, stride: job.stride, add };
-                    if tall == tile.rows && wide == tile.cols {
-                        (tile.run)(strip);
-                    } else {
-                        ragged(tile, strip, tall, wide);
+                    (left.as_ptr().add((r - first_packed) / tile.rows * size).cast::<f32>(), 1, tile.rows)
+                }
+            };
+            for Out { dst, stride, right, panels } in outs {
+                for panel in panels.0..panels.1 {
+                    let (b, b_k) = right.panel(panel, (start, depth), room);
+                    let wide = tile.cols.min(right.n - panel * tile.cols);
+                    for r in (0..count).step_by(tile.rows) {
+                        let (a, a_row, a_k) = place(r);
+                        let tall = tile.rows.min(count - r);
+                        let dst = dst.add((rows.0 + r) * stride + panel * tile.cols);
+                        let add = accumulate || start > 0;
+                        let strip = Strip { k: depth, a, a_row, a_k, b, b_k, dst, stride: *stride, add };
+                        if tall == tile.rows && wide == tile.cols {
+                            (tile.run)(strip);
+                        } else {
+                            ragged(tile, strip, tall, wide);
+                        }
                     }
                 }
             }

@@ -25,7 +25,8 @@ mod tests;
 #[cfg(target_arch = "x86_64")]
 pub(super) use amx::chains as tile_chains;
 
-pub use packed::{Packed, Side};
+pub use pack::round as bf16;
+pub use packed::{Packed, Side, To};
 
 use crate::isa;
 use crate::{Precision, Real};
@@ -35,14 +36,17 @@ use pack::Source;
 use rayon::prelude::*;
 use std::any::TypeId;
 
-/// A read-only strided matrix over a slice.
+/// A read-only matrix made of lines of a slice, which are its rows, or its columns where it is turned.
 #[derive(Clone, Copy)]
 pub struct Matrix<'a, T> {
     data: &'a [T],
     rows: usize,
     cols: usize,
-    row_stride: usize,
-    col_stride: usize,
+    /// Numbers from one line of the slice to the next.
+    stride: usize,
+    turned: bool,
+    /// Which line of the slice each line of the matrix is, where they do not lie one after the other.
+    order: Option<&'a [u32]>,
 }
 
 impl<'a, T: Real> Matrix<'a, T> {
@@ -54,12 +58,35 @@ impl<'a, T: Real> Matrix<'a, T> {
     /// Rows of `cols` numbers, `row_stride` apart.
     pub fn strided(data: &'a [T], rows: usize, cols: usize, row_stride: usize) -> Self {
         assert!(rows == 0 || cols == 0 || (rows - 1) * row_stride + cols <= data.len(), "matrix view out of bounds");
-        Matrix { data, rows, cols, row_stride, col_stride: 1 }
+        Matrix { data, rows, cols, stride: row_stride, turned: false, order: None }
+    }
+
+    /// The rows of `cols` numbers that `order` names: they are gathered while they are packed.
+    pub fn gathered(data: &'a [T], cols: usize, order: &'a [u32]) -> Self {
+        let last = order.iter().max().map_or(0, |last| (*last as usize + 1) * cols);
+        assert!(last <= data.len(), "gathered rows out of bounds");
+        Matrix { data, rows: order.len(), cols, stride: cols, turned: false, order: Some(order) }
     }
 
     /// The transposed view.
     pub fn t(self) -> Self {
-        Matrix { rows: self.cols, cols: self.rows, row_stride: self.col_stride, col_stride: self.row_stride, ..self }
+        Matrix { rows: self.cols, cols: self.rows, turned: !self.turned, ..self }
+    }
+
+    /// The same with its lines one after the other, in `to` where they have to be copied.
+    fn in_line<'s>(self, to: &'s mut Vec<T>) -> Matrix<'s, T>
+    where
+        'a: 's,
+    {
+        let Some(order) = self.order else { return self };
+        let width = if self.turned { self.rows } else { self.cols };
+        order.iter().for_each(|&i| to.extend_from_slice(&self.data[i as usize * self.stride..][..width]));
+        Matrix { data: to, stride: width, order: None, ..self }
+    }
+
+    /// From one row to the next, and from one column to the next.
+    fn strides(&self) -> (isize, isize) {
+        if self.turned { (1, self.stride as isize) } else { (self.stride as isize, 1) }
     }
 }
 
@@ -111,13 +138,13 @@ pub fn grouped<T: Real>(precision: Precision, mut products: Vec<Product<'_, T>>,
     }
 }
 
-/// The product as work for tiles if T is f32.
-fn job<'a, T: Real>(dst: &'a mut [T], stride: usize, a: Matrix<'a, T>, b: Matrix<'a, T>) -> Option<Job<'a>> {
+/// The product as work for tiles if T is f32. The caller keeps dst borrowed until it is done.
+fn job<'a, T: Real>(dst: &mut [T], stride: usize, a: Matrix<'a, T>, b: Matrix<'a, T>) -> Option<Job<'a>> {
     let (m, n, k) = check(dst, stride, a, b);
-    let source = |data: &'a [T], k_stride, w_stride| {
+    let source = |x: Matrix<'a, T>, along_k| {
         // SAFETY: T is f32, as the line below found.
-        let data = unsafe { std::slice::from_raw_parts(data.as_ptr().cast::<f32>(), data.len()) };
-        Source { data, k_stride, w_stride }
+        let data = unsafe { std::slice::from_raw_parts(x.data.as_ptr().cast::<f32>(), x.data.len()) };
+        Source { data, stride: x.stride, along_k, order: x.order }
     };
     (TypeId::of::<T>() == TypeId::of::<f32>()).then(|| Job {
         dst: dst.as_mut_ptr().cast(),
@@ -125,8 +152,8 @@ fn job<'a, T: Real>(dst: &'a mut [T], stride: usize, a: Matrix<'a, T>, b: Matrix
         m,
         n,
         k,
-        a: source(a.data, a.col_stride, a.row_stride),
-        b: source(b.data, b.row_stride, b.col_stride),
+        a: source(a, !a.turned),
+        b: source(b, b.turned),
     })
 }
 
@@ -163,6 +190,8 @@ fn wide<T: Real>(
         }
         return;
     }
+    let (mut a_lines, mut b_lines) = (Vec::new(), Vec::new());
+    let (a, b) = (a.in_line(&mut a_lines), b.in_line(&mut b_lines));
     // SAFETY: `Matrix` proved on construction that every (row, col) of a and b lies inside its slice, `check` does so for dst, dst is
     // borrowed mutably (no overlap with a and b), and T is f32 or f64 (`Real` is closed).
     unsafe {
@@ -175,11 +204,11 @@ fn wide<T: Real>(
             stride as isize,
             accumulate,
             a.data.as_ptr(),
-            a.col_stride as isize,
-            a.row_stride as isize,
+            a.strides().1,
+            a.strides().0,
             b.data.as_ptr(),
-            b.col_stride as isize,
-            b.row_stride as isize,
+            b.strides().1,
+            b.strides().0,
             T::ONE,
             T::ONE,
             false,

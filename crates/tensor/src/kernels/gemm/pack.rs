@@ -38,18 +38,45 @@ fn pair(first: f32, second: f32) -> u32 {
     round(first) >> 16 | round(second)
 }
 
-/// A k × w operand in memory: number (l, j) at l·k_stride + j·w_stride, one of the strides being 1.
+/// A k × w operand in memory, made of lines that run along k or along w.
 #[derive(Clone, Copy)]
 pub struct Source<'a> {
     pub data: &'a [f32],
-    pub k_stride: usize,
-    pub w_stride: usize,
+    /// Numbers from one line of `data` to the next.
+    pub stride: usize,
+    pub along_k: bool,
+    /// Which line of `data` each line is, where they do not lie one after the other.
+    pub order: Option<&'a [u32]>,
 }
 
 /// Elements of k that are turned at a time.
 const TURN: usize = 8;
 
-impl Source<'_> {
+impl<'a> Source<'a> {
+    /// Where line i starts.
+    #[inline(always)]
+    fn line(self, i: usize) -> usize {
+        self.order.map_or(i, |order| order[i] as usize) * self.stride
+    }
+
+    /// Number `at` of line i, to be asked for: beyond the last line some number, which is not read.
+    #[inline(always)]
+    fn ask(self, i: usize, at: usize) -> *const f32 {
+        let i = self.order.map_or(i, |order| order[i.min(order.len() - 1)] as usize);
+        self.data.as_ptr().wrapping_add(i * self.stride + at)
+    }
+
+    /// The same from column `start` on.
+    pub fn columns(self, start: usize) -> Source<'a> {
+        match self.order {
+            Some(order) if self.along_k => Source { order: Some(&order[start..]), ..self },
+            _ => {
+                let before = if self.along_k { start * self.stride } else { start };
+                Source { data: &self.data[before.min(self.data.len())..], ..self }
+            }
+        }
+    }
+
     /// Packs numbers l0..l1 of k and the columns j0..j1 as panels of W columns, `stride` apart: each [depth, W], one element of k after the other,
     /// zeros beyond.
     #[inline(always)]
@@ -62,7 +89,7 @@ impl Source<'_> {
         (stride, depth): (usize, usize),
     ) {
         let spans = (j.0..j.1).step_by(W).map(|start| (start, j.1));
-        if self.w_stride == 1 {
+        if !self.along_k {
             // Row by row through all panels: memory is read in its order.
             let (rows, panels) = self.block::<W>(element, l, j, to, (stride, depth));
             for e in 0..depth {
@@ -99,12 +126,13 @@ impl Source<'_> {
             let panels = (j.1 - j.0) / W;
             let panels = if W == 8 { panels / 2 * 2 } else { panels };
             if rows > 0 && panels > 0 {
-                let last_row = (l.0 + rows * element.numbers() - 1) * self.k_stride;
-                assert!(last_row + j.0 + panels * W <= self.data.len(), "a panel reads beyond its matrix");
+                let farthest = (l.0..l.0 + rows * element.numbers()).map(|i| self.line(i)).max();
+                let end = farthest.unwrap_or(0) + j.0 + panels * W;
+                assert!(end <= self.data.len(), "a panel reads beyond its matrix");
                 assert!((panels - 1) * stride + rows * W <= to.len(), "no room for a panel");
-                let from = self.data[l.0 * self.k_stride + j.0..].as_ptr();
+                let row = |i: usize| self.ask(l.0 + i, j.0);
                 // SAFETY: the set serves; by the assertions all that is read and written is there.
-                unsafe { wide::copy::<W>((from, self.k_stride), element, (to.as_mut_ptr(), stride), (rows, panels)) }
+                unsafe { wide::copy::<W>(row, element, (to.as_mut_ptr(), stride), (rows, panels)) }
                 return (rows, panels);
             }
         }
@@ -128,15 +156,15 @@ impl Source<'_> {
             // A panel of six is moved as eight: the two beyond are written again by the next element, or lie between panels.
             let vector = W.next_multiple_of(8);
             let second = element == Element::Pair && at + 1 < end;
-            let last_row = (at + usize::from(second)) * self.k_stride + j.0;
-            let readable = |panels: usize| last_row + (panels - 1) * W + vector <= self.data.len();
+            let [row, below] = [at, at + usize::from(second)].map(|i| self.line(i) + j.0);
+            let readable = |panels: usize| row.max(below) + (panels - 1) * W + vector <= self.data.len();
             let writable = |panels: usize| (panels - 1) * stride + (depth - 1) * W + vector <= to.len();
             let mut panels = (j.1 - j.0) / W;
             while panels > 0 && !(readable(panels) && writable(panels)) {
                 panels -= 1;
             }
-            let from = self.data[at * self.k_stride + j.0..].as_ptr();
-            let below = if second { Some(from.wrapping_add(self.k_stride)) } else { None };
+            let from = self.data[row..].as_ptr();
+            let below = if second { Some(self.data[below..].as_ptr()) } else { None };
             assert!(vector == W || stride >= depth * W + vector - W, "room between panels");
             // SAFETY: the machine has AVX2; what is read and written lies inside data and to.
             unsafe { x86::copy::<W>((from, below), element, to[e * W..].as_mut_ptr(), panels, stride) }
@@ -164,7 +192,7 @@ impl Source<'_> {
     #[inline(always)]
     fn panel<const W: usize>(self, element: Element, l: (usize, usize), j: (usize, usize), to: &mut [u32]) {
         let (rows, _) = to.as_chunks_mut::<W>();
-        if self.w_stride == 1 {
+        if !self.along_k {
             let at = |e: usize| l.0 + e * element.numbers();
             rows.iter_mut().enumerate().for_each(|(e, to)| self.piece::<W>(element, at(e), l.1, j, to));
         } else {
@@ -203,7 +231,7 @@ impl Source<'_> {
             let all = whole(TURN);
             let columns = |from: usize, to: usize| -> [&[f32]; W] {
                 std::array::from_fn(|c| match j.0 + c < j.1 {
-                    true => &self.data[(j.0 + c) * self.w_stride + l.0..][from * numbers..to * numbers],
+                    true => &self.data[self.line(j.0 + c) + l.0..][from * numbers..to * numbers],
                     false => &[],
                 })
             };
@@ -211,7 +239,8 @@ impl Source<'_> {
             // rows has theirs.
             unsafe {
                 if many > 0 {
-                    wide::turn(columns(0, many), element, &mut rows[..many]);
+                    let next = std::array::from_fn(|c| self.ask(j.0 + W + c, l.0));
+                    wide::turn(columns(0, many), next, element, &mut rows[..many]);
                 }
                 if all > many {
                     x86::turn(columns(many, all), element, &mut rows[many..all]);
@@ -240,13 +269,13 @@ impl Source<'_> {
                 let from = l.0 + e * element.numbers();
                 let mut turned = [[0u32; W]; TURN];
                 let span = (j.0 + block * W, j.1.max(j.0 + block * W));
-                if self.w_stride == 1 {
+                if !self.along_k {
                     self.panel::<W>(element, (from, l.1.max(from)), span, turned.as_flattened_mut());
                     turned = transposed(turned);
                 }
                 for (c, to) in columns.chunks_mut(stride).enumerate() {
                     let to = &mut to[e..e + TURN];
-                    if self.w_stride == 1 {
+                    if !self.along_k {
                         to.copy_from_slice(&turned[c]);
                     } else {
                         let column = if span.0 + c < span.1 { Some(span.0 + c) } else { None };
@@ -262,11 +291,11 @@ impl Source<'_> {
     fn row<const W: usize>(self, l: usize, end: usize, j: (usize, usize)) -> [f32; W] {
         let cols = (j.1 - j.0).min(W);
         if l < end && cols == W {
-            return self.data[l * self.k_stride + j.0..][..W].try_into().expect("a whole row");
+            return self.data[self.line(l) + j.0..][..W].try_into().expect("a whole row");
         }
         let mut row = [0.0; W];
         if l < end && cols > 0 {
-            row[..cols].copy_from_slice(&self.data[l * self.k_stride + j.0..][..cols]);
+            row[..cols].copy_from_slice(&self.data[self.line(l) + j.0..][..cols]);
         }
         row
     }
@@ -278,7 +307,7 @@ impl Source<'_> {
         let count = end.saturating_sub(l).min(TURN * element.numbers());
         let mut to = [0; TURN];
         let Some(column) = column.filter(|_| count > 0) else { return to };
-        let from = &self.data[column * self.w_stride + l..][..count];
+        let from = &self.data[self.line(column) + l..][..count];
         let whole: &[f32] = if count == TURN * element.numbers() {
             from
         } else {

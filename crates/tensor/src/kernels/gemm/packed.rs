@@ -1,9 +1,10 @@
 //! Right sides that are packed once and then multiplied by many blocks of rows, each on one thread: the weights of a layer.
 
-use super::blocks::{self, Method, Right};
+use super::blocks::{self, Method, Out, Right};
 use super::{Matrix, Threads, job, matmul_strided};
 use crate::{Arena, Buffer, Precision, Real, isa};
 use std::any::TypeId;
+use std::ops::Range;
 
 /// Packed numbers at most, 32 MiB: weights beyond are packed by each block of rows for itself.
 const ROOM: usize = 1 << 23;
@@ -56,20 +57,48 @@ impl<'a, T: Real> Packed<'a, T> {
 
     /// dst [m, n] = a [m, k] · side, or += when `accumulate`, on this thread.
     pub fn multiply(&self, side: usize, dst: &mut [T], a: Matrix<'_, T>, accumulate: bool) {
-        self.multiply_strided(side, dst, self.sides[side].matrix.cols, a, accumulate);
+        self.multiply_all(&mut [To { sides: side..side + 1, dst }], a, accumulate);
     }
 
-    /// The same where the rows of dst are `stride` apart.
-    pub fn multiply_strided(&self, side: usize, dst: &mut [T], stride: usize, a: Matrix<'_, T>, accumulate: bool) {
-        let Side { matrix: b, precision, .. } = self.sides[side];
-        let Some((right, job)) = self.places[side].zip(job(dst, stride, a, b)) else {
-            return matmul_strided(precision, dst, stride, a, b, accumulate, Threads::One);
-        };
-        // SAFETY: as in `new`; `job` checked that dst holds its rows and columns and the operands theirs.
-        unsafe {
-            let room =
-                std::slice::from_raw_parts(self.room.as_ptr().cast::<u32>().add(self.start), self.room.len() - LINE);
-            blocks::multiply(&job, &self.rights[right], room, accumulate);
+    /// The products of one left side with some of the sides: it is packed once for all that multiply alike.
+    pub fn multiply_all(&self, to: &mut [To<'_, T>], a: Matrix<'_, T>, accumulate: bool) {
+        for precision in [Precision::F32, Precision::Bf16] {
+            let (mut alike, mut left) = (Vec::with_capacity(to.len()), None);
+            for To { sides, dst } in to.iter_mut() {
+                let stride = self.sides[sides.clone()].iter().map(|side| side.matrix.cols).sum();
+                let mut column = 0;
+                for i in sides.clone() {
+                    let Side { matrix: b, precision: own, .. } = self.sides[i];
+                    let start = column.min(dst.len());
+                    let dst = &mut dst[start..];
+                    column += b.cols;
+                    if own != precision {
+                        continue;
+                    }
+                    let Some((right, job)) = self.places[i].zip(job(dst, stride, a, b)) else {
+                        matmul_strided(precision, dst, stride, a, b, accumulate, Threads::One);
+                        continue;
+                    };
+                    let right = &self.rights[right];
+                    alike.push(Out { dst: job.dst, stride, right, panels: right.all() });
+                    left = Some(job.a);
+                }
+            }
+            if let Some(left) = left {
+                // SAFETY: as in `new`; `job` checked that each dst holds its rows and columns and the operands theirs, and sides of one dst have
+                // columns of their own.
+                unsafe {
+                    let room = self.room.as_ptr().cast::<u32>().add(self.start);
+                    let room = std::slice::from_raw_parts(room, self.room.len() - LINE);
+                    blocks::multiply(left, a.rows, &alike, room, accumulate);
+                }
+            }
         }
     }
+}
+
+/// Where the products with some sides go: side by side into dst, whose rows are as wide as all of them.
+pub struct To<'s, T> {
+    pub sides: Range<usize>,
+    pub dst: &'s mut [T],
 }

@@ -45,7 +45,8 @@ fn room(rows: usize, cols: usize, gap: usize) -> usize {
 }
 
 fn at(x: &Matrix<'_, f32>, i: usize, j: usize) -> f32 {
-    x.data[i * x.row_stride + j * x.col_stride]
+    let (line, place) = if x.turned { (j, i) } else { (i, j) };
+    x.data[x.order.map_or(line, |order| order[line] as usize) * x.stride + place]
 }
 
 /// The faces to test: by set and precision, and pairs without an instruction.

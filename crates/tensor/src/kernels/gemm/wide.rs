@@ -19,26 +19,32 @@ pub fn serves(isa: Isa, element: Element, width: usize) -> bool {
     isa >= least && matches!(width, 8 | 16 | 32)
 }
 
-/// Row e of `rows` becomes element e of every column; an empty column gives zeros.
+/// Row e of `rows` becomes element e of every column; an empty column gives zeros. `next` are the columns that will be wanted after these.
 ///
 /// # Safety
 /// The set serves the element and W. `rows` are a multiple of 16, and a column has all their numbers or none.
-pub unsafe fn turn<const W: usize>(columns: [&[f32]; W], element: Element, rows: &mut [[u32; W]]) {
+pub unsafe fn turn<const W: usize>(
+    columns: [&[f32]; W],
+    next: [*const f32; W],
+    element: Element,
+    rows: &mut [[u32; W]],
+) {
     // SAFETY: the caller's.
     unsafe {
         match element {
-            Element::Pair => turn_pairs(columns, rows),
-            _ => turn_plain(columns, rows),
+            Element::Pair => turn_pairs(columns, next, rows),
+            _ => turn_plain(columns, next, rows),
         }
     }
 }
 
-/// Numbers p·W.. of row e, or of rows 2e and 2e + 1 for pairs, become element e of panel p; panels are `stride` apart in `to`.
+/// Numbers p·W.. of row e, or of rows 2e and 2e + 1 for pairs, become element e of panel p; panels are `stride` apart in `to`. `row` says where a row
+/// is, also for some rows beyond the last, which are asked for.
 ///
 /// # Safety
-/// The set serves the element and W. The rows, `next` numbers apart, are readable and the panels writable; panels of 8 are even in number.
+/// The set serves the element and W. The rows are readable and the panels writable; panels of 8 are even in number.
 pub unsafe fn copy<const W: usize>(
-    (from, next): (*const f32, usize),
+    row: impl Fn(usize) -> *const f32,
     element: Element,
     (to, stride): (*mut u32, usize),
     (rows, panels): (usize, usize),
@@ -46,22 +52,22 @@ pub unsafe fn copy<const W: usize>(
     // SAFETY: the caller's.
     unsafe {
         match element {
-            Element::Pair => copy_pairs::<W>((from, next), (to, stride), (rows, panels)),
-            _ => copy_plain::<W>((from, next), (to, stride), (rows, panels)),
+            Element::Pair => copy_pairs::<W>(row, (to, stride), (rows, panels)),
+            _ => copy_plain::<W>(row, (to, stride), (rows, panels)),
         }
     }
 }
 
 #[target_feature(enable = "avx512f")]
-unsafe fn turn_plain<const W: usize>(columns: [&[f32]; W], rows: &mut [[u32; W]]) {
+unsafe fn turn_plain<const W: usize>(columns: [&[f32]; W], next: [*const f32; W], rows: &mut [[u32; W]]) {
     // SAFETY: the caller's: sixteen numbers of each block.
-    unsafe { blocks(columns, rows, 1, |from| _mm512_loadu_si512(from.cast())) }
+    unsafe { blocks(columns, next, rows, 1, |from| _mm512_loadu_si512(from.cast())) }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-unsafe fn turn_pairs<const W: usize>(columns: [&[f32]; W], rows: &mut [[u32; W]]) {
+unsafe fn turn_pairs<const W: usize>(columns: [&[f32]; W], next: [*const f32; W], rows: &mut [[u32; W]]) {
     // SAFETY: the caller's: thirty-two numbers of each block.
-    unsafe { blocks(columns, rows, 2, |from| pairs(_mm512_loadu_ps(from), _mm512_loadu_ps(from.add(LANES)))) }
+    unsafe { blocks(columns, next, rows, 2, |from| pairs(_mm512_loadu_ps(from), _mm512_loadu_ps(from.add(LANES)))) }
 }
 
 /// Sixteen elements from thirty-two numbers in their order.
@@ -79,6 +85,7 @@ fn pairs(first: __m512, second: __m512) -> __m512i {
 #[inline(always)]
 unsafe fn blocks<const W: usize>(
     columns: [&[f32]; W],
+    next: [*const f32; W],
     rows: &mut [[u32; W]],
     numbers: usize,
     load: impl Fn(*const f32) -> __m512i,
@@ -87,8 +94,11 @@ unsafe fn blocks<const W: usize>(
         let to = rows.as_mut_ptr().cast::<u32>();
         let column = |c: usize| match columns[c].is_empty() {
             true => unsafe { _mm512_setzero_si512() },
-            // SAFETY: the column has the numbers of every block.
-            false => load(unsafe { columns[c].as_ptr().add(b * LANES * numbers) }),
+            false => {
+                (0..numbers).for_each(|i| soon(next[c], (b * numbers + i) * LANES));
+                // SAFETY: the column has the numbers of every block.
+                load(unsafe { columns[c].as_ptr().add(b * LANES * numbers) })
+            }
         };
         // SAFETY: sixteen rows of W elements; the set is there.
         unsafe {
@@ -130,30 +140,37 @@ unsafe fn turn_eight(x: [__m512i; 8], to: *mut u32) {
 }
 
 #[target_feature(enable = "avx512f")]
-unsafe fn copy_plain<const W: usize>((from, next): (*const f32, usize), to: (*mut u32, usize), size: (usize, usize)) {
+unsafe fn copy_plain<const W: usize>(
+    row: impl Fn(usize) -> *const f32,
+    to: (*mut u32, usize),
+    size: (usize, usize),
+) {
+    let rows = |e: usize| [row(e), row(e + AHEAD)];
     // SAFETY: the caller's.
     unsafe {
-        vectors::<W>(to, size, |e, at| {
-            let row = from.add(e * next + at);
-            soon(row, AHEAD * next);
-            _mm512_loadu_si512(row.cast())
+        vectors::<W, 2>(to, size, rows, |[row, ahead], at| {
+            soon(ahead, at);
+            _mm512_loadu_si512(row.add(at).cast())
         })
     }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-unsafe fn copy_pairs<const W: usize>((from, next): (*const f32, usize), to: (*mut u32, usize), size: (usize, usize)) {
+unsafe fn copy_pairs<const W: usize>(
+    row: impl Fn(usize) -> *const f32,
+    to: (*mut u32, usize),
+    size: (usize, usize),
+) {
+    let rows = |e: usize| [row(2 * e), row(2 * e + 1), row(2 * e + AHEAD), row(2 * e + 1 + AHEAD)];
     // The numbers of both rows come one row after the other and are put side by side.
     let mixed: [u16; 32] = std::array::from_fn(|i| (i / 2 + i % 2 * 16) as u16);
     // SAFETY: the caller's.
     unsafe {
         let order = _mm512_loadu_si512(mixed.as_ptr().cast());
-        vectors::<W>(to, size, |e, at| {
-            let row = from.add(2 * e * next + at);
-            let below = row.add(next);
-            soon(row, AHEAD * next);
-            soon(below, AHEAD * next);
-            _mm512_permutexvar_epi16(order, pairs(_mm512_loadu_ps(row), _mm512_loadu_ps(below)))
+        vectors::<W, 4>(to, size, rows, |[row, below, ahead, beyond], at| {
+            soon(ahead, at);
+            soon(beyond, at);
+            _mm512_permutexvar_epi16(order, pairs(_mm512_loadu_ps(row.add(at)), _mm512_loadu_ps(below.add(at))))
         })
     }
 }
@@ -161,37 +178,40 @@ unsafe fn copy_pairs<const W: usize>((from, next): (*const f32, usize), to: (*mu
 /// Rows that are asked for before they are needed: each lies in a page of its own, where the machine does not look ahead by itself.
 const AHEAD: usize = 16;
 
-/// Asks for the number that far behind `from`, if there is one.
+/// Asks for a number behind `from`, if there is one.
 #[inline(always)]
-fn soon(from: *const f32, far: usize) {
+fn soon(from: *const f32, at: usize) {
     // SAFETY: asking reads nothing and cannot fail.
-    unsafe { _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(far).cast()) }
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(at).cast()) }
 }
 
 /// Stores vectors of elements where their panels lie.
 ///
 /// # Safety
-/// As for `copy`; `load(e, c)` makes element e of sixteen columns from c on.
+/// As for `copy`; `load(lines(e), c)` makes element e of sixteen columns from c on.
 #[inline(always)]
-unsafe fn vectors<const W: usize>(
+unsafe fn vectors<const W: usize, const L: usize>(
     (to, stride): (*mut u32, usize),
     (rows, panels): (usize, usize),
-    load: impl Fn(usize, usize) -> __m512i,
+    lines: impl Fn(usize) -> [*const f32; L],
+    load: impl Fn([*const f32; L], usize) -> __m512i,
 ) {
     for e in 0..rows {
+        let lines = lines(e);
+        let load = |at: usize| load(lines, at);
         // SAFETY: the caller's.
         unsafe {
             let to = to.add(e * W);
             if W == 8 {
                 for p in (0..panels).step_by(2) {
-                    let x = load(e, p * W);
+                    let x = load(p * W);
                     _mm256_storeu_si256(to.add(p * stride).cast(), _mm512_castsi512_si256(x));
                     _mm256_storeu_si256(to.add((p + 1) * stride).cast(), _mm512_extracti64x4_epi64::<1>(x));
                 }
             } else {
                 for p in 0..panels {
                     for c in (0..W).step_by(LANES) {
-                        _mm512_storeu_si512(to.add(p * stride + c).cast(), load(e, p * W + c));
+                        _mm512_storeu_si512(to.add(p * stride + c).cast(), load(p * W + c));
                     }
                 }
             }

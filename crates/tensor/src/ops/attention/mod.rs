@@ -10,7 +10,7 @@ mod tests;
 
 use crate::ops::experts::Assignments;
 use crate::profile::Cost;
-use crate::{Engine, Param, Real, Tape, Value};
+use crate::{Engine, Param, Precision, Real, Tape, Value};
 use std::sync::Arc;
 
 pub use cpu::numbers_of_backward;
@@ -212,8 +212,9 @@ pub fn decode<T: Real>(
     spec: Attention,
     mixture: Option<Mixture<'_, T>>,
     table: &[T],
+    precision: Precision,
 ) -> Vec<T> {
-    decode_rows(inputs, (m, t), spec, mixture, table, None).0
+    decode_rows(inputs, (m, t), spec, mixture, (table, precision), None).0
 }
 
 /// As [`decode`] with windows of their own for the m rows and what [`attention_within`] returns beside the output; the cache holds every key.
@@ -222,11 +223,11 @@ pub fn decode_within<T: Real>(
     (m, t): (usize, usize),
     spec: Attention,
     mixture: Option<Mixture<'_, T>>,
-    table: &[T],
+    (table, precision): (&[T], Precision),
     windows_m: &Arc<[u32]>,
 ) -> (Vec<T>, Vec<f64>) {
     let choice = mixture.as_ref().map(Mixture::choice);
-    let (out, entropies_mh) = decode_rows(inputs, (m, t), spec, mixture, table, Some(windows_m));
+    let (out, entropies_mh) = decode_rows(inputs, (m, t), spec, mixture, (table, precision), Some(windows_m));
     (out, breadth::breadth(&entropies_mh, spec.heads, t - m..t, windows_m, choice.as_ref()))
 }
 
@@ -235,7 +236,7 @@ fn decode_rows<T: Real>(
     (m, t): (usize, usize),
     spec: Attention,
     mixture: Option<Mixture<'_, T>>,
-    table: &[T],
+    (table, precision): (&[T], Precision),
     windows_m: Option<&Arc<[u32]>>,
 ) -> (Vec<T>, Vec<T>) {
     assert!(m <= t, "decode: more queries than tokens");
@@ -252,5 +253,5 @@ fn decode_rows<T: Real>(
     if let Some(mixture) = &mixture {
         mixture.check(m, spec.heads);
     }
-    cpu::decode([q, k, v], (m, t), (spec, reach), mixture, table)
+    cpu::decode([q, k, v], (m, t), (spec, reach), mixture, table, precision)
 }

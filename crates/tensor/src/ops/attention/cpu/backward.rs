@@ -1,9 +1,10 @@
 //! The backward pass: items compute scores again, in the order of the forward pass and therefore to the same bits; the gradients of keys and values
 //! that several items of a document share are summed in the order of the items.
 
+use super::operand::Rows as Keys;
 use super::plan::{Item, Plan, each, split};
 use super::tile::{Scratch, Span, Tile, Walk, keys};
-use crate::kernels::lanes::{self, LANES, Lanes, Left, PIECE, Piece, Place, Rows};
+use crate::kernels::lanes::{self, LANES, Lanes, PIECE, Piece, Place, Rows};
 use crate::kernels::simd::dot;
 use crate::tape::add;
 use crate::{Arena, Buffer, Real};
@@ -133,53 +134,52 @@ impl<T: Real> Job<'_, T> {
 
     /// Adds what the rows of a tile give to dk, dv and d_table, leaves their dq in tile.out and returns the gradient of their gates.
     fn tile(&self, span: &Span<'_>, first: usize, scratch: &mut Scratch<T>) -> Lanes<T> {
-        let (plan, item, dh, wide) = (self.plan, self.item, self.plan.dh, self.plan.wide);
+        let (plan, item, wide) = (self.plan, self.item, self.plan.wide);
         let rows = self.rows(span);
         let Scratch { k, v, dk, dv, d_table, tile, .. } = scratch;
         tile.load(plan, item, span);
         tile.load_upstream(plan, item, span, self.upstream, &rows.gate);
         tile.out.clear();
-        tile.out.resize(dh, Lanes::all(T::ZERO));
+        tile.out.resize(plan.dh, Lanes::all(T::ZERO));
         if tile.s.len() < span.len() {
             tile.s.resize(span.len(), Lanes::all(T::ZERO));
         }
         let (mut pull, mut beyond) = (Lanes::all(T::ZERO), Lanes::all(T::ZERO));
-        let near = self.walk(span, first, (k, tile));
+        let near = self.walk(span, (k, first), tile);
         tile.table.start();
         for block in span.blocks() {
-            let (from, to) = ((block.start - first) * dh, (block.end - first) * dh);
-            let at = span.within(&block);
+            let (keys, at) = (block.start - first..block.end - first, span.within(&block));
             let placed = block.start >= near;
             if !placed {
-                tile.meet_plain(span, &block, &k[from..to], at.clone(), plan.cope.as_ref());
+                tile.meet_plain(span, &block, (k, first), at.clone(), plan.cope.as_ref());
             }
             tile.d.resize(block.len(), Lanes::all(T::ZERO));
             let (s, d) = (&mut tile.s[at.clone()], &mut tile.d[..]);
-            lanes::product(d, Left { data: &v[from..to], row: dh, col: 1 }, &tile.d_out, false);
+            v.meet(keys.clone(), d, &tile.d_out);
             lanes::harden(s, d, &rows, &mut pull);
             if placed {
                 lanes::retreat(d, &tile.places[at], &mut beyond, &mut tile.table.dz);
             } else if plan.cope.is_some() {
                 tile.table.add_to_rim(d);
             }
-            lanes::product(&mut tile.out, Left { data: &k[from..to], row: 1, col: dh }, d, true);
-            let range = (block.start - first) * wide..(block.end - first) * wide;
-            lanes::outer(&mut dk[range.clone()], d, &tile.q_rows, wide);
-            lanes::outer(&mut dv[range], s, &tile.d_out_rows, wide);
+            k.gather(keys.start, &mut tile.out, d, &mut tile.room);
+            let range = keys.start * wide..keys.end * wide;
+            tile.q_rows.spread(&mut dk[range.clone()], d, wide, &mut tile.room);
+            tile.d_out_rows.spread(&mut dv[range], s, wide, &mut tile.room);
         }
         if let Some(cope) = &plan.cope {
             let dz = tile.table.finish();
-            lanes::product(&mut tile.out, Left { data: &cope.table, row: 1, col: dh }, dz, true);
+            cope.table.gather(0, &mut tile.out, dz, &mut tile.room);
             if d_table.len() < dz.len() * wide {
                 d_table.resize(dz.len() * wide, Piece::all(T::ZERO));
             }
-            lanes::outer(&mut d_table[..dz.len() * wide], dz, &tile.q_rows, wide);
+            tile.q_rows.spread(&mut d_table[..dz.len() * wide], dz, wide, &mut tile.room);
         }
         pull
     }
 
     /// Scores and places of all keys that contextual positions reach; returns the first of them (or the end of the keys).
-    fn walk(&self, span: &Span<'_>, first: usize, (k, tile): (&[T], &mut Tile<T>)) -> usize {
+    fn walk(&self, span: &Span<'_>, k: (&Keys<T>, usize), tile: &mut Tile<T>) -> usize {
         let mut near = usize::MAX;
         let Some(cope) = &self.plan.cope else { return near };
         if tile.places.len() < span.len() {
@@ -190,7 +190,6 @@ impl<T: Real> Job<'_, T> {
             if walk.done(cope) {
                 break;
             }
-            let k = &k[(block.start - first) * self.plan.dh..];
             tile.meet_places(span, &block, k, span.within(&block), (cope, &mut walk));
             near = block.start;
         }

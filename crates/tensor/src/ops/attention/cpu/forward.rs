@@ -3,7 +3,7 @@
 use super::plan::{Item, Plan};
 use super::tile::{Scratch, Span, Walk, keys};
 use crate::Real;
-use crate::kernels::lanes::{self, LANES, Lanes, Left, Place};
+use crate::kernels::lanes::{self, LANES, Lanes, Place};
 
 /// Fills out [rows, heads·dh] and stats [rows, heads, 2]: the maximum of a row's scores and 1 / Σ exp(score - maximum). Heads that a token did
 /// not choose are zero in `out`; their stats are never read. Where the plan measures them, entropies [rows, heads] are those of the weights.
@@ -53,15 +53,15 @@ fn tile<T: Real>(
     span: &Span<'_>,
     scratch: &mut Scratch<T>,
 ) -> (Lanes<T>, Lanes<T>, Lanes<T>) {
-    let (dh, cope, tile) = (plan.dh, plan.cope.as_ref(), &mut scratch.tile);
+    let (cope, tile) = (plan.cope.as_ref(), &mut scratch.tile);
     tile.load(plan, item, span);
     tile.out.clear();
-    tile.out.resize(dh, Lanes::all(T::ZERO));
+    tile.out.resize(plan.dh, Lanes::all(T::ZERO));
     let (mut max, mut sum, mut turn) = (Lanes::all(-T::INFINITY), Lanes::all(T::ZERO), Lanes::all(T::ZERO));
     let mut walk = Walk::new();
     for block in span.blocks().rev() {
         let at = 0..block.len();
-        let (k, v) = (&scratch.k[(block.start - first) * dh..], &scratch.v[(block.start - first) * dh..]);
+        let k = (&scratch.k, first);
         if tile.s.len() < at.end {
             tile.s.resize(at.end, Lanes::all(T::ZERO));
         }
@@ -83,7 +83,7 @@ fn tile<T: Real>(
         if plan.measures() {
             lanes::disorder(&tile.d, &tile.s[at.clone()], &before.0, &before.1, &max, &mut turn);
         }
-        lanes::product(&mut tile.out, Left { data: v, row: 1, col: dh }, &tile.s[at], true);
+        scratch.v.gather(block.start - first, &mut tile.out, &tile.s[at], &mut tile.room);
     }
     (max, sum, turn)
 }

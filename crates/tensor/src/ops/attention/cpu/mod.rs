@@ -5,13 +5,14 @@
 
 mod backward;
 mod forward;
+mod operand;
 mod plan;
 mod rotary;
 mod tile;
 
 use super::{Attention, Mixture, Position, Reach};
 use crate::tape::add;
-use crate::{Param, Real, Tape, Value, kept};
+use crate::{Param, Precision, Real, Tape, Value, kept};
 use backward::backward;
 use forward::forward;
 pub use plan::numbers_of_backward;
@@ -36,7 +37,8 @@ pub(super) fn attention<'a, T: Real>(
     let mut out = tape.arena().take(n * width);
     let mut stats = tape.arena().take(n * spec.heads * 2);
     let items = items(offsets_b1, spec);
-    let mut plan = Plan::new([q.data(), k.data(), v.data()], width, &items, (spec, &reach), table);
+    let precision = tape.precision();
+    let mut plan = Plan::new([q.data(), k.data(), v.data()], width, &items, (spec, &reach), table, precision);
     plan.mix(gates.as_ref().map(Value::data), choice.clone());
     let measured = if reach.windows_n.is_some() { spec.heads } else { 0 };
     let mut entropies = vec![T::ZERO; n * measured];
@@ -54,7 +56,8 @@ pub(super) fn attention<'a, T: Real>(
         tape.record(move |grads| {
             let Some(upstream) = grads.take(y_kept.slot()) else { return };
             let data = |i: usize| inputs[i].as_ref().map_or(&[][..], Value::data);
-            let mut plan = Plan::new([data(0), data(1), data(2)], width, &items, (spec, &reach), table);
+            let mut plan =
+                Plan::new([data(0), data(1), data(2)], width, &items, (spec, &reach), table, precision);
             plan.mix(inputs[3].as_ref().map(Value::data), choice);
             let arena = grads.arena();
             let mut d = [0, 1, 2, 3].map(|i| arena.take(data(i).len()));
@@ -79,12 +82,13 @@ pub(super) fn decode<T: Real>(
     (spec, reach): (Attention, Reach),
     mixture: Option<Mixture<'_, T>>,
     table: &[T],
+    precision: Precision,
 ) -> (Vec<T>, Vec<T>) {
     let items = [Item { keys_at: 0, queries_at: 0, rows: t - m..t }];
     let mut out = vec![T::ZERO; q.len()];
     let mut stats = vec![T::ZERO; m * spec.heads * 2];
     let mut entropies = vec![T::ZERO; if reach.windows_n.is_some() { m * spec.heads } else { 0 }];
-    let mut plan = Plan::new([q, k, v], q.len() / m, &items, (spec, &reach), table);
+    let mut plan = Plan::new([q, k, v], q.len() / m, &items, (spec, &reach), table, precision);
     plan.mix(mixture.as_ref().map(|mixture| mixture.gates_nh.data()), mixture.as_ref().map(Mixture::choice));
     kept::with(|scratch| forward(&plan, &items[0], scratch, [&mut out, &mut stats, &mut entropies]));
     (out, entropies)

@@ -1,10 +1,11 @@
 //! How the work is cut, and what all its pieces share.
 
 use super::super::{Attention, Choice, Position, Reach};
+use super::operand::Rows;
 use super::rotary::Rope;
 use super::tile::Scratch;
 use crate::kernels::lanes::{self, PIECE};
-use crate::{Real, kept};
+use crate::{Precision, Real, kept};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -124,6 +125,8 @@ pub(super) struct Plan<'s, T: Real> {
     pub scale: T,
     pub rope: Option<Rope<T>>,
     pub cope: Option<Cope<T>>,
+    /// Whether tiles multiply pairs of bf16.
+    pub narrow: bool,
     pairs: usize,
 }
 
@@ -134,7 +137,9 @@ impl<'s, T: Real> Plan<'s, T> {
         items: &[Item],
         (spec, reach): (Attention, &'s Reach),
         table: &[T],
+        precision: Precision,
     ) -> Plan<'s, T> {
+        let narrow = lanes::narrow::pays::<T>(precision);
         let dh = width / spec.heads;
         let longest = items.iter().map(|item| item.rows.end).max().unwrap_or(0);
         let pairs = items.iter().map(|item| pairs_before(item.rows.end, spec) - pairs_before(item.rows.start, spec));
@@ -144,7 +149,8 @@ impl<'s, T: Real> Plan<'s, T> {
             Position::Rope { base } => (Some(Rope::new(base, dh, longest)), None),
             Position::Cope { .. } => {
                 let last = table.len() / dh - 1;
-                (None, Some(Cope { last, table: table.iter().map(|e| *e * root).collect() }))
+                let table = table.iter().map(|e| *e * root).collect();
+                (None, Some(Cope { last, table: Rows::new(table, dh, narrow) }))
             }
         };
         Plan {
@@ -161,6 +167,7 @@ impl<'s, T: Real> Plan<'s, T> {
             scale: T::ONE / root,
             rope,
             cope,
+            narrow,
             pairs: pairs.sum::<usize>() * spec.heads,
         }
     }
@@ -195,7 +202,7 @@ impl<'s, T: Real> Plan<'s, T> {
 pub(super) struct Cope<T> {
     /// P, the largest position.
     pub last: usize,
-    pub table: Vec<T>,
+    pub table: Rows<T>,
 }
 
 #[cfg(test)]

@@ -1,9 +1,10 @@
 //! A tile: up to sixteen query rows that share a key/value head, the keys they see, and their scores.
 
+use super::operand::{Columns, Lines, Room, Rows};
 use super::plan::{Cope, Item, Plan};
 use super::rotary::Rope;
 use crate::Real;
-use crate::kernels::lanes::{self, LANES, Lanes, Left, PIECE, Piece, Place};
+use crate::kernels::lanes::{self, LANES, Lanes, PIECE, Piece, Place};
 use std::ops::Range;
 
 /// Keys of a block: a block of scores, keys and values fits the first cache.
@@ -15,8 +16,8 @@ pub(super) struct Scratch<T> {
     /// Query rows of the item, as places in [rows, heads].
     pub rows: Vec<u32>,
     /// Keys and values [keys, dh], and their gradients [keys, wide pieces].
-    pub k: Vec<T>,
-    pub v: Vec<T>,
+    pub k: Rows<T>,
+    pub v: Rows<T>,
     pub dk: Vec<Piece<T>>,
     pub dv: Vec<Piece<T>>,
     /// Gradient of the CoPE table [rows, wide pieces].
@@ -27,10 +28,10 @@ pub(super) struct Scratch<T> {
 #[derive(Default)]
 pub(super) struct Tile<T> {
     /// Scaled queries and upstream gradients, by column [dh] and by row [lanes, wide pieces].
-    pub q: Vec<Lanes<T>>,
-    pub q_rows: Vec<Piece<T>>,
-    pub d_out: Vec<Lanes<T>>,
-    pub d_out_rows: Vec<Piece<T>>,
+    pub q: Columns<T>,
+    pub q_rows: Lines<T>,
+    pub d_out: Columns<T>,
+    pub d_out_rows: Lines<T>,
     /// Result, or gradient of the queries [dh], and the same by row.
     pub out: Vec<Lanes<T>>,
     out_rows: Vec<Piece<T>>,
@@ -41,6 +42,7 @@ pub(super) struct Tile<T> {
     /// Places in the CoPE table, like `s`.
     pub places: Vec<Place<T>>,
     pub table: Bias<T>,
+    pub room: Room,
 }
 
 /// q · table for a tile, computed as far as positions reach.
@@ -58,22 +60,28 @@ impl<T: Real> Scratch<T> {
     /// Copies keys and values of head `kv` that the item sees.
     pub(super) fn pack(&mut self, plan: &Plan<'_, T>, item: &Item, keys: Range<usize>, kv: usize) {
         for (from, to) in [(plan.k, &mut self.k), (plan.v, &mut self.v)] {
-            to.clear();
+            to.plain.clear();
             let width = plan.spec.kv_heads * plan.dh;
             let rows = from[(item.keys_at + keys.start) * width..].chunks_exact(width).take(keys.len());
-            rows.for_each(|row| to.extend_from_slice(&row[kv * plan.dh..(kv + 1) * plan.dh]));
+            rows.for_each(|row| to.plain.extend_from_slice(&row[kv * plan.dh..(kv + 1) * plan.dh]));
         }
         if let Some(rope) = &plan.rope {
-            let rows = self.k.chunks_exact_mut(plan.dh);
+            let rows = self.k.plain.chunks_exact_mut(plan.dh);
             rows.zip(keys).for_each(|(row, position)| rope.turn(row, position, false));
         }
+        self.k.set(plan.dh, plan.narrow);
+        self.v.set(plan.dh, plan.narrow);
     }
 }
 
-/// The keys that an item sees, by position in the document.
+/// The keys that an item sees, by position in the document, from an even one on, because keys are multiplied in pairs.
 pub(super) fn keys<T: Real>(plan: &Plan<'_, T>, item: &Item) -> Range<usize> {
     let first = (0..item.rows.len()).map(|i| plan.first_key(item, i)).min();
-    first.unwrap_or(item.rows.start)..item.rows.end
+    even(first.unwrap_or(item.rows.start))..item.rows.end
+}
+
+fn even(position: usize) -> usize {
+    position / 2 * 2
 }
 
 /// The rows of a tile and the keys they see. Lanes behind the last row repeat it and have no upstream gradient.
@@ -83,7 +91,7 @@ pub(super) struct Span<'s> {
     pub positions: [usize; LANES],
     from: Lanes<i32>,
     to: Lanes<i32>,
-    /// Keys that any row sees, and those that all rows see.
+    /// Keys that any row sees, from an even one on, and those that all rows see.
     any: Range<usize>,
     all: Range<usize>,
 }
@@ -100,7 +108,7 @@ impl<'s> Span<'s> {
             positions,
             from: Lanes(first.map(|i| i as i32)),
             to: Lanes(positions.map(|i| i as i32 + 1)),
-            any: farthest..near + 1,
+            any: even(farthest)..near + 1,
             all: nearest..far + 1,
         }
     }
@@ -156,13 +164,12 @@ impl<T: Real> Bias<T> {
     }
 
     /// Makes `z` reach table row `n`.
-    fn reach(&mut self, n: usize, cope: &Cope<T>, q: &[Lanes<T>]) {
-        let (dh, known) = (q.len(), self.rows.len());
+    fn reach(&mut self, n: usize, cope: &Cope<T>, q: &Columns<T>) {
+        let known = self.rows.len();
         let wanted = (n + 2).min(cope.last + 1);
         if known < wanted {
             self.rows.resize(wanted, Lanes::all(T::ZERO));
-            let left = Left { data: &cope.table[known * dh..], row: dh, col: 1 };
-            lanes::product(&mut self.rows[known..], left, q, false);
+            cope.table.meet(known..wanted, &mut self.rows[known..], q);
         }
         let ready = self.z.len();
         if ready <= n {
@@ -207,9 +214,10 @@ impl<T: Real> Tile<T> {
     /// Reads the queries of a tile.
     pub(super) fn load(&mut self, plan: &Plan<'_, T>, item: &Item, span: &Span<'_>) {
         let (rope, scale) = (plan.rope.as_ref(), Lanes::all(plan.scale));
-        gather(plan, &plan.q[item.queries_at * plan.spec.heads * plan.dh..], span, (rope, &scale), &mut self.q_rows);
-        self.q.resize(plan.dh, Lanes::all(T::ZERO));
-        lanes::columns(&mut self.q, &self.q_rows, plan.wide);
+        let (queries, rows) = (&plan.q[item.queries_at * plan.spec.heads * plan.dh..], &mut self.q_rows);
+        gather(plan, queries, span, (rope, &scale), &mut rows.plain);
+        self.q.turn(&rows.plain, (plan.dh, plan.wide), plan.narrow);
+        rows.set(plan.wide, plan.narrow);
         self.table.reset();
     }
 
@@ -223,13 +231,14 @@ impl<T: Real> Tile<T> {
         gate: &Lanes<T>,
     ) {
         let upstream = &upstream[item.queries_at * plan.spec.heads * plan.dh..];
-        gather(plan, upstream, span, (None, &Lanes::all(T::ONE)), &mut self.d_out_rows);
-        lanes::flat_mut(&mut self.d_out_rows)[span.rows.len() * plan.wide * PIECE..].fill(T::ZERO);
-        self.d_out.resize(plan.dh, Lanes::all(T::ZERO));
-        lanes::columns(&mut self.d_out, &self.d_out_rows, plan.wide);
-        for (row, gate) in self.d_out_rows.chunks_exact_mut(plan.wide).zip(gate.0) {
+        let rows = &mut self.d_out_rows;
+        gather(plan, upstream, span, (None, &Lanes::all(T::ONE)), &mut rows.plain);
+        lanes::flat_mut(&mut rows.plain)[span.rows.len() * plan.wide * PIECE..].fill(T::ZERO);
+        self.d_out.turn(&rows.plain, (plan.dh, plan.wide), plan.narrow);
+        for (row, gate) in rows.plain.chunks_exact_mut(plan.wide).zip(gate.0) {
             lanes::flat_mut(row).iter_mut().for_each(|d| *d *= gate);
         }
+        rows.set(plan.wide, plan.narrow);
     }
 
     /// Hands out each row of `out`, times its factor; `rows` are those of the span.
@@ -246,11 +255,10 @@ impl<T: Real> Tile<T> {
         rows.iter().zip(lines).for_each(|(&row, line)| to(row as usize, &line[..plan.dh]));
     }
 
-    /// Scores of a block into s[at], -∞ where a row does not see the key.
-    fn meet(&mut self, span: &Span<'_>, block: &Range<usize>, k: &[T], at: Range<usize>) {
-        let dh = self.q.len();
+    /// Scores of a block into s[at], -∞ where a row does not see the key. Row 0 of k is the key at position `first`.
+    fn meet(&mut self, span: &Span<'_>, block: &Range<usize>, (k, first): (&Rows<T>, usize), at: Range<usize>) {
         let s = &mut self.s[at];
-        lanes::product(s, Left { data: k, row: dh, col: 1 }, &self.q, false);
+        k.meet(block.start - first..block.end - first, s, &self.q);
         span.hide(s, block);
     }
 
@@ -259,7 +267,7 @@ impl<T: Real> Tile<T> {
         &mut self,
         span: &Span<'_>,
         block: &Range<usize>,
-        k: &[T],
+        k: (&Rows<T>, usize),
         at: Range<usize>,
         (cope, walk): (&Cope<T>, &mut Walk<T>),
     ) {
@@ -275,7 +283,7 @@ impl<T: Real> Tile<T> {
         &mut self,
         span: &Span<'_>,
         block: &Range<usize>,
-        k: &[T],
+        k: (&Rows<T>, usize),
         at: Range<usize>,
         cope: Option<&Cope<T>>,
     ) {

@@ -89,7 +89,7 @@ fn decoding_equals_the_last_rows() {
         let rows = |x: &Input, start: usize| cast(&x.data[start * x.width..]);
         let [q, k, v] = [0, 1, 2].map(|x| rows(&numbers.inputs[x], if x == 0 { t - m } else { from }));
         let table = cast(&numbers.table[..table.map_or(0, |table| table.len())]);
-        decode([&q, &k, &v], (m, t - from), spec, None, &table).iter().map(|y| y.to_f64()).collect()
+        decode([&q, &k, &v], (m, t - from), spec, None, &table, Precision::F32).iter().map(|y| y.to_f64()).collect()
     }
     for kind in KINDS {
         for window in [None, Some(1), Some(5), Some(64)] {
@@ -162,6 +162,38 @@ proptest! {
         prop_assume!(smooth(&case, &numbers));
         let found = case.parity::<f32>(&numbers);
         prop_assert!(found < 1e-4, "{:?}: {}", case, found);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 150, failure_persistence: None, ..ProptestConfig::default() })]
+    /// Of numbers that bf16 holds the scores are the same, so that no position moves; weights and their gradients are rounded.
+    #[test]
+    fn on_pairs_of_bf16_it_stays_within_their_rounding(
+        case in cases(90),
+        dh in prop_oneof![Just(1usize), Just(4), Just(16), Just(64)],
+        seed in 0u64..1000,
+    ) {
+        prop_assume!(case.kind != Kind::Rope || dh > 1);
+        let case = Case { dh, ..case };
+        let mut numbers = case.numbers(seed, 1.0);
+        let round = |x: &mut f64| *x = f64::from(f32::from_bits(crate::kernels::gemm::bf16(*x as f32)));
+        numbers.inputs[..3].iter_mut().for_each(|input| input.data.iter_mut().for_each(round));
+        numbers.table.iter_mut().for_each(round);
+        prop_assume!(smooth(&case, &numbers));
+        let found = |precision| {
+            check::analytic::<f32>(Engine::Cpu, &numbers.inputs, &numbers.table, |tape, x| {
+                tape.set_precision(precision);
+                let y = case.op(tape, x);
+                vec![y]
+            })
+        };
+        let ((value, found), (expected, gradients)) = (found(Precision::Bf16), found(Precision::F32));
+        let scale = 1.0 + gradients.iter().flatten().fold(expected.abs(), |m, g| m.max(g.abs()));
+        prop_assert!((value - expected).abs() < 0.02 * scale, "{:?}: {} for {}", case, value, expected);
+        for (a, b) in found.iter().flatten().zip(gradients.iter().flatten()) {
+            prop_assert!((a - b).abs() < 0.02 * scale, "{:?}: {} for {}", case, a, b);
+        }
     }
 }
 

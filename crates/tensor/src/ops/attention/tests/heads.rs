@@ -109,7 +109,7 @@ fn decoding_a_mixture_equals_the_last_rows() {
             let [q, k, v] = [0, 1, 2].map(|x| &numbers.inputs[x].data[..]);
             let table = &numbers.table[..case.table(true).1.map_or(0, |table| table.len())];
             let spec = case.spec(case.table(true).1);
-            let found = decode([&q[from * 24..], k, v], (m, 70), spec, Some(mixture), table);
+            let found = decode([&q[from * 24..], k, v], (m, 70), spec, Some(mixture), table, Precision::F32);
             assert!(gap(&found, &all[from * 24..]) < 1e-12, "{kind:?} {m}");
         }
     }

@@ -1,0 +1,398 @@
+//! Products of tiles on bf16: numbers rounded, two neighbours along the depth side by side in one element, sums in f32. By AVX512-BF16, whose
+//! instructions take denormals as zero; the loops beside them say what they compute and serve where they are called without it.
+#![allow(unsafe_code)]
+
+use super::{LANES, Lanes, Left, PIECE, Piece, narrowed, narrowed_mut, same};
+use crate::isa::{self, Isa};
+use crate::kernels::gemm::bf16;
+use crate::{Precision, Real};
+use std::any::TypeId;
+
+/// Pairs of neighbouring lanes.
+pub type Couples = [u32; LANES / 2];
+
+/// Whether products of T in a precision are best taken on pairs here.
+pub fn pays<T: Real>(precision: Precision) -> bool {
+    precision == Precision::Bf16 && TypeId::of::<T>() == TypeId::of::<f32>() && isa::current() >= Isa::Avx512Bf16
+}
+
+fn pair(first: f32, second: f32) -> u32 {
+    bf16(first) >> 16 | bf16(second)
+}
+
+/// Both numbers of a pair.
+fn apart(pair: u32) -> [f32; 2] {
+    [f32::from_bits(pair << 16), f32::from_bits(pair & 0xffff_0000)]
+}
+
+fn there() -> bool {
+    isa::current() >= Isa::Avx512Bf16
+}
+
+/// Appends the neighbours along a row; after an odd number comes zero.
+pub fn along<T: Real>(to: &mut Vec<u32>, row: &[T]) {
+    let (row, start) = (same::<T, f32>(row), to.len());
+    to.resize(start + row.len().div_ceil(2), 0);
+    let to = &mut to[start..];
+    let mut done = 0;
+    #[cfg(target_arch = "x86_64")]
+    if there() {
+        // SAFETY: the machine has AVX512-BF16.
+        done = unsafe { x86::along(to, row) };
+    }
+    for (to, pair_of) in to[done / 2..].iter_mut().zip(row[done..].chunks(2)) {
+        *to = pair(pair_of[0], pair_of.get(1).copied().unwrap_or(0.0));
+    }
+}
+
+/// Appends, for rows of `width` numbers, each row's numbers beside those of the next, two rows after two; after an odd number of rows comes zero.
+pub fn down<T: Real>(to: &mut Vec<u32>, rows: &[T], width: usize) {
+    let mut both = same::<T, f32>(rows).chunks_exact(2 * width);
+    for rows in &mut both {
+        let (first, second) = rows.split_at(width);
+        let start = to.len();
+        to.resize(start + width, 0);
+        let to = &mut to[start..];
+        let mut done = 0;
+        #[cfg(target_arch = "x86_64")]
+        if there() {
+            // SAFETY: the machine has AVX512-BF16.
+            done = unsafe { x86::down(to, first, second) };
+        }
+        for i in done..width {
+            to[i] = pair(first[i], second[i]);
+        }
+    }
+    to.extend(both.remainder().iter().map(|x| pair(*x, 0.0)));
+}
+
+/// Neighbours along the columns; after an odd number comes zero.
+pub fn columns<T: Real>(to: &mut Vec<Lanes<u32>>, from: &[Lanes<T>]) {
+    let from = narrowed(from);
+    to.resize(from.len().div_ceil(2), Lanes::all(0));
+    #[cfg(target_arch = "x86_64")]
+    if there() {
+        // SAFETY: the machine has AVX512-BF16.
+        return unsafe { x86::columns(to, from) };
+    }
+    for (to, from) in to.iter_mut().zip(from.chunks(2)) {
+        let second = from.get(1).map_or([0.0; LANES], |second| second.0);
+        *to = Lanes(std::array::from_fn(|l| pair(from[0].0[l], second[l])));
+    }
+}
+
+/// Neighbouring lanes.
+pub fn couples<T: Real>(to: &mut Vec<Couples>, from: &[Lanes<T>]) {
+    let from = narrowed(from);
+    to.resize(from.len(), [0; LANES / 2]);
+    #[cfg(target_arch = "x86_64")]
+    if there() {
+        // SAFETY: the machine has AVX512-BF16.
+        return unsafe { x86::couples(to, from) };
+    }
+    for (to, from) in to.iter_mut().zip(from) {
+        *to = std::array::from_fn(|i| pair(from.0[2 * i], from.0[2 * i + 1]));
+    }
+}
+
+/// `super::product`, where an element of both sides is a pair along the depth.
+pub fn product<T: Real>(dst: &mut [Lanes<T>], a: Left<'_, u32>, b: &[Lanes<u32>], accumulate: bool) {
+    let (dst, depth) = (narrowed_mut(dst), b.len());
+    if dst.is_empty() {
+        return;
+    }
+    assert!(depth == 0 || (dst.len() - 1) * a.row + (depth - 1) * a.col < a.data.len(), "product out of bounds");
+    #[cfg(target_arch = "x86_64")]
+    if there() {
+        // SAFETY: the machine has AVX512-BF16; the assertion bounds every element of a.
+        return unsafe { x86::product(dst, (a.data.as_ptr(), a.row, a.col), b, accumulate) };
+    }
+    for (i, dst) in dst.iter_mut().enumerate() {
+        let mut sum = if accumulate { dst.0 } else { [0.0; LANES] };
+        for (k, b) in b.iter().enumerate() {
+            let x = apart(a.data[i * a.row + k * a.col]);
+            sum = std::array::from_fn(|l| {
+                let y = apart(b.0[l]);
+                sum[l] + x[0] * y[0] + x[1] * y[1]
+            });
+        }
+        dst.0 = sum;
+    }
+}
+
+/// `super::outer`, where an element of both sides is a pair of lanes: b [lanes / 2, wide] pieces.
+pub fn outer<T: Real>(dst: &mut [Piece<T>], a: &[Couples], b: &[u32], wide: usize) {
+    let width = wide * PIECE;
+    let dst = super::flat_mut(dst);
+    assert!(dst.len() == a.len() * width && b.len() == LANES / 2 * width, "outer product out of bounds");
+    let dst = super::same_mut::<T, f32>(dst);
+    #[cfg(target_arch = "x86_64")]
+    if there() {
+        // SAFETY: the machine has AVX512-BF16; the assertion bounds both sides.
+        return unsafe { x86::outer(dst, a, b, width) };
+    }
+    for (dst, a) in dst.chunks_exact_mut(width).zip(a) {
+        for (x, b) in a.iter().zip(b.chunks_exact(width)) {
+            let x = apart(*x);
+            dst.iter_mut().zip(b).for_each(|(d, b)| *d += x[0] * apart(*b)[0] + x[1] * apart(*b)[1]);
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::{Couples, LANES, Lanes};
+    use std::arch::x86_64::*;
+    use std::mem::transmute;
+
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    #[inline]
+    fn both(first: __m512, second: __m512) -> __m512i {
+        // SAFETY: both are 512 bits of numbers.
+        unsafe { transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(second, first)) }
+    }
+
+    /// From sixteen numbers and then sixteen others to a number of each side by side.
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    #[inline]
+    fn mixed(first: __m512, second: __m512) -> __m512i {
+        const ORDER: [u16; 32] = {
+            let mut order = [0; 32];
+            let mut i = 0;
+            while i < 32 {
+                order[i] = (i / 2 + i % 2 * 16) as u16;
+                i += 1;
+            }
+            order
+        };
+        // SAFETY: 512 bits of numbers.
+        _mm512_permutexvar_epi16(unsafe { transmute::<[u16; 32], __m512i>(ORDER) }, both(first, second))
+    }
+
+    /// How many numbers of the row were taken: whole vectors.
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    pub unsafe fn along(to: &mut [u32], row: &[f32]) -> usize {
+        for (to, row) in to.chunks_exact_mut(LANES).zip(row.chunks_exact(2 * LANES)) {
+            // SAFETY: sixteen elements and thirty-two numbers.
+            unsafe {
+                let (first, second) = (_mm512_loadu_ps(row.as_ptr()), _mm512_loadu_ps(row.as_ptr().add(LANES)));
+                _mm512_storeu_si512(to.as_mut_ptr().cast(), both(first, second));
+            }
+        }
+        row.len() / (2 * LANES) * 2 * LANES
+    }
+
+    /// How many numbers of both rows were taken: whole vectors.
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    pub unsafe fn down(to: &mut [u32], first: &[f32], second: &[f32]) -> usize {
+        let rows = first.chunks_exact(LANES).zip(second.chunks_exact(LANES));
+        for (to, (first, second)) in to.chunks_exact_mut(LANES).zip(rows) {
+            // SAFETY: sixteen numbers each.
+            unsafe {
+                let x = mixed(_mm512_loadu_ps(first.as_ptr()), _mm512_loadu_ps(second.as_ptr()));
+                _mm512_storeu_si512(to.as_mut_ptr().cast(), x);
+            }
+        }
+        first.len() / LANES * LANES
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    pub unsafe fn columns(to: &mut [Lanes<u32>], from: &[Lanes<f32>]) {
+        for (to, from) in to.iter_mut().zip(from.chunks(2)) {
+            // SAFETY: sixteen numbers each.
+            unsafe {
+                let first = _mm512_loadu_ps(from[0].0.as_ptr());
+                let second = from.get(1).map_or(_mm512_setzero_ps(), |second| _mm512_loadu_ps(second.0.as_ptr()));
+                _mm512_storeu_si512(to.0.as_mut_ptr().cast(), mixed(first, second));
+            }
+        }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    pub unsafe fn couples(to: &mut [Couples], from: &[Lanes<f32>]) {
+        for (to, from) in to.iter_mut().zip(from) {
+            // SAFETY: sixteen numbers, eight elements.
+            unsafe {
+                let x = _mm512_cvtneps_pbh(_mm512_loadu_ps(from.0.as_ptr()));
+                _mm256_storeu_si256(to.as_mut_ptr().cast(), transmute::<__m256bh, __m256i>(x));
+            }
+        }
+    }
+
+    /// sum + both products of a pair with those of sixteen.
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    #[inline]
+    fn twice(sum: __m512, x: u32, y: __m512i) -> __m512 {
+        // SAFETY: 512 bits of pairs each.
+        unsafe {
+            let x = transmute::<__m512i, __m512bh>(_mm512_set1_epi32(x as i32));
+            _mm512_dpbf16_ps(sum, x, transmute::<__m512i, __m512bh>(y))
+        }
+    }
+
+    /// # Safety
+    /// The machine has AVX512-BF16; a has its elements for the rows of dst and the depth of b.
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    pub unsafe fn product(
+        dst: &mut [Lanes<f32>],
+        (a, row, col): (*const u32, usize, usize),
+        b: &[Lanes<u32>],
+        accumulate: bool,
+    ) {
+        let mut i = 0;
+        macro_rules! strips {
+            ($($m:literal)*) => {$(
+                while dst.len() - i >= $m {
+                    // SAFETY: the caller's, for the rows i..i + M.
+                    unsafe { strip::<$m>(&mut dst[i..i + $m], (a.add(i * row), row, col), b, accumulate) };
+                    i += $m;
+                }
+            )*};
+        }
+        strips!(16 8 4 2 1);
+    }
+
+    /// M rows of a product.
+    ///
+    /// # Safety
+    /// As for `product`.
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    #[inline]
+    unsafe fn strip<const M: usize>(
+        dst: &mut [Lanes<f32>],
+        (a, row, col): (*const u32, usize, usize),
+        b: &[Lanes<u32>],
+        accumulate: bool,
+    ) {
+        // SAFETY: the caller's.
+        unsafe {
+            let mut sums = [_mm512_setzero_ps(); M];
+            if accumulate {
+                sums.iter_mut().zip(&*dst).for_each(|(sum, dst)| *sum = _mm512_loadu_ps(dst.0.as_ptr()));
+            }
+            // Four rows to a pointer, so that the addresses of sixteen need few registers.
+            let mut at: [*const u32; 4] = std::array::from_fn(|q| a.wrapping_add(4 * q * row));
+            for b in b {
+                let b = _mm512_loadu_si512(b.0.as_ptr().cast());
+                for i in 0..M {
+                    sums[i] = twice(sums[i], *at[i / 4].add(i % 4 * row), b);
+                }
+                at = at.map(|at| at.wrapping_add(col));
+            }
+            dst.iter_mut().zip(sums).for_each(|(dst, sum)| _mm512_storeu_ps(dst.0.as_mut_ptr(), sum));
+        }
+    }
+
+    /// # Safety
+    /// The machine has AVX512-BF16; dst has a row of `width` for each of a, b one for each pair of lanes.
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    pub unsafe fn outer(dst: &mut [f32], a: &[Couples], b: &[u32], width: usize) {
+        for start in (0..width).step_by(LANES) {
+            let mask = if width - start < LANES { (1u16 << (width - start)) - 1 } else { u16::MAX };
+            let mut i = 0;
+            macro_rules! patches {
+                ($($m:literal)*) => {$(
+                    while a.len() - i >= $m {
+                        let a: &[Couples; $m] = a[i..i + $m].try_into().expect("as many rows as the patch");
+                        // SAFETY: the caller's, for the rows i..i + M and the columns of the mask.
+                        unsafe {
+                            let to = dst.as_mut_ptr().add(i * width + start);
+                            patch::<$m>(a, (to, b.as_ptr().add(start), width), mask);
+                        }
+                        i += $m;
+                    }
+                )*};
+            }
+            patches!(16 8 4 2 1);
+        }
+    }
+
+    /// # Safety
+    /// As for `outer`, for the M rows of a and the columns of the mask.
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    #[inline]
+    unsafe fn patch<const M: usize>(
+        a: &[Couples; M],
+        (dst, b, width): (*mut f32, *const u32, usize),
+        mask: __mmask16,
+    ) {
+        // SAFETY: the caller's.
+        unsafe {
+            let mut sums: [__m512; M] = std::array::from_fn(|i| _mm512_maskz_loadu_ps(mask, dst.add(i * width)));
+            for k in 0..LANES / 2 {
+                let b = _mm512_maskz_loadu_epi32(mask, b.add(k * width).cast());
+                for i in 0..M {
+                    sums[i] = twice(sums[i], a[i][k], b);
+                }
+            }
+            for i in 0..M {
+                _mm512_mask_storeu_ps(dst.add(i * width), mask, sums[i]);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::check;
+
+    fn numbers(seed: u64, len: usize) -> Vec<f32> {
+        check::normals(seed, len, 1.0).into_iter().map(|x| x as f32).collect()
+    }
+
+    fn rounded(x: f32) -> f64 {
+        f64::from(f32::from_bits(bf16(x)))
+    }
+
+    #[test]
+    fn products_are_those_of_the_rounded_numbers_at_any_size() {
+        for (keys, width) in [(1, 1), (3, 5), (16, 16), (17, 33), (31, 64), (64, 40)] {
+            let rows = numbers(1, keys * width);
+            let lanes = |seed, n: usize| -> Vec<Lanes<f32>> {
+                numbers(seed, n * LANES).chunks_exact(LANES).map(|x| Lanes(x.try_into().unwrap())).collect()
+            };
+            let (q, w) = (lanes(2, width), lanes(3, keys));
+            let (mut by_row, mut by_column, mut pairs) = (Vec::new(), Vec::new(), Vec::new());
+            rows.chunks_exact(width).for_each(|row| along(&mut by_row, row));
+            down(&mut by_column, &rows, width);
+            let half = width.div_ceil(2);
+            assert_eq!((by_row.len(), by_column.len()), (keys * half, keys.div_ceil(2) * width));
+            let close = |found: f32, expected: f64| assert!((f64::from(found) - expected).abs() < 1e-4, "{keys} {width}");
+            columns(&mut pairs, &q);
+            let mut scores = vec![Lanes::all(0.5f32); keys];
+            product(&mut scores, Left { data: &by_row, row: half, col: 1 }, &pairs, false);
+            columns(&mut pairs, &w);
+            let mut sums = vec![Lanes::all(0.5f32); width];
+            product(&mut sums, Left { data: &by_column, row: 1, col: width }, &pairs, true);
+            let row = |j: usize, d: usize| rounded(rows[j * width + d]);
+            for l in 0..LANES {
+                for j in 0..keys {
+                    close(scores[j].0[l], (0..width).map(|d| row(j, d) * rounded(q[d].0[l])).sum());
+                }
+                for d in 0..width {
+                    close(sums[d].0[l], 0.5 + (0..keys).map(|j| row(j, d) * rounded(w[j].0[l])).sum::<f64>());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn outer_products_are_those_of_the_rounded_numbers_at_any_width() {
+        for (keys, wide) in [(1, 1), (5, 2), (16, 3), (37, 8)] {
+            let width = wide * PIECE;
+            let a: Vec<Lanes<f32>> =
+                numbers(4, keys * LANES).chunks_exact(LANES).map(|x| Lanes(x.try_into().unwrap())).collect();
+            let b = numbers(5, LANES * width);
+            let (mut pairs, mut by_lane) = (Vec::new(), Vec::new());
+            down(&mut pairs, &b, width);
+            couples(&mut by_lane, &a);
+            let mut dst = vec![Piece::all(0.25f32); keys * wide];
+            outer(&mut dst, &by_lane, &pairs, wide);
+            for (at, found) in super::super::flat(&dst).iter().enumerate() {
+                let products = (0..LANES).map(|l| rounded(a[at / width].0[l]) * rounded(b[l * width + at % width]));
+                assert!((f64::from(*found) - 0.25 - products.sum::<f64>()).abs() < 1e-4, "{keys} {wide}");
+            }
+        }
+    }
+}
