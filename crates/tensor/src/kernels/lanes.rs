@@ -10,6 +10,7 @@ mod wide;
 
 use crate::Real;
 use crate::isa::{self, Isa};
+use crate::kernels::simd::{same, same_mut};
 use std::any::TypeId;
 use std::hint::black_box;
 
@@ -256,6 +257,18 @@ kernels! {
         for (d, column) in columns.iter().enumerate().skip(d) {
             for l in 0..LANES {
                 rows[l * stride + d] = column.0[l];
+            }
+        }
+    }
+
+    /// Each of the rows [lanes, wide] times its factor.
+    pub fn scale(rows: &mut [Piece<T>], factors: &Lanes<T>, wide: usize) {
+        assert!(rows.len() == LANES * wide, "rows of another tile");
+        for (row, factor) in rows.chunks_exact_mut(wide).zip(factors.0) {
+            for piece in row {
+                for x in &mut piece.0 {
+                    *x *= factor;
+                }
             }
         }
     }
@@ -613,19 +626,6 @@ fn put<T: Real, F: Fuse>(to: &mut Lanes<[T; 2]>, first: &Lanes<T>, second: &Lane
     for l in 0..LANES {
         to.0[l] = [first.0[l], second.0[l]];
     }
-}
-
-/// Numbers of T, which is U, as what they are.
-fn same<T: 'static, U: 'static>(x: &[T]) -> &[U] {
-    assert!(TypeId::of::<T>() == TypeId::of::<U>());
-    // SAFETY: T is U.
-    unsafe { std::slice::from_raw_parts(x.as_ptr().cast(), x.len()) }
-}
-
-fn same_mut<T: 'static, U: 'static>(x: &mut [T]) -> &mut [U] {
-    assert!(TypeId::of::<T>() == TypeId::of::<U>());
-    // SAFETY: T is U; the borrow is exclusive.
-    unsafe { std::slice::from_raw_parts_mut(x.as_mut_ptr().cast(), x.len()) }
 }
 
 /// Lanes of T, which is f32, as what they are.

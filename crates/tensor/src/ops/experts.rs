@@ -4,7 +4,7 @@
 
 use crate::kernels::gemm::{Matrix, Packed, Product, Side, grouped};
 use crate::kernels::parallel;
-use crate::ops::swiglu::{activate_backward_block, activate_block};
+use crate::ops::swiglu::{Keep, activate_backward_block, activate_block};
 use crate::profile::Cost;
 use crate::{Arena, Engine, Param, Precision, Real, Tape, Value, kept};
 use candle_core::{Device, Tensor};
@@ -292,8 +292,9 @@ fn cpu<'a, T: Real>(
     let blocks = sorted.blocks(&(0..gate_up.count));
     let (w_gate_up, w_down, experts) = (tape.param(&gate_up), tape.param(&down), gate_up.count);
     let mut rows_sd = tape.arena().take(s * d);
-    let mut pre_s2g = tape.arena().take(s * 2 * g);
-    let parts = split(&blocks, &mut rows_sd, d).into_iter().zip(split(&blocks, &mut pre_s2g, 2 * g));
+    let keep = Keep::new::<T>(precision, g);
+    let mut kept_s = tape.arena().take(s * keep.width());
+    let parts = split(&blocks, &mut rows_sd, d).into_iter().zip(split(&blocks, &mut kept_s, keep.width()));
     let stacks = [(gate_up, w_gate_up), (down, w_down)];
     // The right sides of both stacks: gate and up of every expert, then down of every expert.
     let pack = move |arena: &Arena<T>, sorted: &Sorted, transpose: bool| {
@@ -301,14 +302,16 @@ fn cpu<'a, T: Real>(
         Packed::new(arena, all.collect(), parallel::pays(s * d * g))
     };
     let packed = pack(tape.arena(), &sorted, true);
-    parallel::each(parallel::pays(s * d * g), blocks.iter().zip(parts).collect(), |(block, (rows, pre))| {
+    parallel::each(parallel::pays(s * d * g), blocks.iter().zip(parts).collect(), |(block, (rows, kept))| {
         let n = block.places.len();
-        packed.multiply(block.expert, pre, sorted.matrix(Rows::Tokens(x.data()), &block.places, d), false);
-        // Hidden rows stay in the caches of their thread: they are recomputed from the pre-activations on the way back.
-        kept::with(|hidden: &mut Vec<T>| {
-            hidden.resize(n * g, T::ZERO);
-            activate_block(pre, hidden, g);
-            packed.multiply(experts + block.expert, rows, Matrix::new(hidden, n, g), false);
+        keep.through(kept, |pre| {
+            packed.multiply(block.expert, pre, sorted.matrix(Rows::Tokens(x.data()), &block.places, d), false);
+            // Hidden rows stay in the caches of their thread: they are recomputed from the pre-activations on the way back.
+            kept::with(|hidden: &mut Vec<T>| {
+                hidden.resize(n * g, T::ZERO);
+                activate_block(pre, hidden, g);
+                packed.multiply(experts + block.expert, rows, Matrix::new(hidden, n, g), false);
+            });
         });
     });
     drop(packed);
@@ -328,6 +331,7 @@ fn cpu<'a, T: Real>(
             let waves = sorted.waves();
             let longest = waves.iter().map(|wave| sorted.places(wave).len()).max().unwrap_or(0);
             let mut hidden_wg = arena.take(longest * g);
+            let mut room = keep.narrow.then(|| arena.take(longest * 2 * g));
             let (mut dx_sd, mut dweights_s) = (arena.take(s * d), arena.take(s));
             let packed = pack(&arena, &sorted, false);
             for wave in waves {
@@ -335,7 +339,10 @@ fn cpu<'a, T: Real>(
                 let (blocks, w) = (sorted.blocks(&wave), places.len());
                 let first = places.start;
                 let hidden_wg = &mut hidden_wg[..w * g];
-                let pre_w2g = &mut pre_s2g[first * 2 * g..places.end * 2 * g];
+                let (kept_s, pre_w2g) = match &mut room {
+                    Some(room) => (&kept_s[..], &mut room[..w * 2 * g]),
+                    None => (&[][..], &mut kept_s[first * 2 * g..places.end * 2 * g]),
+                };
                 let parts = split(&blocks, &mut dx_sd[first * d..places.end * d], d).into_iter();
                 let parts = parts.zip(split(&blocks, pre_w2g, 2 * g)).zip(split(&blocks, hidden_wg, g));
                 let parts = parts.zip(split(&blocks, &mut dweights_s[places], 1));
@@ -345,6 +352,9 @@ fn cpu<'a, T: Real>(
                     tasks,
                     |(block, (((dx, pre), hidden), dweights))| {
                         let n = block.places.len();
+                        if keep.narrow {
+                            keep.recall(&kept_s[block.places.start * g..block.places.end * g], pre);
+                        }
                         let dy = sorted.matrix(Rows::Tokens(&dy_nd), &block.places, d);
                         packed.multiply(experts + block.expert, hidden, dy, false);
                         let weight = |i: usize| weights[sorted.assignments_s[block.places.start + i] as usize];

@@ -5,7 +5,8 @@ use crate::kernels::gemm::{Matrix, Packed, Product, Side, To, grouped};
 use crate::kernels::parallel;
 use crate::kernels::simd::{self, Kernel, LANES, sigmoid, total};
 use crate::profile::Cost;
-use crate::{Engine, Param, Real, Tape, Value, kept};
+use crate::{Engine, Param, Precision, Real, Tape, Value, kept};
+use std::any::TypeId;
 
 /// Panics if the shapes differ: they are fixed by the model's configuration, which is validated before.
 pub fn swiglu<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, gate: Param, up: Param, down: Param) -> Value<T> {
@@ -32,18 +33,21 @@ fn cpu<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, gate: Param, up: Param
     let weights = [(gate, f, d), (up, f, d), (down, d, f)]
         .map(|(p, rows, cols)| Matrix::new(&tape.param(&p)[..p.len()], rows, cols));
     // Gate and up pre-activations side by side, as the experts keep them.
-    let (mut pre_n2f, mut y_nd) = (tape.arena().take(n * 2 * f), tape.arena().take(n * d));
+    let keep = Keep::new::<T>(precision, f);
+    let (mut kept_n, mut y_nd) = (tape.arena().take(n * keep.width()), tape.arena().take(n * d));
     let sides = weights.map(|w| Side { matrix: w.t(), precision, rows: n });
     let packed = Packed::new(tape.arena(), sides.to_vec(), pool);
-    let tasks = pre_n2f.chunks_mut(block * 2 * f).zip(y_nd.chunks_mut(block * d)).zip(x.data().chunks(block * d));
-    parallel::each(pool, tasks.collect(), |((pre, y), x)| {
+    let tasks = kept_n.chunks_mut(block * keep.width()).zip(y_nd.chunks_mut(block * d));
+    parallel::each(pool, tasks.zip(x.data().chunks(block * d)).collect(), |((kept, y), x)| {
         let x = Matrix::new(x, x.len() / d, d);
-        packed.multiply_all(&mut [To { sides: 0..2, dst: pre }], x, false);
-        // Hidden rows stay in the caches of their thread: they are recomputed from the pre-activations on the way back.
-        kept::with(|hidden: &mut Vec<T>| {
-            hidden.resize(pre.len() / 2, T::ZERO);
-            activate_block(pre, hidden, f);
-            packed.multiply(2, y, Matrix::new(hidden, hidden.len() / f, f), false);
+        keep.through(kept, |pre| {
+            packed.multiply_all(&mut [To { sides: 0..2, dst: pre }], x, false);
+            // Hidden rows stay in the caches of their thread: they are recomputed from the pre-activations on the way back.
+            kept::with(|hidden: &mut Vec<T>| {
+                hidden.resize(pre.len() / 2, T::ZERO);
+                activate_block(pre, hidden, f);
+                packed.multiply(2, y, Matrix::new(hidden, hidden.len() / f, f), false);
+            });
         });
     });
     drop(packed);
@@ -58,14 +62,22 @@ fn cpu<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, gate: Param, up: Param
             }
             let arena = grads.arena().clone();
             let mut hidden_nf = arena.take(n * f);
+            let mut room = keep.narrow.then(|| arena.take(n * 2 * f));
+            let (kept_n, pre_n2f) = match &mut room {
+                Some(room) => (&kept_n[..], &mut room[..]),
+                None => (&[][..], &mut kept_n[..]),
+            };
             let sides = weights.map(|w| Side { matrix: w, precision, rows: n });
             let packed = Packed::new(&arena, sides.to_vec(), pool);
             let mut back = |dx_nd: &mut [T], accumulate: bool| {
                 let rows = pre_n2f.chunks_mut(block * 2 * f).zip(hidden_nf.chunks_mut(block * f));
                 let mut dx = dx_nd.chunks_mut(block * d);
-                let tasks = rows.zip(dy_nd.chunks(block * d)).map(|rows| (rows, dx.next()));
-                parallel::each(pool, tasks.collect(), |(((pre, hidden), dy), dx)| {
+                let tasks = rows.zip(dy_nd.chunks(block * d)).enumerate().map(|rows| (rows, dx.next()));
+                parallel::each(pool, tasks.collect(), |((b, ((pre, hidden), dy)), dx)| {
                     let rows = dy.len() / d;
+                    if keep.narrow {
+                        keep.recall(&kept_n[b * block * f..][..rows * f], pre);
+                    }
                     packed.multiply(2, hidden, Matrix::new(dy, rows, d), false);
                     kept::with(|unused: &mut Vec<T>| {
                         unused.resize(rows, T::ZERO);
@@ -94,6 +106,46 @@ fn cpu<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, gate: Param, up: Param
         });
     }
     y
+}
+
+/// How pre-activations [b, 2f] wait for the way back: as they are, or, where products round their operands, as pairs of bf16 [b, f].
+#[derive(Clone, Copy)]
+pub(crate) struct Keep {
+    pub narrow: bool,
+    f: usize,
+}
+
+impl Keep {
+    pub(crate) fn new<T: Real>(precision: Precision, f: usize) -> Self {
+        Keep { narrow: precision == Precision::Bf16 && TypeId::of::<T>() == TypeId::of::<f32>(), f }
+    }
+
+    /// Numbers of a row that waits.
+    pub(crate) fn width(self) -> usize {
+        if self.narrow { self.f } else { 2 * self.f }
+    }
+
+    /// Runs `body`, which fills the pre-activations of a block and uses them, and keeps them.
+    pub(crate) fn through<T: Real>(self, kept: &mut [T], body: impl FnOnce(&mut [T])) {
+        if !self.narrow {
+            return body(kept);
+        }
+        kept::with(|pre: &mut Vec<T>| {
+            pre.resize(2 * kept.len(), T::ZERO);
+            body(pre);
+            for (kept, pre) in kept.chunks_exact_mut(self.f).zip(pre.chunks_exact(2 * self.f)) {
+                simd::pair(kept, &pre[..self.f], &pre[self.f..]);
+            }
+        });
+    }
+
+    /// Pre-activations from what was kept of them.
+    pub(crate) fn recall<T: Real>(self, kept: &[T], pre_b2f: &mut [T]) {
+        for (kept, pre) in kept.chunks_exact(self.f).zip(pre_b2f.chunks_exact_mut(2 * self.f)) {
+            let (a, u) = pre.split_at_mut(self.f);
+            simd::unpair(kept, a, u);
+        }
+    }
 }
 
 /// hidden = silu(a) * u for rows [a | u] of width 2f, on this thread.

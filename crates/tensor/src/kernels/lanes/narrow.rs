@@ -2,9 +2,10 @@
 //! instructions take denormals as zero; the loops beside them say what they compute and serve where they are called without it.
 #![allow(unsafe_code)]
 
-use super::{LANES, Lanes, Left, PIECE, Piece, narrowed, narrowed_mut, same};
+use super::{LANES, Lanes, Left, PIECE, Piece, narrowed, narrowed_mut};
 use crate::isa::{self, Isa};
 use crate::kernels::gemm::bf16;
+use crate::kernels::simd::{same, same_mut};
 use crate::{Precision, Real};
 use std::any::TypeId;
 
@@ -125,7 +126,7 @@ pub fn outer<T: Real>(dst: &mut [Piece<T>], a: &[Couples], b: &[u32], wide: usiz
     let width = wide * PIECE;
     let dst = super::flat_mut(dst);
     assert!(dst.len() == a.len() * width && b.len() == LANES / 2 * width, "outer product out of bounds");
-    let dst = super::same_mut::<T, f32>(dst);
+    let dst = same_mut::<T, f32>(dst);
     #[cfg(target_arch = "x86_64")]
     if there() {
         // SAFETY: the machine has AVX512-BF16; the assertion bounds both sides.

@@ -1,7 +1,7 @@
 //! Rotary positions: cosines and sines for every position of the longest document.
 
 use crate::Real;
-use crate::kernels::simd::narrow;
+use crate::kernels::simd::{self, Kernel, narrow};
 
 /// Cosines and sines of the angles position · base^(-2d/dh), [positions, dh/2].
 pub(super) struct Rope<T> {
@@ -36,9 +36,26 @@ impl<T: Real> Rope<T> {
     pub(super) fn turn(&self, x: &mut [T], position: usize, back: bool) {
         let range = position * self.half..(position + 1) * self.half;
         let (low, high) = x[..2 * self.half].split_at_mut(self.half);
-        let angles = self.cos[range.clone()].iter().zip(&self.sin[range]);
-        for ((a, b), (cos, sin)) in low.iter_mut().zip(high).zip(angles) {
-            let sin = if back { -*sin } else { *sin };
+        simd::dispatch(Turn { low, high, cos: &self.cos[range.clone()], sin: &self.sin[range], back });
+    }
+}
+
+struct Turn<'s, T> {
+    low: &'s mut [T],
+    high: &'s mut [T],
+    cos: &'s [T],
+    sin: &'s [T],
+    back: bool,
+}
+
+impl<T: Real> Kernel for Turn<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let angles = self.cos.iter().zip(self.sin);
+        for ((a, b), (cos, sin)) in self.low.iter_mut().zip(self.high).zip(angles) {
+            let sin = if self.back { -*sin } else { *sin };
             (*a, *b) = (*a * *cos - *b * sin, *b * *cos + *a * sin);
         }
     }

@@ -2,7 +2,6 @@
 
 use super::operand::{Columns, Lines, Room, Rows};
 use super::plan::{Cope, Item, Plan};
-use super::rotary::Rope;
 use crate::Real;
 use crate::kernels::lanes::{self, LANES, Lanes, PIECE, Piece, Place};
 use std::ops::Range;
@@ -213,9 +212,13 @@ impl<T: Real> Bias<T> {
 impl<T: Real> Tile<T> {
     /// Reads the queries of a tile.
     pub(super) fn load(&mut self, plan: &Plan<'_, T>, item: &Item, span: &Span<'_>) {
-        let (rope, scale) = (plan.rope.as_ref(), Lanes::all(plan.scale));
         let (queries, rows) = (&plan.q[item.queries_at * plan.spec.heads * plan.dh..], &mut self.q_rows);
-        gather(plan, queries, span, (rope, &scale), &mut rows.plain);
+        gather(plan, queries, span, &mut rows.plain);
+        lanes::scale(&mut rows.plain, &Lanes::all(plan.scale), plan.wide);
+        if let Some(rope) = &plan.rope {
+            let lines = lanes::flat_mut(&mut rows.plain).chunks_exact_mut(plan.wide * PIECE);
+            lines.zip(span.positions).for_each(|(line, position)| rope.turn(line, position, false));
+        }
         self.q.turn(&rows.plain, (plan.dh, plan.wide), plan.narrow);
         rows.set(plan.wide, plan.narrow);
         self.table.reset();
@@ -232,12 +235,10 @@ impl<T: Real> Tile<T> {
     ) {
         let upstream = &upstream[item.queries_at * plan.spec.heads * plan.dh..];
         let rows = &mut self.d_out_rows;
-        gather(plan, upstream, span, (None, &Lanes::all(T::ONE)), &mut rows.plain);
+        gather(plan, upstream, span, &mut rows.plain);
         lanes::flat_mut(&mut rows.plain)[span.rows.len() * plan.wide * PIECE..].fill(T::ZERO);
         self.d_out.turn(&rows.plain, (plan.dh, plan.wide), plan.narrow);
-        for (row, gate) in rows.plain.chunks_exact_mut(plan.wide).zip(gate.0) {
-            lanes::flat_mut(row).iter_mut().for_each(|d| *d *= gate);
-        }
+        lanes::scale(&mut rows.plain, gate, plan.wide);
         rows.set(plan.wide, plan.narrow);
     }
 
@@ -294,23 +295,12 @@ impl<T: Real> Tile<T> {
     }
 }
 
-/// Copies the heads of a tile out of [rows, heads·dh], rotated and scaled, into padded rows; lanes behind the last row repeat it.
-fn gather<T: Real>(
-    plan: &Plan<'_, T>,
-    from: &[T],
-    span: &Span<'_>,
-    (rope, scale): (Option<&Rope<T>>, &Lanes<T>),
-    to: &mut Vec<Piece<T>>,
-) {
+/// Copies the heads of a tile out of [rows, heads·dh] into padded rows; lanes behind the last row repeat it.
+fn gather<T: Real>(plan: &Plan<'_, T>, from: &[T], span: &Span<'_>, to: &mut Vec<Piece<T>>) {
     to.resize(LANES * plan.wide, Piece::all(T::ZERO));
     for (l, row) in lanes::flat_mut(to).chunks_exact_mut(plan.wide * PIECE).enumerate() {
         let at = span.rows[l.min(span.rows.len() - 1)] as usize * plan.dh;
-        for (x, from) in row.iter_mut().zip(&from[at..at + plan.dh]) {
-            *x = *from * scale.0[l];
-        }
+        row[..plan.dh].copy_from_slice(&from[at..at + plan.dh]);
         row[plan.dh..].fill(T::ZERO);
-        if let Some(rope) = rope {
-            rope.turn(row, span.positions[l], false);
-        }
     }
 }
