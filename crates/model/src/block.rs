@@ -398,7 +398,8 @@ impl Block {
                 let (rows, breadth_n) = match &windows {
                     None => (decode(inputs, shape, spec, mixture, table, precision), None),
                     Some(windows_m) => {
-                        let (rows, breadth_m) = decode_within(inputs, shape, spec, mixture, (table, precision), windows_m);
+                        let (rows, breadth_m) =
+                            decode_within(inputs, shape, spec, mixture, (table, precision), windows_m);
                         (rows, Some(breadth_m))
                     }
                 };

@@ -1,5 +1,7 @@
 //! Gradient check: the tape's gradients of an op against central differences in f64, for every number of every input and parameter.
 
+#[cfg(test)]
+use crate::Precision;
 use crate::random::{Purpose, Random};
 use crate::{Arena, Engine, Real, Tape, Value};
 
@@ -122,14 +124,33 @@ pub fn worst(
     worst
 }
 
-/// The largest difference between two engines' values and gradients in precision `T`, relative to 1 + the largest gradient.
+/// The largest difference between two engines' values and gradients in precision `T`, as `difference` has it.
 pub fn parity<T: Real>(
     inputs: &[Input],
     params: &[f64],
     op: impl for<'a> Fn(&mut Tape<'a, T>, &[Value<T>]) -> Vec<Value<T>>,
 ) -> f64 {
-    let (value, gradients) = analytic::<T>(Engine::Cpu, inputs, params, &op);
-    let (expected, reference) = analytic::<T>(Engine::Reference, inputs, params, &op);
+    difference(analytic::<T>(Engine::Cpu, inputs, params, &op), analytic::<T>(Engine::Reference, inputs, params, &op))
+}
+
+/// The same between products of rounded operands and of the numbers as they are.
+#[cfg(test)]
+pub fn rounding(
+    inputs: &[Input],
+    params: &[f64],
+    op: impl for<'a> Fn(&mut Tape<'a, f32>, &[Value<f32>]) -> Vec<Value<f32>>,
+) -> f64 {
+    let [narrow, plain] = [Precision::Bf16, Precision::F32].map(|precision| {
+        analytic::<f32>(Engine::Cpu, inputs, params, |tape, x| {
+            tape.set_precision(precision);
+            op(tape, x)
+        })
+    });
+    difference(narrow, plain)
+}
+
+/// The largest difference of a value and its gradients, relative to 1 + the largest gradient.
+fn difference((value, gradients): (f64, Vec<Vec<f64>>), (expected, reference): (f64, Vec<Vec<f64>>)) -> f64 {
     let scale = 1.0 + reference.iter().flatten().fold(expected.abs(), |m, g| m.max(g.abs()));
     let pairs = gradients.iter().flatten().zip(reference.iter().flatten());
     pairs.fold(

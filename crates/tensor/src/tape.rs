@@ -117,12 +117,12 @@ impl<'a, T: Real> Tape<'a, T> {
         self.engine
     }
 
-    /// How the products of ops multiply; ops in f64 ignore it.
     #[cfg(test)]
     pub fn set_precision(&mut self, precision: Precision) {
         self.precision = precision;
     }
 
+    /// How the products of ops multiply; ops in f64 ignore it.
     pub fn precision(&self) -> Precision {
         self.precision
     }

@@ -167,7 +167,7 @@ kernels! {
         #[cfg(target_arch = "x86_64")]
         if F::WIDE && TypeId::of::<T>() == TypeId::of::<f32>() {
             // SAFETY: T is f32, the code around is compiled for AVX-512; the assertion bounds every number of a.
-            return unsafe { wide::product(narrowed_mut(dst), (a.data.as_ptr().cast(), a.row, a.col), narrowed(b), accumulate) };
+            return unsafe { wide::product(same_mut(dst), (a.data.as_ptr().cast(), a.row, a.col), same(b), accumulate) };
         }
         let strides = (a.row, a.col);
         let mut i = 0;
@@ -202,7 +202,7 @@ kernels! {
             #[cfg(target_arch = "x86_64")]
             if F::WIDE && TypeId::of::<T>() == TypeId::of::<f32>() {
                 while j + 2 <= wide {
-                    wide::column(narrowed(a), (at(j).0.cast(), at(j).1.cast(), wide * PIECE));
+                    wide::column(same(a), (at(j).0.cast(), at(j).1.cast(), wide * PIECE));
                     j += 2;
                 }
             }
@@ -626,15 +626,6 @@ fn put<T: Real, F: Fuse>(to: &mut Lanes<[T; 2]>, first: &Lanes<T>, second: &Lane
     for l in 0..LANES {
         to.0[l] = [first.0[l], second.0[l]];
     }
-}
-
-/// Lanes of T, which is f32, as what they are.
-fn narrowed<T: Real>(x: &[Lanes<T>]) -> &[Lanes<f32>] {
-    same(x)
-}
-
-fn narrowed_mut<T: Real>(x: &mut [Lanes<T>]) -> &mut [Lanes<f32>] {
-    same_mut(x)
 }
 
 #[inline(always)]

@@ -6,7 +6,7 @@
 
 use crate::Real;
 use crate::isa::{self, Isa};
-use crate::kernels::gemm::bf16;
+use crate::kernels::gemm;
 use std::any::TypeId;
 
 /// Numbers a padded row is a multiple of.
@@ -206,7 +206,7 @@ impl Kernel for Pair<'_> {
     #[inline(always)]
     fn run(self) {
         for ((to, first), second) in self.to.iter_mut().zip(self.first).zip(self.second) {
-            *to = f32::from_bits(bf16(*first) >> 16 | bf16(*second));
+            *to = f32::from_bits(gemm::pair(*first, *second));
         }
     }
 }

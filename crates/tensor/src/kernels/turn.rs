@@ -1,4 +1,4 @@
-//! Elements of four bytes turned in registers (AVX-512).
+//! Elements of four bytes turned in registers (AVX-512), and pairs of bf16 made of numbers.
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::*;
@@ -40,4 +40,29 @@ pub fn transposed(x: [__m512i; 16]) -> [__m512i; 16] {
         rows[12 + i] = quarters!(c, d, 0xdd);
     }
     rows
+}
+
+/// Sixteen pairs of neighbours from thirty-two numbers in their order.
+#[target_feature(enable = "avx512f,avx512bf16")]
+#[inline]
+pub fn pairs(first: __m512, second: __m512) -> __m512i {
+    // SAFETY: both are 512 bits of numbers.
+    unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(second, first)) }
+}
+
+/// Sixteen pairs of a number of the first and one of the second.
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+#[inline]
+pub fn mixed(first: __m512, second: __m512) -> __m512i {
+    const ORDER: [u16; 32] = {
+        let mut order = [0; 32];
+        let mut i = 0;
+        while i < 32 {
+            order[i] = (i / 2 + i % 2 * 16) as u16;
+            i += 1;
+        }
+        order
+    };
+    // SAFETY: 512 bits of numbers.
+    _mm512_permutexvar_epi16(unsafe { std::mem::transmute::<[u16; 32], __m512i>(ORDER) }, pairs(first, second))
 }

@@ -6,7 +6,6 @@ use crate::kernels::parallel;
 use crate::kernels::simd::{self, Kernel, LANES, sigmoid, total};
 use crate::profile::Cost;
 use crate::{Engine, Param, Precision, Real, Tape, Value, kept};
-use std::any::TypeId;
 
 /// Panics if the shapes differ: they are fixed by the model's configuration, which is validated before.
 pub fn swiglu<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, gate: Param, up: Param, down: Param) -> Value<T> {
@@ -40,14 +39,10 @@ fn cpu<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, gate: Param, up: Param
     let tasks = kept_n.chunks_mut(block * keep.width()).zip(y_nd.chunks_mut(block * d));
     parallel::each(pool, tasks.zip(x.data().chunks(block * d)).collect(), |((kept, y), x)| {
         let x = Matrix::new(x, x.len() / d, d);
-        keep.through(kept, |pre| {
+        keep.through(kept, |pre, hidden| {
             packed.multiply_all(&mut [To { sides: 0..2, dst: pre }], x, false);
-            // Hidden rows stay in the caches of their thread: they are recomputed from the pre-activations on the way back.
-            kept::with(|hidden: &mut Vec<T>| {
-                hidden.resize(pre.len() / 2, T::ZERO);
-                activate_block(pre, hidden, f);
-                packed.multiply(2, y, Matrix::new(hidden, hidden.len() / f, f), false);
-            });
+            activate_block(pre, hidden, f);
+            packed.multiply(2, y, Matrix::new(hidden, hidden.len() / f, f), false);
         });
     });
     drop(packed);
@@ -79,9 +74,8 @@ fn cpu<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, gate: Param, up: Param
                         keep.recall(&kept_n[b * block * f..][..rows * f], pre);
                     }
                     packed.multiply(2, hidden, Matrix::new(dy, rows, d), false);
-                    kept::with(|unused: &mut Vec<T>| {
-                        unused.resize(rows, T::ZERO);
-                        activate_backward_block(pre, hidden, f, |_| T::ONE, unused);
+                    kept::with(|rooms: &mut Rooms<T>| {
+                        activate_backward_block(pre, hidden, f, |_| T::ONE, grown(&mut rooms.weights, rows));
                     });
                     if let Some(dx) = dx {
                         for half in 0..2 {
@@ -117,7 +111,7 @@ pub(crate) struct Keep {
 
 impl Keep {
     pub(crate) fn new<T: Real>(precision: Precision, f: usize) -> Self {
-        Keep { narrow: precision == Precision::Bf16 && TypeId::of::<T>() == TypeId::of::<f32>(), f }
+        Keep { narrow: precision.rounds::<T>(), f }
     }
 
     /// Numbers of a row that waits.
@@ -125,14 +119,16 @@ impl Keep {
         if self.narrow { self.f } else { 2 * self.f }
     }
 
-    /// Runs `body`, which fills the pre-activations of a block and uses them, and keeps them.
-    pub(crate) fn through<T: Real>(self, kept: &mut [T], body: impl FnOnce(&mut [T])) {
-        if !self.narrow {
-            return body(kept);
-        }
-        kept::with(|pre: &mut Vec<T>| {
-            pre.resize(2 * kept.len(), T::ZERO);
-            body(pre);
+    /// Runs `body`, which fills the pre-activations of a block and uses them, and keeps them. Beside them it gets room for hidden rows, which stay in
+    /// the caches of their thread: they are recomputed from the pre-activations on the way back.
+    pub(crate) fn through<T: Real>(self, kept: &mut [T], body: impl FnOnce(&mut [T], &mut [T])) {
+        kept::with(|rooms: &mut Rooms<T>| {
+            let hidden = grown(&mut rooms.hidden, kept.len() / self.width() * self.f);
+            if !self.narrow {
+                return body(kept, hidden);
+            }
+            let pre = grown(&mut rooms.pre, 2 * kept.len());
+            body(pre, hidden);
             for (kept, pre) in kept.chunks_exact_mut(self.f).zip(pre.chunks_exact(2 * self.f)) {
                 simd::pair(kept, &pre[..self.f], &pre[self.f..]);
             }
@@ -146,6 +142,23 @@ impl Keep {
             simd::unpair(kept, a, u);
         }
     }
+}
+
+/// Working memory of a thread.
+#[derive(Default)]
+struct Rooms<T> {
+    pre: Vec<T>,
+    hidden: Vec<T>,
+    /// Gradients of weights that nobody asks for.
+    weights: Vec<T>,
+}
+
+/// `len` numbers of any content.
+fn grown<T: Real>(room: &mut Vec<T>, len: usize) -> &mut [T] {
+    if room.len() < len {
+        room.resize(len, T::ZERO);
+    }
+    &mut room[..len]
 }
 
 /// hidden = silu(a) * u for rows [a | u] of width 2f, on this thread.
@@ -257,6 +270,16 @@ mod tests {
             let wide = check::parity::<f64>(&inputs, &params, |tape, x| vec![swiglu(tape, &x[0], gate, up, down)]);
             let narrow = check::parity::<f32>(&inputs, &params, |tape, x| vec![swiglu(tape, &x[0], gate, up, down)]);
             assert!(wide < 1e-11 && narrow < 1e-4, "{n} {d} {f}: {wide} {narrow}");
+        }
+    }
+
+    #[test]
+    fn in_bf16_it_stays_within_the_rounding_of_its_operands() {
+        for (n, d, f) in [(0, 3, 2), (1, 1, 1), (5, 3, 7), (70, 33, 130), (300, 64, 96)] {
+            let (_, [gate, up, down], params) = setup(d, f, true);
+            let inputs = [check::Input::random(2, n, d, 1.0)];
+            let found = check::rounding(&inputs, &params, |tape, x| vec![swiglu(tape, &x[0], gate, up, down)]);
+            assert!(found < 0.1, "{n} {d} {f}: {found}");
         }
     }
 

@@ -25,6 +25,8 @@ mod tests;
 #[cfg(target_arch = "x86_64")]
 pub(super) use amx::chains as tile_chains;
 
+pub use pack::pair;
+#[cfg(test)]
 pub use pack::round as bf16;
 pub use packed::{Packed, Side, To};
 

@@ -33,8 +33,9 @@ pub fn round(x: f32) -> u32 {
     (rounded & !nan | (bits | 0x0040_0000) & nan) & 0xffff_0000
 }
 
+/// Two numbers as bf16, the first in the lower half.
 #[inline(always)]
-fn pair(first: f32, second: f32) -> u32 {
+pub fn pair(first: f32, second: f32) -> u32 {
     round(first) >> 16 | round(second)
 }
 
@@ -60,6 +61,7 @@ impl<'a> Source<'a> {
     }
 
     /// Number `at` of line i, to be asked for: beyond the last line some number, which is not read.
+    #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     fn ask(self, i: usize, at: usize) -> *const f32 {
         let i = self.order.map_or(i, |order| order[i.min(order.len() - 1)] as usize);

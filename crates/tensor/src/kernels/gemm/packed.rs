@@ -62,37 +62,42 @@ impl<'a, T: Real> Packed<'a, T> {
 
     /// The products of one left side with some of the sides: it is packed once for all that multiply alike.
     pub fn multiply_all(&self, to: &mut [To<'_, T>], a: Matrix<'_, T>, accumulate: bool) {
+        let stride = |sides: &Range<usize>| self.sides[sides.clone()].iter().map(|side| side.matrix.cols).sum();
+        let mut left = None;
+        for To { sides, dst } in to.iter_mut() {
+            let (stride, mut column) = (stride(sides), 0);
+            for i in sides.clone() {
+                let Side { matrix: b, precision, .. } = self.sides[i];
+                let start = column.min(dst.len());
+                let dst = &mut dst[start..];
+                match self.places[i].and_then(|_| job(dst, stride, a, b)) {
+                    Some(job) => left = Some(job.a),
+                    None => matmul_strided(precision, dst, stride, a, b, accumulate, Threads::One),
+                }
+                column += b.cols;
+            }
+        }
+        let Some(left) = left else { return };
+        // SAFETY: as in `new`.
+        let room = unsafe {
+            std::slice::from_raw_parts(self.room.as_ptr().cast::<u32>().add(self.start), self.room.len() - LINE)
+        };
         for precision in [Precision::F32, Precision::Bf16] {
-            let (mut alike, mut left) = (Vec::with_capacity(to.len()), None);
+            let mut alike = Vec::with_capacity(to.len());
             for To { sides, dst } in to.iter_mut() {
-                let stride = self.sides[sides.clone()].iter().map(|side| side.matrix.cols).sum();
-                let mut column = 0;
+                let (stride, mut column, dst) = (stride(sides), 0, dst.as_mut_ptr().cast::<f32>());
                 for i in sides.clone() {
-                    let Side { matrix: b, precision: own, .. } = self.sides[i];
-                    let start = column.min(dst.len());
-                    let dst = &mut dst[start..];
-                    column += b.cols;
-                    if own != precision {
-                        continue;
+                    let Side { matrix, precision: own, .. } = self.sides[i];
+                    if let Some(right) = self.places[i].filter(|_| own == precision) {
+                        let right = &self.rights[right];
+                        alike.push(Out { dst: dst.wrapping_add(column), stride, right, panels: right.all() });
                     }
-                    let Some((right, job)) = self.places[i].zip(job(dst, stride, a, b)) else {
-                        matmul_strided(precision, dst, stride, a, b, accumulate, Threads::One);
-                        continue;
-                    };
-                    let right = &self.rights[right];
-                    alike.push(Out { dst: job.dst, stride, right, panels: right.all() });
-                    left = Some(job.a);
+                    column += matrix.cols;
                 }
             }
-            if let Some(left) = left {
-                // SAFETY: as in `new`; `job` checked that each dst holds its rows and columns and the operands theirs, and sides of one dst have
-                // columns of their own.
-                unsafe {
-                    let room = self.room.as_ptr().cast::<u32>().add(self.start);
-                    let room = std::slice::from_raw_parts(room, self.room.len() - LINE);
-                    blocks::multiply(left, a.rows, &alike, room, accumulate);
-                }
-            }
+            // SAFETY: sides are packed only where T is f32. `job` checked above that each dst, mutably borrowed, holds its rows and columns and the
+            // operands theirs; sides of one dst have columns of their own.
+            unsafe { blocks::multiply(left, a.rows, &alike, room, accumulate) };
         }
     }
 }

@@ -301,6 +301,74 @@ fn f64_products_match_the_definition() {
     }
 }
 
+/// Some of `count` lines, `len` of them: some twice, some not at all.
+fn order(seed: u64, len: usize, count: usize) -> Vec<u32> {
+    (0..len as u64).map(|i| (seed + 7 * i * i + 3 * i) as u32 % count as u32).collect()
+}
+
+#[test]
+fn gathered_rows_give_the_bytes_of_their_copies() {
+    for (m, n, k) in [(1, 1, 1), (5, 40, 3), (40, 33, 70), (23, 64, 600), (70, 9, 1), (0, 4, 5), (130, 100, 34)] {
+        for (name, method) in faces() {
+            let copied = |x: &[f32], order: &[u32], width: usize| -> Vec<f32> {
+                order.iter().flat_map(|&i| x[i as usize * width..][..width].to_vec()).collect()
+            };
+            // Rows of the left side, then rows along k of both, as weight gradients have them.
+            let (x, w) = (numbers(1, 90 * k, 3), numbers(2, n * k, 3));
+            let rows = order(3, m, 90);
+            let copy = copied(&x, &rows, k);
+            let [mut found, mut expected] = [(); 2].map(|()| vec![0.5f32; m * n]);
+            let w = Matrix::new(&w, n, k).t();
+            run(method, &[job(&mut found, n, Matrix::gathered(&x, k, &rows), w).unwrap()], true, true);
+            run(method, &[job(&mut expected, n, Matrix::new(&copy, m, k), w).unwrap()], true, true);
+            assert!(found.iter().zip(&expected).all(|(a, b)| a.to_bits() == b.to_bits()), "{name}: {m} {n} {k}");
+            let (x, y) = (numbers(4, 90 * m, 3), numbers(5, 90 * n, 3));
+            let deep = order(6, k, 90);
+            let (x_copy, y_copy) = (copied(&x, &deep, m), copied(&y, &deep, n));
+            let a = Matrix::gathered(&x, m, &deep).t();
+            run(method, &[job(&mut found, n, a, Matrix::gathered(&y, n, &deep)).unwrap()], true, true);
+            let a = Matrix::new(&x_copy, k, m).t();
+            run(method, &[job(&mut expected, n, a, Matrix::new(&y_copy, k, n)).unwrap()], true, true);
+            assert!(found.iter().zip(&expected).all(|(a, b)| a.to_bits() == b.to_bits()), "{name}: {m} {n} {k}");
+        }
+    }
+    let columns = Matrix::gathered(&[1.0f32; 6], 2, &[2, 0]).t();
+    assert_eq!((columns.rows, columns.cols), (2, 2));
+    assert!(std::panic::catch_unwind(|| Matrix::gathered(&[1.0f32; 6], 2, &[3])).is_err(), "no such row");
+}
+
+#[test]
+fn a_left_side_packed_once_gives_the_bytes_of_a_product_each() {
+    use Precision::{Bf16, F32};
+    let arena = crate::Arena::default();
+    for (m, k, n) in [(1, 5, 7), (97, 33, 50), (200, 600, 65)] {
+        let (a, b) = (numbers(1, m * k, 3), numbers(2, 4 * k * n, 3));
+        let side =
+            |i: usize, precision| Side { matrix: view(&b[i * k * n..], k, n, i % 2 == 1, 0), precision, rows: m };
+        let sides = vec![side(0, Bf16), side(1, Bf16), side(2, F32), side(3, Bf16)];
+        let packed = Packed::new(&arena, sides, false);
+        let [mut both, mut third, mut last] = [2 * n, n, n].map(|width| vec![0.5f32; m * width]);
+        let a = Matrix::new(&a, m, k);
+        let mut to = [
+            To { sides: 0..2, dst: &mut both },
+            To { sides: 2..3, dst: &mut third },
+            To { sides: 3..4, dst: &mut last },
+        ];
+        packed.multiply_all(&mut to, a, true);
+        for side in 0..4 {
+            let mut expected = vec![0.5f32; m * n];
+            packed.multiply(side, &mut expected, a, true);
+            let found = |i: usize, j: usize| match side {
+                0 | 1 => both[i * 2 * n + side * n + j],
+                2 => third[i * n + j],
+                _ => last[i * n + j],
+            };
+            let same = (0..m * n).all(|x| found(x / n, x % n).to_bits() == expected[x].to_bits());
+            assert!(same, "{m} {k} {n}, side {side}");
+        }
+    }
+}
+
 #[test]
 fn packed_sides_give_the_bytes_of_a_product_each() {
     let arena = crate::Arena::default();

@@ -3,7 +3,7 @@
 
 use super::pack::Element;
 use crate::isa::Isa;
-use crate::kernels::turn::{transposed, turned_quarters};
+use crate::kernels::turn::{mixed, pairs, transposed, turned_quarters};
 use std::arch::x86_64::*;
 
 /// Elements of a vector.
@@ -70,14 +70,6 @@ unsafe fn turn_pairs<const W: usize>(columns: [&[f32]; W], next: [*const f32; W]
     unsafe { blocks(columns, next, rows, 2, |from| pairs(_mm512_loadu_ps(from), _mm512_loadu_ps(from.add(LANES)))) }
 }
 
-/// Sixteen elements from thirty-two numbers in their order.
-#[target_feature(enable = "avx512f,avx512bf16")]
-#[inline]
-fn pairs(first: __m512, second: __m512) -> __m512i {
-    // SAFETY: both are 512 bits of numbers.
-    unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(second, first)) }
-}
-
 /// `load` makes sixteen elements of one column of the numbers at its place, `numbers` each.
 ///
 /// # Safety
@@ -140,11 +132,7 @@ unsafe fn turn_eight(x: [__m512i; 8], to: *mut u32) {
 }
 
 #[target_feature(enable = "avx512f")]
-unsafe fn copy_plain<const W: usize>(
-    row: impl Fn(usize) -> *const f32,
-    to: (*mut u32, usize),
-    size: (usize, usize),
-) {
+unsafe fn copy_plain<const W: usize>(row: impl Fn(usize) -> *const f32, to: (*mut u32, usize), size: (usize, usize)) {
     let rows = |e: usize| [row(e), row(e + AHEAD)];
     // SAFETY: the caller's.
     unsafe {
@@ -156,21 +144,14 @@ unsafe fn copy_plain<const W: usize>(
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-unsafe fn copy_pairs<const W: usize>(
-    row: impl Fn(usize) -> *const f32,
-    to: (*mut u32, usize),
-    size: (usize, usize),
-) {
+unsafe fn copy_pairs<const W: usize>(row: impl Fn(usize) -> *const f32, to: (*mut u32, usize), size: (usize, usize)) {
     let rows = |e: usize| [row(2 * e), row(2 * e + 1), row(2 * e + AHEAD), row(2 * e + 1 + AHEAD)];
-    // The numbers of both rows come one row after the other and are put side by side.
-    let mixed: [u16; 32] = std::array::from_fn(|i| (i / 2 + i % 2 * 16) as u16);
     // SAFETY: the caller's.
     unsafe {
-        let order = _mm512_loadu_si512(mixed.as_ptr().cast());
         vectors::<W, 4>(to, size, rows, |[row, below, ahead, beyond], at| {
             soon(ahead, at);
             soon(beyond, at);
-            _mm512_permutexvar_epi16(order, pairs(_mm512_loadu_ps(row.add(at)), _mm512_loadu_ps(below.add(at))))
+            mixed(_mm512_loadu_ps(row.add(at)), _mm512_loadu_ps(below.add(at)))
         })
     }
 }

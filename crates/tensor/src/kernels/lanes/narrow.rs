@@ -2,23 +2,18 @@
 //! instructions take denormals as zero; the loops beside them say what they compute and serve where they are called without it.
 #![allow(unsafe_code)]
 
-use super::{LANES, Lanes, Left, PIECE, Piece, narrowed, narrowed_mut};
+use super::{LANES, Lanes, Left, PIECE, Piece};
 use crate::isa::{self, Isa};
-use crate::kernels::gemm::bf16;
+use crate::kernels::gemm::pair;
 use crate::kernels::simd::{same, same_mut};
 use crate::{Precision, Real};
-use std::any::TypeId;
 
 /// Pairs of neighbouring lanes.
 pub type Couples = [u32; LANES / 2];
 
 /// Whether products of T in a precision are best taken on pairs here.
 pub fn pays<T: Real>(precision: Precision) -> bool {
-    precision == Precision::Bf16 && TypeId::of::<T>() == TypeId::of::<f32>() && isa::current() >= Isa::Avx512Bf16
-}
-
-fn pair(first: f32, second: f32) -> u32 {
-    bf16(first) >> 16 | bf16(second)
+    precision.rounds::<T>() && there()
 }
 
 /// Both numbers of a pair.
@@ -35,12 +30,11 @@ pub fn along<T: Real>(to: &mut Vec<u32>, row: &[T]) {
     let (row, start) = (same::<T, f32>(row), to.len());
     to.resize(start + row.len().div_ceil(2), 0);
     let to = &mut to[start..];
-    let mut done = 0;
     #[cfg(target_arch = "x86_64")]
-    if there() {
-        // SAFETY: the machine has AVX512-BF16.
-        done = unsafe { x86::along(to, row) };
-    }
+    // SAFETY: the machine has AVX512-BF16.
+    let done = if there() { unsafe { x86::along(to, row) } } else { 0 };
+    #[cfg(not(target_arch = "x86_64"))]
+    let done = 0;
     for (to, pair_of) in to[done / 2..].iter_mut().zip(row[done..].chunks(2)) {
         *to = pair(pair_of[0], pair_of.get(1).copied().unwrap_or(0.0));
     }
@@ -54,12 +48,11 @@ pub fn down<T: Real>(to: &mut Vec<u32>, rows: &[T], width: usize) {
         let start = to.len();
         to.resize(start + width, 0);
         let to = &mut to[start..];
-        let mut done = 0;
         #[cfg(target_arch = "x86_64")]
-        if there() {
-            // SAFETY: the machine has AVX512-BF16.
-            done = unsafe { x86::down(to, first, second) };
-        }
+        // SAFETY: the machine has AVX512-BF16.
+        let done = if there() { unsafe { x86::down(to, first, second) } } else { 0 };
+        #[cfg(not(target_arch = "x86_64"))]
+        let done = 0;
         for i in done..width {
             to[i] = pair(first[i], second[i]);
         }
@@ -69,7 +62,7 @@ pub fn down<T: Real>(to: &mut Vec<u32>, rows: &[T], width: usize) {
 
 /// Neighbours along the columns; after an odd number comes zero.
 pub fn columns<T: Real>(to: &mut Vec<Lanes<u32>>, from: &[Lanes<T>]) {
-    let from = narrowed(from);
+    let from = same::<_, Lanes<f32>>(from);
     to.resize(from.len().div_ceil(2), Lanes::all(0));
     #[cfg(target_arch = "x86_64")]
     if there() {
@@ -84,7 +77,7 @@ pub fn columns<T: Real>(to: &mut Vec<Lanes<u32>>, from: &[Lanes<T>]) {
 
 /// Neighbouring lanes.
 pub fn couples<T: Real>(to: &mut Vec<Couples>, from: &[Lanes<T>]) {
-    let from = narrowed(from);
+    let from = same::<_, Lanes<f32>>(from);
     to.resize(from.len(), [0; LANES / 2]);
     #[cfg(target_arch = "x86_64")]
     if there() {
@@ -98,7 +91,7 @@ pub fn couples<T: Real>(to: &mut Vec<Couples>, from: &[Lanes<T>]) {
 
 /// `super::product`, where an element of both sides is a pair along the depth.
 pub fn product<T: Real>(dst: &mut [Lanes<T>], a: Left<'_, u32>, b: &[Lanes<u32>], accumulate: bool) {
-    let (dst, depth) = (narrowed_mut(dst), b.len());
+    let (dst, depth) = (same_mut::<_, Lanes<f32>>(dst), b.len());
     if dst.is_empty() {
         return;
     }
@@ -143,32 +136,9 @@ pub fn outer<T: Real>(dst: &mut [Piece<T>], a: &[Couples], b: &[u32], wide: usiz
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::{Couples, LANES, Lanes};
+    use crate::kernels::turn::{mixed, pairs};
     use std::arch::x86_64::*;
     use std::mem::transmute;
-
-    #[target_feature(enable = "avx512f,avx512bf16")]
-    #[inline]
-    fn both(first: __m512, second: __m512) -> __m512i {
-        // SAFETY: both are 512 bits of numbers.
-        unsafe { transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(second, first)) }
-    }
-
-    /// From sixteen numbers and then sixteen others to a number of each side by side.
-    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-    #[inline]
-    fn mixed(first: __m512, second: __m512) -> __m512i {
-        const ORDER: [u16; 32] = {
-            let mut order = [0; 32];
-            let mut i = 0;
-            while i < 32 {
-                order[i] = (i / 2 + i % 2 * 16) as u16;
-                i += 1;
-            }
-            order
-        };
-        // SAFETY: 512 bits of numbers.
-        _mm512_permutexvar_epi16(unsafe { transmute::<[u16; 32], __m512i>(ORDER) }, both(first, second))
-    }
 
     /// How many numbers of the row were taken: whole vectors.
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
@@ -177,7 +147,7 @@ mod x86 {
             // SAFETY: sixteen elements and thirty-two numbers.
             unsafe {
                 let (first, second) = (_mm512_loadu_ps(row.as_ptr()), _mm512_loadu_ps(row.as_ptr().add(LANES)));
-                _mm512_storeu_si512(to.as_mut_ptr().cast(), both(first, second));
+                _mm512_storeu_si512(to.as_mut_ptr().cast(), pairs(first, second));
             }
         }
         row.len() / (2 * LANES) * 2 * LANES
@@ -312,11 +282,7 @@ mod x86 {
     /// As for `outer`, for the M rows of a and the columns of the mask.
     #[target_feature(enable = "avx512f,avx512bf16")]
     #[inline]
-    unsafe fn patch<const M: usize>(
-        a: &[Couples; M],
-        (dst, b, width): (*mut f32, *const u32, usize),
-        mask: __mmask16,
-    ) {
+    unsafe fn patch<const M: usize>(a: &[Couples; M], (dst, b, width): (*mut f32, *const u32, usize), mask: __mmask16) {
         // SAFETY: the caller's.
         unsafe {
             let mut sums: [__m512; M] = std::array::from_fn(|i| _mm512_maskz_loadu_ps(mask, dst.add(i * width)));
@@ -337,6 +303,7 @@ mod x86 {
 mod tests {
     use super::*;
     use crate::check;
+    use crate::kernels::gemm::bf16;
 
     fn numbers(seed: u64, len: usize) -> Vec<f32> {
         check::normals(seed, len, 1.0).into_iter().map(|x| x as f32).collect()
@@ -359,7 +326,8 @@ mod tests {
             down(&mut by_column, &rows, width);
             let half = width.div_ceil(2);
             assert_eq!((by_row.len(), by_column.len()), (keys * half, keys.div_ceil(2) * width));
-            let close = |found: f32, expected: f64| assert!((f64::from(found) - expected).abs() < 1e-4, "{keys} {width}");
+            let close =
+                |found: f32, expected: f64| assert!((f64::from(found) - expected).abs() < 1e-4, "{keys} {width}");
             columns(&mut pairs, &q);
             let mut scores = vec![Lanes::all(0.5f32); keys];
             product(&mut scores, Left { data: &by_row, row: half, col: 1 }, &pairs, false);

@@ -1,6 +1,7 @@
 //! Causal attention over ragged documents with grouped queries, a window, three kinds of position and a mixture of heads, as one op. Nothing of
-//! size T x T is kept: memory grows with the number of tokens. All products stay f32 whatever the precision of the tape: scores decide exponents
-//! and positions, and the products of one head are a small part of a step.
+//! size T x T is kept: memory grows with the number of tokens. Products are f32, or of pairs of bf16 where the precision of the tape allows it and the
+//! machine has them; sums, exponents and positions are f32. A number that is not finite makes rows that see it NaN, and may make those NaN that
+//! share a tile or a pair of keys with them.
 
 mod breadth;
 mod cpu;
@@ -205,7 +206,7 @@ fn attend<'a, T: Real>(
 /// The last `m` rows of one document against its cache, for decoding: q [m, heads·dh] are the tokens at positions t-m..t, k and v
 /// [t, kv_heads·dh] all tokens so far (not rotated: RoPE happens inside), `table` the numbers of the CoPE table (else empty), `mixture` that of the
 /// m tokens. Returns [m, heads·dh]. With a window, keys that have left it may be dropped from the front of the cache (and t reduced): only
-/// differences of positions enter.
+/// differences of positions enter (in bf16 up to its rounding).
 pub fn decode<T: Real>(
     inputs: [&[T]; 3],
     (m, t): (usize, usize),

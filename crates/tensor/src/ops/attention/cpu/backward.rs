@@ -76,7 +76,7 @@ impl<T: Real> Job<'_, T> {
         }
         for kv in 0..plan.spec.kv_heads {
             plan.rows(item, kv, &mut scratch.rows);
-            scratch.pack(plan, item, keys.clone(), kv);
+            scratch.pack(plan, item, keys.clone(), kv, true);
             for d in [&mut scratch.dk, &mut scratch.dv] {
                 d.clear();
                 d.resize(keys.len() * wide, Piece::all(T::ZERO));

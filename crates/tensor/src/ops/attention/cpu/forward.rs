@@ -22,7 +22,7 @@ pub(super) fn forward<T: Real>(
         if scratch.rows.is_empty() {
             continue;
         }
-        scratch.pack(plan, item, keys.clone(), kv);
+        scratch.pack(plan, item, keys.clone(), kv, false);
         let rows = std::mem::take(&mut scratch.rows);
         for rows in rows.chunks(LANES) {
             let span = Span::new(plan, item, rows);

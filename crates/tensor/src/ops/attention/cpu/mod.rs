@@ -56,8 +56,7 @@ pub(super) fn attention<'a, T: Real>(
         tape.record(move |grads| {
             let Some(upstream) = grads.take(y_kept.slot()) else { return };
             let data = |i: usize| inputs[i].as_ref().map_or(&[][..], Value::data);
-            let mut plan =
-                Plan::new([data(0), data(1), data(2)], width, &items, (spec, &reach), table, precision);
+            let mut plan = Plan::new([data(0), data(1), data(2)], width, &items, (spec, &reach), table, precision);
             plan.mix(inputs[3].as_ref().map(Value::data), choice);
             let arena = grads.arena();
             let mut d = [0, 1, 2, 3].map(|i| arena.take(data(i).len()));

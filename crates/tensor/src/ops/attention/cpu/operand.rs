@@ -9,34 +9,35 @@ use std::ops::Range;
 #[derive(Default)]
 pub(super) struct Rows<T> {
     pub plain: Vec<T>,
-    narrow: bool,
     width: usize,
-    /// Pairs along the rows [n, half], and down the columns [n / 2, width].
+    /// Where they are wanted, pairs along the rows [n, half], and down the columns [n / 2, width].
     along: Vec<u32>,
     down: Vec<u32>,
 }
 
 impl<T: Real> Rows<T> {
     pub(super) fn new(plain: Vec<T>, width: usize, narrow: bool) -> Self {
-        let mut rows = Rows { plain, narrow, width, along: Vec::new(), down: Vec::new() };
-        rows.set(width, narrow);
+        let mut rows = Rows { plain, width, along: Vec::new(), down: Vec::new() };
+        rows.set(width, [narrow; 2]);
         rows
     }
 
-    /// To be called when `plain` has changed.
-    pub(super) fn set(&mut self, width: usize, narrow: bool) {
-        (self.width, self.narrow) = (width, narrow);
+    /// To be called when `plain` has changed, with whether pairs along the rows, for `meet`, and down the columns, for `gather`, are wanted.
+    pub(super) fn set(&mut self, width: usize, [along, down]: [bool; 2]) {
+        self.width = width;
         self.along.clear();
         self.down.clear();
-        if narrow {
+        if along {
             self.plain.chunks_exact(width).for_each(|row| narrow::along(&mut self.along, row));
+        }
+        if down {
             narrow::down(&mut self.down, &self.plain, width);
         }
     }
 
     /// dst = some of the rows · columns.
     pub(super) fn meet(&self, rows: Range<usize>, dst: &mut [Lanes<T>], columns: &Columns<T>) {
-        if self.narrow {
+        if !self.along.is_empty() {
             let half = self.width.div_ceil(2);
             let left = Left { data: &self.along[rows.start * half..rows.end * half], row: half, col: 1 };
             narrow::product(dst, left, &columns.pairs, false);
@@ -48,13 +49,18 @@ impl<T: Real> Rows<T> {
 
     /// dst [width] += rowsᵀ · weights, one of these for each of some rows from an even one on.
     pub(super) fn gather(&self, first: usize, dst: &mut [Lanes<T>], weights: &[Lanes<T>], room: &mut Room) {
-        if self.narrow {
+        if !self.down.is_empty() {
             assert!(first.is_multiple_of(2), "rows in pairs");
             narrow::columns(&mut room.pairs, weights);
             let left = Left { data: &self.down[first / 2 * self.width..], row: 1, col: self.width };
             narrow::product(dst, left, &room.pairs, true);
         } else {
-            lanes::product(dst, Left { data: &self.plain[first * self.width..], row: 1, col: self.width }, weights, true);
+            lanes::product(
+                dst,
+                Left { data: &self.plain[first * self.width..], row: 1, col: self.width },
+                weights,
+                true,
+            );
         }
     }
 }
@@ -88,14 +94,12 @@ impl<T: Real> Columns<T> {
 #[derive(Default)]
 pub(super) struct Lines<T> {
     pub plain: Vec<Piece<T>>,
-    narrow: bool,
     pairs: Vec<u32>,
 }
 
 impl<T: Real> Lines<T> {
     /// To be called when `plain` has changed.
     pub(super) fn set(&mut self, wide: usize, narrow: bool) {
-        self.narrow = narrow;
         self.pairs.clear();
         if narrow {
             narrow::down(&mut self.pairs, lanes::flat(&self.plain), wide * PIECE);
@@ -104,7 +108,7 @@ impl<T: Real> Lines<T> {
 
     /// dst [rows, wide] += weights [rows, lanes] · these.
     pub(super) fn spread(&self, dst: &mut [Piece<T>], weights: &[Lanes<T>], wide: usize, room: &mut Room) {
-        if self.narrow {
+        if !self.pairs.is_empty() {
             narrow::couples(&mut room.couples, weights);
             narrow::outer(dst, &room.couples, &self.pairs, wide);
         } else {

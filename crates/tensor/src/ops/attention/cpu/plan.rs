@@ -52,7 +52,7 @@ pub(super) fn items(offsets_b1: &[usize], spec: Attention) -> Vec<Item> {
 }
 
 /// Numbers that a step holds for attention on the way back beside the gradients themselves, for `documents` documents of `length` tokens: of every
-/// item the gradients of the keys and values it sees, each `kv_width` wide, and of every thread the rows of a head `dh` wide and the scores
+/// item the gradients of the keys and values it sees, each `kv_width` wide, and of every thread the rows of a head `dh` wide, with their pairs, and the scores
 /// of a tile. An estimate for the size of a batch, which may be absurd: nothing is allocated.
 pub fn numbers_of_backward(
     [documents, length]: [f64; 2],
@@ -66,7 +66,7 @@ pub fn numbers_of_backward(
     let ends: f64 = (1..=parts as usize).map(|part| (part as f64 / parts).sqrt()).sum();
     let keys = (ends * length).min(length + (parts - 1.0) * seen);
     let tile = 8 * lanes::LANES;
-    2.0 * documents * keys * kv_width as f64 + threads as f64 * length * (4 * dh.next_multiple_of(PIECE) + tile) as f64
+    2.0 * documents * keys * kv_width as f64 + threads as f64 * length * (6 * dh.next_multiple_of(PIECE) + tile) as f64
 }
 
 /// The first i in 0..len for which `before` does not hold, or len.

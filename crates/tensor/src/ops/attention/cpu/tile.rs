@@ -56,8 +56,8 @@ pub(super) struct Bias<T> {
 }
 
 impl<T: Real> Scratch<T> {
-    /// Copies keys and values of head `kv` that the item sees.
-    pub(super) fn pack(&mut self, plan: &Plan<'_, T>, item: &Item, keys: Range<usize>, kv: usize) {
+    /// Copies keys and values of head `kv` that the item sees, for the way forward or `back`.
+    pub(super) fn pack(&mut self, plan: &Plan<'_, T>, item: &Item, keys: Range<usize>, kv: usize, back: bool) {
         for (from, to) in [(plan.k, &mut self.k), (plan.v, &mut self.v)] {
             to.plain.clear();
             let width = plan.spec.kv_heads * plan.dh;
@@ -68,8 +68,8 @@ impl<T: Real> Scratch<T> {
             let rows = self.k.plain.chunks_exact_mut(plan.dh);
             rows.zip(keys).for_each(|(row, position)| rope.turn(row, position, false));
         }
-        self.k.set(plan.dh, plan.narrow);
-        self.v.set(plan.dh, plan.narrow);
+        self.k.set(plan.dh, [plan.narrow, plan.narrow && back]);
+        self.v.set(plan.dh, [plan.narrow && back, plan.narrow && !back]);
     }
 }
 
@@ -220,11 +220,10 @@ impl<T: Real> Tile<T> {
             lines.zip(span.positions).for_each(|(line, position)| rope.turn(line, position, false));
         }
         self.q.turn(&rows.plain, (plan.dh, plan.wide), plan.narrow);
-        rows.set(plan.wide, plan.narrow);
         self.table.reset();
     }
 
-    /// Reads the upstream gradients of a tile: by column as they are, by row times the gates.
+    /// Reads the upstream gradients of a tile whose queries are loaded: by column as they are, by row times the gates.
     pub(super) fn load_upstream(
         &mut self,
         plan: &Plan<'_, T>,
@@ -240,6 +239,7 @@ impl<T: Real> Tile<T> {
         self.d_out.turn(&rows.plain, (plan.dh, plan.wide), plan.narrow);
         lanes::scale(&mut rows.plain, gate, plan.wide);
         rows.set(plan.wide, plan.narrow);
+        self.q_rows.set(plan.wide, plan.narrow);
     }
 
     /// Hands out each row of `out`, times its factor; `rows` are those of the span.

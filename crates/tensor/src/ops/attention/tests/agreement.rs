@@ -82,14 +82,14 @@ fn extreme_scores_stay_finite_and_nan_is_not_hidden() {
 
 #[test]
 fn decoding_equals_the_last_rows() {
-    fn decoded<T: Real>(case: &Case, numbers: &Numbers, m: usize, from: usize) -> Vec<f64> {
+    fn decoded<T: Real>(case: &Case, numbers: &Numbers, m: usize, from: usize, precision: Precision) -> Vec<f64> {
         let t = case.rows();
         let (table, spec) = (case.table(true).1, case.spec(case.table(true).1));
         let cast = |x: &[f64]| x.iter().map(|x| T::from_f64(*x)).collect::<Vec<T>>();
         let rows = |x: &Input, start: usize| cast(&x.data[start * x.width..]);
         let [q, k, v] = [0, 1, 2].map(|x| rows(&numbers.inputs[x], if x == 0 { t - m } else { from }));
         let table = cast(&numbers.table[..table.map_or(0, |table| table.len())]);
-        decode([&q, &k, &v], (m, t - from), spec, None, &table, Precision::F32).iter().map(|y| y.to_f64()).collect()
+        decode([&q, &k, &v], (m, t - from), spec, None, &table, precision).iter().map(|y| y.to_f64()).collect()
     }
     for kind in KINDS {
         for window in [None, Some(1), Some(5), Some(64)] {
@@ -100,15 +100,27 @@ fn decoding_equals_the_last_rows() {
                     let m = m.min(t);
                     let last = |y: Vec<f64>| y[(t - m) * 24..].to_vec();
                     let all = last(case.forward::<f64>(Engine::Cpu, &numbers));
-                    assert!(gap(&decoded::<f64>(&case, &numbers, m, 0), &all) < 1e-12, "{case:?} {m}");
+                    assert!(gap(&decoded::<f64>(&case, &numbers, m, 0, Precision::F32), &all) < 1e-12, "{case:?} {m}");
                     let single = last(case.forward::<f32>(Engine::Cpu, &numbers));
-                    assert!(gap(&decoded::<f32>(&case, &numbers, m, 0), &single) < 1e-5, "{case:?} {m}");
+                    assert!(
+                        gap(&decoded::<f32>(&case, &numbers, m, 0, Precision::F32), &single) < 1e-5,
+                        "{case:?} {m}"
+                    );
+                    let pairs = last(case.forward_in(Precision::Bf16, &numbers));
+                    let found = decoded::<f32>(&case, &numbers, m, 0, Precision::Bf16);
+                    assert!(gap(&found, &pairs) < 1e-5, "pairs of bf16: {case:?} {m}");
                     let dropped = window.map_or(0, |w| (t + 1).saturating_sub(m + w));
                     if m > 0 && dropped > 0 && kind == Kind::Cope(20) {
-                        assert!(gap(&decoded::<f64>(&case, &numbers, m, dropped), &all) < 1e-12, "evicted keys");
+                        assert!(
+                            gap(&decoded::<f64>(&case, &numbers, m, dropped, Precision::F32), &all) < 1e-12,
+                            "evicted keys"
+                        );
                     }
                     if m > 0 && dropped > 0 && kind == Kind::Rope {
-                        assert!(gap(&decoded::<f64>(&case, &numbers, m, dropped), &all) < 1e-11, "evicted keys");
+                        assert!(
+                            gap(&decoded::<f64>(&case, &numbers, m, dropped, Precision::F32), &all) < 1e-11,
+                            "evicted keys"
+                        );
                     }
                 }
             }
@@ -181,19 +193,8 @@ proptest! {
         numbers.inputs[..3].iter_mut().for_each(|input| input.data.iter_mut().for_each(round));
         numbers.table.iter_mut().for_each(round);
         prop_assume!(smooth(&case, &numbers));
-        let found = |precision| {
-            check::analytic::<f32>(Engine::Cpu, &numbers.inputs, &numbers.table, |tape, x| {
-                tape.set_precision(precision);
-                let y = case.op(tape, x);
-                vec![y]
-            })
-        };
-        let ((value, found), (expected, gradients)) = (found(Precision::Bf16), found(Precision::F32));
-        let scale = 1.0 + gradients.iter().flatten().fold(expected.abs(), |m, g| m.max(g.abs()));
-        prop_assert!((value - expected).abs() < 0.02 * scale, "{:?}: {} for {}", case, value, expected);
-        for (a, b) in found.iter().flatten().zip(gradients.iter().flatten()) {
-            prop_assert!((a - b).abs() < 0.02 * scale, "{:?}: {} for {}", case, a, b);
-        }
+        let found = check::rounding(&numbers.inputs, &numbers.table, |tape, x| vec![case.op(tape, x)]);
+        prop_assert!(found < 0.05, "{:?}: {}", case, found);
     }
 }
 

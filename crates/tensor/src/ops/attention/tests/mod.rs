@@ -156,9 +156,17 @@ impl Case {
     }
 
     fn forward<T: Real>(&self, engine: Engine, numbers: &Numbers) -> Vec<f64> {
+        self.pass::<T>(engine, Precision::F32, numbers)
+    }
+
+    fn forward_in(&self, precision: Precision, numbers: &Numbers) -> Vec<f64> {
+        self.pass::<f32>(Engine::Cpu, precision, numbers)
+    }
+
+    fn pass<T: Real>(&self, engine: Engine, precision: Precision, numbers: &Numbers) -> Vec<f64> {
         let cast = |x: &[f64]| x.iter().map(|x| T::from_f64(*x)).collect::<Vec<T>>();
         let (params, arena) = (cast(&numbers.table), Arena::default());
-        let mut tape = Tape::inference(engine, &params, &arena);
+        let mut tape = Tape::inference(engine, &params, &arena).with_precision(precision);
         let x: Vec<_> = numbers.inputs.iter().map(|i| tape.constant(&cast(&i.data), i.rows, i.width)).collect();
         let y = self.op(&mut tape, &x);
         y.data().iter().map(|y| y.to_f64()).collect()

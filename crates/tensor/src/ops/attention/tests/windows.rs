@@ -168,7 +168,8 @@ fn decoding_equals_the_whole_document_and_threads_do_not_matter() {
             let inputs = [&q.data[from * q.width..to * q.width], &k.data[..to * k.width], &v.data[..to * v.width]];
             let table = &numbers.table[..case.table(true).1.map_or(0, |table| table.len())];
             let own = windows[from..to].into();
-            let (rows, spread) = decode_within(inputs, (to - from, to), spec, Some(mixture), (table, Precision::F32), &own);
+            let (rows, spread) =
+                decode_within(inputs, (to - from, to), spec, Some(mixture), (table, Precision::F32), &own);
             assert!(gap(&rows, &y[from * q.width..to * q.width]) < 1e-12, "{case:?}: {from}..{to}");
             assert!(gap(&spread, &breadth[from..to]) < 1e-12, "{case:?}: {from}..{to}");
         }
