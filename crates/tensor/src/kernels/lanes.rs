@@ -6,6 +6,8 @@
 
 pub mod narrow;
 #[cfg(target_arch = "x86_64")]
+mod strips;
+#[cfg(target_arch = "x86_64")]
 mod wide;
 
 use crate::Real;
@@ -194,22 +196,16 @@ kernels! {
     pub fn outer(dst: &mut [Piece<T>], a: &[Lanes<T>], b: &[Piece<T>], wide: usize) {
         let m = a.len();
         assert!(dst.len() == m * wide && b.len() == LANES * wide, "outer product out of bounds");
+        #[cfg(target_arch = "x86_64")]
+        if F::WIDE && TypeId::of::<T>() == TypeId::of::<f32>() {
+            let (dst, a, b) = (same_mut(flat_mut(dst)), same::<_, Lanes<f32>>(a), same(flat(b)));
+            // SAFETY: T is f32, the code around is compiled for AVX-512; lanes are an array of numbers; the assertion bounds both sides.
+            return unsafe { wide::outer(dst, std::slice::from_raw_parts(a.as_ptr().cast(), a.len()), b, wide * PIECE) };
+        }
         // SAFETY: the rows and pieces of every column lie inside dst, a and b, by the loop bounds and the assertion.
         unsafe {
             let (dst, b) = (dst.as_mut_ptr(), b.as_ptr());
-            let at = |j: usize| (dst.wrapping_add(j), b.wrapping_add(j), wide);
-            let mut j = 0;
-            #[cfg(target_arch = "x86_64")]
-            if F::WIDE && TypeId::of::<T>() == TypeId::of::<f32>() {
-                while j + 2 <= wide {
-                    wide::column(same(a), (at(j).0.cast(), at(j).1.cast(), wide * PIECE));
-                    j += 2;
-                }
-            }
-            while j < wide {
-                column::<T, F>(a, at(j));
-                j += 1;
-            }
+            (0..wide).for_each(|j| column::<T, F>(a, (dst.wrapping_add(j), b.wrapping_add(j), wide)));
         }
     }
 

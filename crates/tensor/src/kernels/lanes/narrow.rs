@@ -190,10 +190,19 @@ mod x86 {
         }
     }
 
+    type Vector = __m512i;
+
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    unsafe fn load(mask: __mmask16, from: *const u32) -> Vector {
+        // SAFETY: the caller's, for the elements of the mask.
+        unsafe { _mm512_maskz_loadu_epi32(mask, from.cast()) }
+    }
+
     /// sum + both products of a pair with those of sixteen.
     #[target_feature(enable = "avx512f,avx512bf16")]
     #[inline]
-    fn twice(sum: __m512, x: u32, y: __m512i) -> __m512 {
+    fn step(sum: __m512, x: u32, y: Vector) -> __m512 {
         // SAFETY: 512 bits of pairs each.
         unsafe {
             let x = transmute::<__m512i, __m512bh>(_mm512_set1_epi32(x as i32));
@@ -201,102 +210,7 @@ mod x86 {
         }
     }
 
-    /// # Safety
-    /// The machine has AVX512-BF16; a has its elements for the rows of dst and the depth of b.
-    #[target_feature(enable = "avx512f,avx512bf16")]
-    pub unsafe fn product(
-        dst: &mut [Lanes<f32>],
-        (a, row, col): (*const u32, usize, usize),
-        b: &[Lanes<u32>],
-        accumulate: bool,
-    ) {
-        let mut i = 0;
-        macro_rules! strips {
-            ($($m:literal)*) => {$(
-                while dst.len() - i >= $m {
-                    // SAFETY: the caller's, for the rows i..i + M.
-                    unsafe { strip::<$m>(&mut dst[i..i + $m], (a.add(i * row), row, col), b, accumulate) };
-                    i += $m;
-                }
-            )*};
-        }
-        strips!(16 8 4 2 1);
-    }
-
-    /// M rows of a product.
-    ///
-    /// # Safety
-    /// As for `product`.
-    #[target_feature(enable = "avx512f,avx512bf16")]
-    #[inline]
-    unsafe fn strip<const M: usize>(
-        dst: &mut [Lanes<f32>],
-        (a, row, col): (*const u32, usize, usize),
-        b: &[Lanes<u32>],
-        accumulate: bool,
-    ) {
-        // SAFETY: the caller's.
-        unsafe {
-            let mut sums = [_mm512_setzero_ps(); M];
-            if accumulate {
-                sums.iter_mut().zip(&*dst).for_each(|(sum, dst)| *sum = _mm512_loadu_ps(dst.0.as_ptr()));
-            }
-            // Four rows to a pointer, so that the addresses of sixteen need few registers.
-            let mut at: [*const u32; 4] = std::array::from_fn(|q| a.wrapping_add(4 * q * row));
-            for b in b {
-                let b = _mm512_loadu_si512(b.0.as_ptr().cast());
-                for i in 0..M {
-                    sums[i] = twice(sums[i], *at[i / 4].add(i % 4 * row), b);
-                }
-                at = at.map(|at| at.wrapping_add(col));
-            }
-            dst.iter_mut().zip(sums).for_each(|(dst, sum)| _mm512_storeu_ps(dst.0.as_mut_ptr(), sum));
-        }
-    }
-
-    /// # Safety
-    /// The machine has AVX512-BF16; dst has a row of `width` for each of a, b one for each pair of lanes.
-    #[target_feature(enable = "avx512f,avx512bf16")]
-    pub unsafe fn outer(dst: &mut [f32], a: &[Couples], b: &[u32], width: usize) {
-        for start in (0..width).step_by(LANES) {
-            let mask = if width - start < LANES { (1u16 << (width - start)) - 1 } else { u16::MAX };
-            let mut i = 0;
-            macro_rules! patches {
-                ($($m:literal)*) => {$(
-                    while a.len() - i >= $m {
-                        let a: &[Couples; $m] = a[i..i + $m].try_into().expect("as many rows as the patch");
-                        // SAFETY: the caller's, for the rows i..i + M and the columns of the mask.
-                        unsafe {
-                            let to = dst.as_mut_ptr().add(i * width + start);
-                            patch::<$m>(a, (to, b.as_ptr().add(start), width), mask);
-                        }
-                        i += $m;
-                    }
-                )*};
-            }
-            patches!(16 8 4 2 1);
-        }
-    }
-
-    /// # Safety
-    /// As for `outer`, for the M rows of a and the columns of the mask.
-    #[target_feature(enable = "avx512f,avx512bf16")]
-    #[inline]
-    unsafe fn patch<const M: usize>(a: &[Couples; M], (dst, b, width): (*mut f32, *const u32, usize), mask: __mmask16) {
-        // SAFETY: the caller's.
-        unsafe {
-            let mut sums: [__m512; M] = std::array::from_fn(|i| _mm512_maskz_loadu_ps(mask, dst.add(i * width)));
-            for k in 0..LANES / 2 {
-                let b = _mm512_maskz_loadu_epi32(mask, b.add(k * width).cast());
-                for i in 0..M {
-                    sums[i] = twice(sums[i], a[i][k], b);
-                }
-            }
-            for i in 0..M {
-                _mm512_mask_storeu_ps(dst.add(i * width), mask, sums[i]);
-            }
-        }
-    }
+    super::super::strips::products!("avx512f,avx512bf16", u32, LANES / 2);
 }
 
 #[cfg(test)]

@@ -1,106 +1,25 @@
-//! What attention's loops do by AVX-512 in ways of its own, for f32: products and outer products in strips of sixteen rows, pairs picked and put, rows turned.
+//! What attention's loops do by AVX-512 in ways of its own, for f32: products, pairs picked and put, rows turned.
 
 use super::{LANES, Lanes};
 use crate::kernels::turn::transposed;
 use std::arch::x86_64::*;
 
-/// `super::product`; number (i, k) of a lies at i·row + k·col.
-///
-/// # Safety
-/// The machine has AVX-512F; a has its numbers for the rows of dst and the depth of b.
+type Vector = __m512;
+
 #[target_feature(enable = "avx512f")]
 #[inline]
-pub unsafe fn product(
-    dst: &mut [Lanes<f32>],
-    (a, row, col): (*const f32, usize, usize),
-    b: &[Lanes<f32>],
-    accumulate: bool,
-) {
-    let mut i = 0;
-    macro_rules! strips {
-        ($($m:literal)*) => {$(
-            while dst.len() - i >= $m {
-                // SAFETY: the caller's, for the rows i..i + M.
-                unsafe { strip::<$m>(&mut dst[i..i + $m], (a.add(i * row), row, col), b, accumulate) };
-                i += $m;
-            }
-        )*};
-    }
-    strips!(16 8 4 2 1);
+unsafe fn load(mask: __mmask16, from: *const f32) -> Vector {
+    // SAFETY: the caller's, for the numbers of the mask.
+    unsafe { _mm512_maskz_loadu_ps(mask, from) }
 }
 
-/// M rows of a product.
-///
-/// # Safety
-/// As for `product`.
 #[target_feature(enable = "avx512f")]
 #[inline]
-unsafe fn strip<const M: usize>(
-    dst: &mut [Lanes<f32>],
-    (a, row, col): (*const f32, usize, usize),
-    b: &[Lanes<f32>],
-    accumulate: bool,
-) {
-    // SAFETY: the caller's.
-    unsafe {
-        let mut sums = [_mm512_setzero_ps(); M];
-        if accumulate {
-            sums.iter_mut().zip(&*dst).for_each(|(sum, dst)| *sum = _mm512_loadu_ps(dst.0.as_ptr()));
-        }
-        // Four rows to a pointer, so that the addresses of sixteen need few registers.
-        let mut at: [*const f32; 4] = std::array::from_fn(|q| a.wrapping_add(4 * q * row));
-        for b in b {
-            let b = _mm512_loadu_ps(b.0.as_ptr());
-            for i in 0..M {
-                let x = _mm512_set1_ps(*at[i / 4].add(i % 4 * row));
-                sums[i] = _mm512_fmadd_ps(x, b, sums[i]);
-            }
-            at = at.map(|at| at.wrapping_add(col));
-        }
-        dst.iter_mut().zip(sums).for_each(|(dst, sum)| _mm512_storeu_ps(dst.0.as_mut_ptr(), sum));
-    }
+fn step(sum: __m512, x: f32, y: Vector) -> __m512 {
+    _mm512_fmadd_ps(_mm512_set1_ps(x), y, sum)
 }
 
-/// `super::column` for sixteen numbers, where rows are `wide` numbers apart.
-///
-/// # Safety
-/// The machine has AVX-512F; dst has a row for each of a, b `LANES` rows.
-#[target_feature(enable = "avx512f")]
-#[inline]
-pub unsafe fn column(a: &[Lanes<f32>], (dst, b, wide): (*mut f32, *const f32, usize)) {
-    let mut i = 0;
-    macro_rules! patches {
-        ($($m:literal)*) => {$(
-            while a.len() - i >= $m {
-                // SAFETY: the caller's, for the rows i..i + M.
-                unsafe { patch::<$m>(&a[i..i + $m], (dst.add(i * wide), b, wide)) };
-                i += $m;
-            }
-        )*};
-    }
-    patches!(16 8 4 2 1);
-}
-
-/// # Safety
-/// As for `column`, for the M rows of a.
-#[target_feature(enable = "avx512f")]
-#[inline]
-unsafe fn patch<const M: usize>(a: &[Lanes<f32>], (dst, b, wide): (*mut f32, *const f32, usize)) {
-    let a: &[Lanes<f32>; M] = a.try_into().expect("as many rows as the patch");
-    // SAFETY: the caller's.
-    unsafe {
-        let mut sums: [__m512; M] = std::array::from_fn(|i| _mm512_loadu_ps(dst.add(i * wide)));
-        for k in 0..LANES {
-            let b = _mm512_loadu_ps(b.add(k * wide));
-            for i in 0..M {
-                sums[i] = _mm512_fmadd_ps(_mm512_set1_ps(a[i].0[k]), b, sums[i]);
-            }
-        }
-        for i in 0..M {
-            _mm512_storeu_ps(dst.add(i * wide), sums[i]);
-        }
-    }
-}
+super::strips::products!("avx512f", f32, LANES);
 
 /// # Safety
 /// The machine has AVX-512F and every n[l] is a row of z.
