@@ -345,13 +345,11 @@ fn cpu<'a, T: Real>(
                 let tasks = blocks.iter().zip(parts).collect();
                 parallel::each(parallel::pays(w * d * g), tasks, |(block, (((dx, pre), hidden), dweights))| {
                     let n = block.places.len();
-                    if keep.narrow {
-                        keep.recall(&kept_s[block.places.start * g..block.places.end * g], pre);
-                    }
+                    let pairs = keep.narrow.then(|| &kept_s[block.places.start * g..block.places.end * g]);
                     let dy = sorted.matrix(Rows::Tokens(&dy_nd), &block.places, d);
                     packed.multiply(experts + block.expert, hidden, dy, false);
                     let weight = |i: usize| weights[sorted.assignments_s[block.places.start + i] as usize];
-                    activate_backward_block(pre, hidden, g, weight, dweights);
+                    activate_backward_block((pairs, pre), hidden, g, weight, dweights);
                     if x.needs_grad() {
                         packed.multiply(block.expert, dx, Matrix::new(pre, n, 2 * g), false);
                     }

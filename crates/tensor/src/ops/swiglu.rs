@@ -70,12 +70,10 @@ fn cpu<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, gate: Param, up: Param
                 let tasks = rows.zip(dy_nd.chunks(block * d)).enumerate().map(|rows| (rows, dx.next()));
                 parallel::each(pool, tasks.collect(), |((b, ((pre, hidden), dy)), dx)| {
                     let rows = dy.len() / d;
-                    if keep.narrow {
-                        keep.recall(&kept_n[b * block * f..][..rows * f], pre);
-                    }
+                    let pairs = keep.narrow.then(|| &kept_n[b * block * f..][..rows * f]);
                     packed.multiply(2, hidden, Matrix::new(dy, rows, d), false);
                     kept::with(|rooms: &mut Rooms<T>| {
-                        activate_backward_block(pre, hidden, f, |_| T::ONE, grown(&mut rooms.weights, rows));
+                        activate_backward_block((pairs, pre), hidden, f, |_| T::ONE, grown(&mut rooms.weights, rows));
                     });
                     if let Some(dx) = dx {
                         for half in 0..2 {
@@ -134,14 +132,6 @@ impl Keep {
             }
         });
     }
-
-    /// Pre-activations from what was kept of them.
-    pub(crate) fn recall<T: Real>(self, kept: &[T], pre_b2f: &mut [T]) {
-        for (kept, pre) in kept.chunks_exact(self.f).zip(pre_b2f.chunks_exact_mut(2 * self.f)) {
-            let (a, u) = pre.split_at_mut(self.f);
-            simd::unpair(kept, a, u);
-        }
-    }
 }
 
 /// Working memory of a thread.
@@ -185,11 +175,11 @@ impl<T: Real> Kernel for Activate<'_, T> {
     }
 }
 
-/// The backward of `activate_block` for hidden rows that enter the output times `weight(row)`. In: pre-activations, and in `hidden_bf` the gradient of
-/// the unweighted output carried to the hidden rows. Out: `pre_b2f` holds its own gradient, `hidden_bf` weight · silu(a) * u (what the gradient of
+/// The backward of `activate_block` for hidden rows that enter the output times `weight(row)`. In: pre-activations, as they are or as the pairs that
+/// were kept of them, and in `hidden_bf` the gradient of the unweighted output carried to the hidden rows. Out: `pre_b2f` holds its own gradient, `hidden_bf` weight · silu(a) * u (what the gradient of
 /// W_down is made of), `dweight_b` the gradient of the weights. One σ per number.
 pub(crate) fn activate_backward_block<T: Real>(
-    pre_b2f: &mut [T],
+    (pairs_bf, pre_b2f): (Option<&[T]>, &mut [T]),
     hidden_bf: &mut [T],
     f: usize,
     weight: impl Fn(usize) -> T,
@@ -197,6 +187,10 @@ pub(crate) fn activate_backward_block<T: Real>(
 ) {
     let rows = pre_b2f.chunks_exact_mut(2 * f).zip(hidden_bf.chunks_exact_mut(f)).zip(dweight_b).enumerate();
     rows.for_each(|(i, ((pre_2f, hidden_f), dweight))| {
+        if let Some(pairs) = pairs_bf {
+            let (a, u) = pre_2f.split_at_mut(f);
+            simd::unpair(&pairs[i * f..(i + 1) * f], a, u);
+        }
         *dweight = simd::dispatch(ActivateBackward { pre_2f, hidden_f, weight: weight(i) });
     });
 }
@@ -340,7 +334,7 @@ mod tests {
             activate_block(&pre, &mut hidden, 1);
             assert!((hidden[0] - if scale > 0.0 { scale as f32 } else { 0.0 }).abs() < 1e-30);
             let mut back = vec![1.0f32];
-            activate_backward_block(&mut pre, &mut back, 1, |_| 1.0, &mut [0.0]);
+            activate_backward_block((None, &mut pre), &mut back, 1, |_| 1.0, &mut [0.0]);
             assert!((pre[0] - if scale > 0.0 { 1.0 } else { 0.0 }).abs() < 1e-30);
         }
     }
