@@ -1,5 +1,6 @@
 //! The inner loops: matrix products, SIMD helpers, use of the thread pool. All `unsafe` of the crate lives here.
 
+pub mod bf16;
 pub mod gemm;
 pub mod isa;
 pub mod lanes;

@@ -6,7 +6,7 @@
 
 use crate::Real;
 use crate::isa::{self, Isa};
-use crate::kernels::gemm;
+use crate::kernels::bf16;
 use std::any::TypeId;
 
 /// Numbers a padded row is a multiple of.
@@ -206,7 +206,7 @@ impl Kernel for Pair<'_> {
     #[inline(always)]
     fn run(self) {
         for ((to, first), second) in self.to.iter_mut().zip(self.first).zip(self.second) {
-            *to = f32::from_bits(gemm::pair(*first, *second));
+            *to = f32::from_bits(bf16::pair(*first, *second));
         }
     }
 }
@@ -223,8 +223,7 @@ impl Kernel for Unpair<'_> {
     #[inline(always)]
     fn run(self) {
         for ((from, first), second) in self.from.iter().zip(self.first).zip(self.second) {
-            *first = f32::from_bits(from.to_bits() << 16);
-            *second = f32::from_bits(from.to_bits() & 0xffff_0000);
+            [*first, *second] = bf16::apart(from.to_bits());
         }
     }
 }

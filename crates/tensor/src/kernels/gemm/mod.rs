@@ -25,9 +25,6 @@ mod tests;
 #[cfg(target_arch = "x86_64")]
 pub(super) use amx::chains as tile_chains;
 
-pub use pack::pair;
-#[cfg(test)]
-pub use pack::round as bf16;
 pub use packed::{Packed, Side, To};
 
 use crate::isa;

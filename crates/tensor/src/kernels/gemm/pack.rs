@@ -4,6 +4,7 @@
 use super::wide;
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{self, Isa};
+use crate::kernels::bf16::{pair, round};
 
 /// What an element of a packed operand is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,21 +23,6 @@ impl Element {
     pub fn numbers(self) -> usize {
         if self == Element::Pair { 2 } else { 1 }
     }
-}
-
-/// The bits of the nearest bf16 in the upper half, ties to even; NaN stays NaN.
-#[inline(always)]
-pub fn round(x: f32) -> u32 {
-    let bits = x.to_bits();
-    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
-    let nan = if x.is_nan() { u32::MAX } else { 0 }; // masks, not branches: this is vectorised
-    (rounded & !nan | (bits | 0x0040_0000) & nan) & 0xffff_0000
-}
-
-/// Two numbers as bf16, the first in the lower half.
-#[inline(always)]
-pub fn pair(first: f32, second: f32) -> u32 {
-    round(first) >> 16 | round(second)
 }
 
 /// A k × w operand in memory, made of lines that run along k or along w.
@@ -431,7 +417,7 @@ mod x86 {
         }
     }
 
-    /// As `super::round`.
+    /// As `bf16::round`.
     #[target_feature(enable = "avx2")]
     #[inline]
     fn round(x: __m256) -> __m256i {

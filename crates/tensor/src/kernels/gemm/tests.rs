@@ -1,8 +1,9 @@
 //! Every face of every instruction set here (under an emulator: of the emulated machine) against a triple loop in f64.
 
-use super::pack::{Element, round};
+use super::pack::Element;
 use super::tile::{Strip, Tile};
 use super::*;
+use crate::kernels::bf16::round;
 use crate::random::{Purpose, Random};
 use proptest::prelude::*;
 

@@ -4,7 +4,7 @@
 
 use super::{LANES, Lanes, Left, PIECE, Piece};
 use crate::isa::{self, Isa};
-use crate::kernels::gemm::pair;
+use crate::kernels::bf16::{apart, pair};
 use crate::kernels::simd::{same, same_mut};
 use crate::{Precision, Real};
 
@@ -14,11 +14,6 @@ pub type Couples = [u32; LANES / 2];
 /// Whether products of T in a precision are best taken on pairs here.
 pub fn pays<T: Real>(precision: Precision) -> bool {
     precision.rounds::<T>() && there()
-}
-
-/// Both numbers of a pair.
-fn apart(pair: u32) -> [f32; 2] {
-    [f32::from_bits(pair << 16), f32::from_bits(pair & 0xffff_0000)]
 }
 
 fn there() -> bool {
@@ -217,14 +212,14 @@ mod x86 {
 mod tests {
     use super::*;
     use crate::check;
-    use crate::kernels::gemm::bf16;
+    use crate::kernels::bf16::round;
 
     fn numbers(seed: u64, len: usize) -> Vec<f32> {
         check::normals(seed, len, 1.0).into_iter().map(|x| x as f32).collect()
     }
 
     fn rounded(x: f32) -> f64 {
-        f64::from(f32::from_bits(bf16(x)))
+        f64::from(f32::from_bits(round(x)))
     }
 
     #[test]

@@ -189,7 +189,7 @@ proptest! {
         prop_assume!(case.kind != Kind::Rope || dh > 1);
         let case = Case { dh, ..case };
         let mut numbers = case.numbers(seed, 1.0);
-        let round = |x: &mut f64| *x = f64::from(f32::from_bits(crate::kernels::gemm::bf16(*x as f32)));
+        let round = |x: &mut f64| *x = f64::from(f32::from_bits(crate::kernels::bf16::round(*x as f32)));
         numbers.inputs[..3].iter_mut().for_each(|input| input.data.iter_mut().for_each(round));
         numbers.table.iter_mut().for_each(round);
         prop_assume!(smooth(&case, &numbers));
