@@ -51,7 +51,8 @@ def compare(case: Case, kinds: list[Variant], dtypes: list[str], options: argpar
     }
     rows = []
     for kind in kinds:
-        dtype = "bf16" if kind.bf16 and "bf16" in dtypes else "f32"
+        alike = "bf16" if kind.bf16 else "f32"
+        dtype = alike if alike in dtypes else dtypes[0]
         row: dict = {"variant": kind.name, "beside": dtype}
         rows.append(row)
         if clock.left() < 10:

@@ -27,12 +27,13 @@ ALLOWED = 0.15
 def measure(options: argparse.Namespace, console: Console) -> list[dict]:
     """A row a shape; the heap grows a little after the first steps, so that there are some."""
     rows = []
-    for case in CASES:
-        report = sides.ours(case.ours(), "f32", options.threads, options.seconds)
+    for case, dtype in ((case, dtype) for case in CASES for dtype in options.dtypes):
+        report = sides.ours(case.ours(), dtype, options.threads, options.seconds)
         measured, estimated = report["peak_memory_bytes"], report["estimated_memory_bytes"]
-        rows.append({"case": case.name, "measured": measured, "estimated": estimated, "off": estimated / measured - 1})
+        off = estimated / measured - 1
+        rows.append({"case": case.name, "dtype": dtype, "measured": measured, "estimated": estimated, "off": off})
         sizes = f"measured {measured / 2**20:8.1f} MiB  estimated {estimated / 2**20:8.1f} MiB"
-        console.print(f"{case.name:28} {sizes}  {rows[-1]['off']:+.1%}")
+        console.print(f"{case.name:28} {dtype:4}  {sizes}  {off:+.1%}")
     worst = max(abs(row["off"]) for row in rows)
     console.print(f"worst: {worst:.1%}, allowed: {ALLOWED:.0%}")
     return rows

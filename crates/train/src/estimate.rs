@@ -91,20 +91,18 @@ fn activations(run: &Run, checkpoints: bool, vocab: usize, [n, longest]: [f64; 2
     let mixture = if model.heads.routed > 0 { d + 3.0 * heads } else { 0.0 };
     // Two sums of the residual stream, two normed inputs, q, k, v, the heads' output, and what their softmax needs.
     let attention = 6.0 * d + 2.0 * kv + 2.0 * heads + mixture;
-    // SwiGLU keeps gate and up, or one number for both, which come apart on the way back: of a dense layer all at once, of experts by waves.
-    let narrow = run.dtype == tensor::Precision::Bf16;
-    let apart = |width: f64| if narrow { 2.0 * width } else { 0.0 };
+    // SwiGLU keeps gate and up, and on the way back the hidden rows: as numbers, or as bf16.
+    let size = if run.dtype == tensor::Precision::Bf16 { 0.5 } else { 1.0 };
     let (passing, rows) = match model.router.experts() {
-        None => (model.intermediate_size as f64, apart(model.intermediate_size as f64)),
+        None => (size * model.intermediate_size as f64, 0.0),
         Some(e) => {
             let active = experts_per_token(run, e.num_experts, score_std);
-            let routed = active * e.expert_hidden_size as f64;
             let (shared, scores) = (e.shared_width() as f64, 2.0 * e.num_experts as f64);
-            (routed + shared, 2.0 * active * d + scores + apart(shared))
+            (size * (active * e.expert_hidden_size as f64 + shared), 2.0 * active * d + scores)
         }
     };
     let scores = model.router.experts().map_or(0.0, |e| e.num_experts as f64) + model.heads.routed as f64;
-    let block = attention + if narrow { passing } else { 2.0 * passing };
+    let block = attention + 2.0 * passing;
     // A routed block keeps what a block keeps of the tokens it takes, those tokens and what it adds to them, and the stream of all.
     let routed = (0..model.num_layers.min(MAX_LAYERS)).filter(|&i| model.depths.routes(i)).count() as f64;
     // By their own word half of the tokens are taken at the start, when scores are above 0 as often as below.

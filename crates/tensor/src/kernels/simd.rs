@@ -6,7 +6,6 @@
 
 use crate::Real;
 use crate::isa::{self, Isa};
-use crate::kernels::bf16;
 use std::any::TypeId;
 
 /// Numbers a padded row is a multiple of.
@@ -184,50 +183,6 @@ pub fn same_mut<T: 'static, U: 'static>(x: &mut [T]) -> &mut [U] {
     unsafe { std::slice::from_raw_parts_mut(x.as_mut_ptr().cast(), x.len()) }
 }
 
-/// Keeps two rows rounded to bf16, side by side in the place of one: T is f32.
-pub fn pair<T: Real>(to: &mut [T], first: &[T], second: &[T]) {
-    dispatch(Pair { to: same_mut(to), first: same(first), second: same(second) });
-}
-
-/// The rows that `pair` kept.
-pub fn unpair<T: Real>(from: &[T], first: &mut [T], second: &mut [T]) {
-    dispatch(Unpair { from: same(from), first: same_mut(first), second: same_mut(second) });
-}
-
-struct Pair<'s> {
-    to: &'s mut [f32],
-    first: &'s [f32],
-    second: &'s [f32],
-}
-
-impl Kernel for Pair<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run(self) {
-        for ((to, first), second) in self.to.iter_mut().zip(self.first).zip(self.second) {
-            *to = f32::from_bits(bf16::pair(*first, *second));
-        }
-    }
-}
-
-struct Unpair<'s> {
-    from: &'s [f32],
-    first: &'s mut [f32],
-    second: &'s mut [f32],
-}
-
-impl Kernel for Unpair<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run(self) {
-        for ((from, first), second) in self.from.iter().zip(self.first).zip(self.second) {
-            [*first, *second] = bf16::apart(from.to_bits());
-        }
-    }
-}
-
 /// The left side of a small product: number (i, k) lies at i·row + k·col.
 #[derive(Clone, Copy)]
 pub struct Left<'a, T> {
@@ -397,19 +352,6 @@ mod tests {
         assert!(exp(1e4f32).is_finite() && exp(f32::NAN).is_nan());
         assert_eq!((sigmoid(-1e4f32), sigmoid(1e4f32), sigmoid(0.0f32)), (sigmoid(-90.0f32), 1.0, 0.5));
         assert_eq!(exp(1.25f64), 1.25f64.exp());
-    }
-
-    #[test]
-    fn a_pair_of_rows_comes_back_rounded_and_nan_stays_nan() {
-        let first = [1.0f32, -3.3, 1e30, f32::NAN, 0.0, f32::INFINITY];
-        let second = [0.1f32, -0.0, f32::NAN, 7.0, 1e-30, -2.5];
-        let [mut kept, mut a, mut b] = [[0.0f32; 6]; 3];
-        pair(&mut kept, &first, &second);
-        unpair(&kept, &mut a, &mut b);
-        for (x, y) in first.iter().zip(a).chain(second.iter().zip(b)) {
-            let close = (x - y).abs() <= x.abs() / 256.0;
-            assert!(close || x.is_nan() && y.is_nan() || *x == y, "{x} {y}");
-        }
     }
 
     struct Products<'a>(&'a [f32], &'a [f32]);

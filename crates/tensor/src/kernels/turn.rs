@@ -54,6 +54,13 @@ pub fn pairs(first: __m512, second: __m512) -> __m512i {
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 #[inline]
 pub fn mixed(first: __m512, second: __m512) -> __m512i {
+    interleaved(pairs(first, second))
+}
+
+/// Sixteen pairs of a half of the lower half of a vector and one of its upper half.
+#[target_feature(enable = "avx512f,avx512bw")]
+#[inline]
+pub fn interleaved(x: __m512i) -> __m512i {
     const ORDER: [u16; 32] = {
         let mut order = [0; 32];
         let mut i = 0;
@@ -64,5 +71,5 @@ pub fn mixed(first: __m512, second: __m512) -> __m512i {
         order
     };
     // SAFETY: 512 bits of numbers.
-    _mm512_permutexvar_epi16(unsafe { std::mem::transmute::<[u16; 32], __m512i>(ORDER) }, pairs(first, second))
+    _mm512_permutexvar_epi16(unsafe { std::mem::transmute::<[u16; 32], __m512i>(ORDER) }, x)
 }

@@ -2,9 +2,10 @@
 //! Tokens are counting-sorted by expert. A task takes a block of rows of one expert through gather, products and activation while they are in
 //! its cache; nothing of size tokens x experts x width exists.
 
+use crate::kernels::bf16::Bf16;
 use crate::kernels::gemm::{Matrix, Packed, Product, Side, grouped};
 use crate::kernels::parallel;
-use crate::ops::swiglu::{Keep, activate_backward_block, activate_block};
+use crate::ops::hidden::Stored;
 use crate::profile::Cost;
 use crate::{Arena, Engine, Param, Precision, Real, Tape, Value};
 use candle_core::{Device, Tensor};
@@ -66,7 +67,8 @@ pub fn experts<'a, T: Real>(
             let formula = |t: &[Tensor]| reference(t, routing);
             tape.reference(&[x, weights_a], &[gate_up, down], formula).remove(0)
         }
-        _ => cpu(tape, x, weights_a, routing, gate_up, down),
+        _ if tape.precision().rounds::<T>() => cpu::<T, Bf16>(tape, x, weights_a, routing, gate_up, down),
+        _ => cpu::<T, T>(tape, x, weights_a, routing, gate_up, down),
     }
 }
 
@@ -157,12 +159,17 @@ impl Sorted {
     }
 
     /// The rows of some places, `width` numbers each.
-    fn matrix<'s, T: Real>(&'s self, rows: Rows<'s, T>, places: &Range<usize>, width: usize) -> Matrix<'s, T> {
+    fn matrix<'s, T: Real, S: Stored<T>>(
+        &'s self,
+        rows: Rows<'s, T, S>,
+        places: &Range<usize>,
+        width: usize,
+    ) -> Matrix<'s, T> {
         match rows {
             Rows::Tokens(rows) => Matrix::gathered(rows, width, &self.tokens_s[places.clone()]),
             Rows::Sorted(rows, first) => {
                 let span = (places.start - first) * width..(places.end - first) * width;
-                Matrix::new(&rows[span], places.len(), width)
+                S::matrix(&rows[span], (places.len(), width), width)
             }
         }
     }
@@ -218,13 +225,13 @@ impl Sorted {
 
     /// The products of dW_e += (left rows of its places)ᵀ · (right rows of its places) for each of the experts that has tokens; dw are the matrices of
     /// all experts.
-    fn weight_gradients<'s, T: Real>(
+    fn weight_gradients<'s, T: Real, S: Stored<T>>(
         &'s self,
         products: &mut Vec<Product<'s, T>>,
         experts: &Range<usize>,
         dw: &'s mut [T],
         weight: &Param,
-        (left, right): (Rows<'s, T>, Rows<'s, T>),
+        (left, right): (Rows<'s, T, S>, Rows<'s, T, S>),
     ) {
         let spans = self.offsets_e1[experts.start..=experts.end].windows(2);
         let matrices = dw.chunks_mut(weight.stride).skip(experts.start);
@@ -238,9 +245,9 @@ impl Sorted {
 
 /// Rows of an array: of the tokens at their places, or one for each place from one on.
 #[derive(Clone, Copy)]
-enum Rows<'s, T> {
+enum Rows<'s, T, S> {
     Tokens(&'s [T]),
-    Sorted(&'s [T], usize),
+    Sorted(&'s [S], usize),
 }
 
 /// Rows of a wave at least, for each thread.
@@ -278,7 +285,7 @@ fn sides<'s, T: Real>(
     })
 }
 
-fn cpu<'a, T: Real>(
+fn cpu<'a, T: Real, S: Stored<T>>(
     tape: &mut Tape<'a, T>,
     x: &Value<T>,
     weights_a: &Value<T>,
@@ -292,9 +299,9 @@ fn cpu<'a, T: Real>(
     let blocks = sorted.blocks(&(0..gate_up.count));
     let (w_gate_up, w_down, experts) = (tape.param(&gate_up), tape.param(&down), gate_up.count);
     let mut rows_sd = tape.arena().take(s * d);
-    let keep = Keep::new::<T>(precision, g);
-    let mut kept_s = tape.arena().take(s * keep.width());
-    let parts = split(&blocks, &mut rows_sd, d).into_iter().zip(split(&blocks, &mut kept_s, keep.width()));
+    let mut pre_s2g = tape.arena().take(S::room(s * 2 * g));
+    let pre = split(&blocks, S::of_mut(&mut pre_s2g, s * 2 * g), 2 * g);
+    let parts = split(&blocks, &mut rows_sd, d).into_iter().zip(pre);
     let stacks = [(gate_up, w_gate_up), (down, w_down)];
     // The right sides of both stacks: gate and up of every expert, then down of every expert.
     let pack = move |arena: &Arena<T>, sorted: &Sorted, transpose: bool| {
@@ -302,13 +309,10 @@ fn cpu<'a, T: Real>(
         Packed::new(arena, all.collect(), parallel::pays(s * d * g))
     };
     let packed = pack(tape.arena(), &sorted, true);
-    parallel::each(parallel::pays(s * d * g), blocks.iter().zip(parts).collect(), |(block, (rows, kept))| {
-        let n = block.places.len();
-        keep.through(kept, |pre, hidden| {
-            packed.multiply(block.expert, pre, sorted.matrix(Rows::Tokens(x.data()), &block.places, d), false);
-            activate_block(pre, hidden, g);
-            packed.multiply(experts + block.expert, rows, Matrix::new(hidden, n, g), false);
-        });
+    parallel::each(parallel::pays(s * d * g), blocks.iter().zip(parts).collect(), |(block, (rows, pre))| {
+        let x = Matrix::gathered(x.data(), d, &sorted.tokens_s[block.places.clone()]);
+        let fill = |pre: &mut [T]| packed.multiply(block.expert, pre, x, false);
+        S::forward(pre, g, fill, |hidden| packed.multiply(experts + block.expert, rows, hidden, false));
     });
     drop(packed);
     let mut y_nd = tape.arena().take(n * d);
@@ -326,36 +330,30 @@ fn cpu<'a, T: Real>(
             // dw_a = dy·(W_down h) = (W_downᵀ dy)·h: the expert outputs are not needed, the hidden rows are recomputed in passing.
             let waves = sorted.waves();
             let longest = waves.iter().map(|wave| sorted.places(wave).len()).max().unwrap_or(0);
-            let mut hidden_wg = arena.take(longest * g);
-            let mut room = keep.narrow.then(|| arena.take(longest * 2 * g));
+            let mut hidden_wg = arena.take(S::room(longest * g));
             let (mut dx_sd, mut dweights_s) = (arena.take(s * d), arena.take(s));
             let packed = pack(&arena, &sorted, false);
             for wave in waves {
                 let places = sorted.places(&wave);
-                let (blocks, w) = (sorted.blocks(&wave), places.len());
-                let first = places.start;
-                let hidden_wg = &mut hidden_wg[..w * g];
-                let (kept_s, pre_w2g) = match &mut room {
-                    Some(room) => (&kept_s[..], &mut room[..w * 2 * g]),
-                    None => (&[][..], &mut kept_s[first * 2 * g..places.end * 2 * g]),
-                };
+                let (blocks, w, first) = (sorted.blocks(&wave), places.len(), places.start);
+                let hidden_wg = S::of_mut(&mut hidden_wg, w * g);
+                let pre_w2g = &mut S::of_mut(&mut pre_s2g, s * 2 * g)[first * 2 * g..places.end * 2 * g];
                 let parts = split(&blocks, &mut dx_sd[first * d..places.end * d], d).into_iter();
                 let parts = parts.zip(split(&blocks, pre_w2g, 2 * g)).zip(split(&blocks, hidden_wg, g));
                 let parts = parts.zip(split(&blocks, &mut dweights_s[places], 1));
                 let tasks = blocks.iter().zip(parts).collect();
                 parallel::each(parallel::pays(w * d * g), tasks, |(block, (((dx, pre), hidden), dweights))| {
-                    let n = block.places.len();
-                    let pairs = keep.narrow.then(|| &kept_s[block.places.start * g..block.places.end * g]);
-                    let dy = sorted.matrix(Rows::Tokens(&dy_nd), &block.places, d);
-                    packed.multiply(experts + block.expert, hidden, dy, false);
+                    let dy = Matrix::gathered(&dy_nd, d, &sorted.tokens_s[block.places.clone()]);
+                    let fill = |to: &mut [T]| packed.multiply(experts + block.expert, to, dy, false);
                     let weight = |i: usize| weights[sorted.assignments_s[block.places.start + i] as usize];
-                    activate_backward_block((pairs, pre), hidden, g, weight, dweights);
+                    S::backward((&mut *pre, hidden), g, fill, weight, dweights);
                     if x.needs_grad() {
-                        packed.multiply(block.expert, dx, Matrix::new(pre, n, 2 * g), false);
+                        let dpre = S::matrix(pre, (block.places.len(), 2 * g), 2 * g);
+                        packed.multiply(block.expert, dx, dpre, false);
                     }
                 });
                 let mut products = Vec::new();
-                let (hidden, pre) = (Rows::Sorted(hidden_wg, first), Rows::Sorted(pre_w2g, first));
+                let (hidden, pre) = (Rows::Sorted(&*hidden_wg, first), Rows::Sorted(&*pre_w2g, first));
                 let sides = [(&down, (Rows::Tokens(&dy_nd), hidden)), (&gate_up, (pre, Rows::Tokens(x.data())))];
                 for (dw, (param, rows)) in grads.params(&[&down, &gate_up]).into_iter().zip(sides) {
                     if let Some(dw) = dw {

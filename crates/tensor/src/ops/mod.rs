@@ -6,6 +6,7 @@ pub mod cross_entropy;
 pub mod embedding;
 pub mod experts;
 pub mod gather;
+mod hidden;
 pub mod linear;
 pub mod rms_norm;
 pub mod rope;

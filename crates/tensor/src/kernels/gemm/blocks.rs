@@ -1,7 +1,8 @@
 //! How a list of products is cut into work: the right sides are packed first, then blocks of rows are taken by whatever thread is free. A number of
 //! dst is summed in the same order wherever it lies in a tile, a block or a task: bytes depend neither on threads nor on the size of the product.
 
-use super::pack::{Element, Source};
+use super::number::Number;
+use super::pack::{Element, Operand, Source};
 use super::tile::{Strip, Tile, bf16_tile, f32_tile};
 use crate::Precision;
 use crate::isa::Isa;
@@ -32,8 +33,8 @@ pub struct Job<'a> {
     pub m: usize,
     pub n: usize,
     pub k: usize,
-    pub a: Source<'a>,
-    pub b: Source<'a>,
+    pub a: Operand<'a>,
+    pub b: Operand<'a>,
 }
 
 impl Job<'_> {
@@ -97,7 +98,7 @@ fn with_room<R>(
 /// A right side b [k, n] and where its panels are.
 pub struct Right<'a> {
     method: Method,
-    b: Source<'a>,
+    b: Operand<'a>,
     n: usize,
     k: usize,
     /// Elements of k, up to the tile's unit.
@@ -111,12 +112,12 @@ pub struct Right<'a> {
 
 impl<'a> Right<'a> {
     /// A right side for `rows` rows of dst, whose packed panels will start at `offset`.
-    pub fn new(method: Method, b: Source<'a>, (k, n): (usize, usize), rows: usize, offset: usize) -> Self {
+    pub fn new(method: Method, b: Operand<'a>, (k, n): (usize, usize), rows: usize, offset: usize) -> Self {
         let Method { tile, element } = method;
         let depth = k.div_ceil(element.numbers()).next_multiple_of(tile.unit);
         let panels = n.div_ceil(tile.cols);
         // Plain rows are read where they lie if so few rows of dst use them that a copy does not pay.
-        let direct = element == Element::Plain && !b.along_k && b.order.is_none() && rows <= 2 * tile.rows;
+        let direct = element == Element::Plain && b.in_place(false).is_some() && rows <= 2 * tile.rows;
         let packed = if direct { n / tile.cols } else { 0 };
         Right { method, b, n, k, depth, panels, packed, offset }
     }
@@ -129,8 +130,8 @@ impl<'a> Right<'a> {
     /// Where a panel's elements of k from `start` on are, `depth` of them, and how far apart.
     fn panel(&self, panel: usize, (start, depth): (usize, usize), room: &[u32]) -> (*const f32, usize) {
         let cols = self.method.tile.cols;
-        if panel < self.packed {
-            return (self.b.data.as_ptr().wrapping_add(start * self.b.stride + panel * cols), self.b.stride);
+        if let Some(b) = self.b.in_place(false).filter(|_| panel < self.packed) {
+            return (b.data.as_ptr().wrapping_add(start * b.stride + panel * cols), b.stride);
         }
         let before = start * (self.panels - self.packed) + (panel - self.packed) * depth;
         (room[self.offset + before * cols..].as_ptr().cast(), cols)
@@ -142,8 +143,7 @@ impl<'a> Right<'a> {
     }
 
     fn is(&self, job: &Job<'_>) -> bool {
-        let lines = |b: &Source<'_>| (b.stride, b.along_k, b.order.map(<[u32]>::as_ptr));
-        std::ptr::eq(self.b.data, job.b.data) && lines(&self.b) == lines(&job.b) && (self.k, self.n) == (job.k, job.n)
+        self.b.is(job.b) && (self.k, self.n) == (job.k, job.n)
     }
 }
 
@@ -236,7 +236,7 @@ pub struct Out<'a, 'r> {
 ///
 /// # Safety
 /// As for `run`, for every dst; `a` has its rows.
-pub unsafe fn multiply(a: Source<'_>, m: usize, outs: &[Out<'_, '_>], room: &[u32], accumulate: bool) {
+pub unsafe fn multiply(a: Operand<'_>, m: usize, outs: &[Out<'_, '_>], room: &[u32], accumulate: bool) {
     let Some(first) = outs.first() else { return };
     let tall = BLOCK * first.right.method.tile.rows;
     for start in (0..m).step_by(tall) {
@@ -292,7 +292,7 @@ pub fn pack(rights: &[Right<'_>], mut room: &mut [u32], threads: usize) {
         let Method { tile: Tile { cols, .. }, element } = right.method;
         let layout = Layout::Panels { width: cols, stride: depth * cols, depth };
         let l = (start * element.numbers(), ((start + depth) * element.numbers()).min(right.k));
-        simd::dispatch(Pack { from: right.b, element, l, j, to, layout });
+        lay(right.b, Place { element, l, j, to, layout });
     };
     if threads > 1 && large {
         groups.into_par_iter().with_max_len(1).for_each(one);
@@ -309,8 +309,8 @@ enum Layout {
     Lines { stride: usize, depth: usize },
 }
 
-struct Pack<'a> {
-    from: Source<'a>,
+/// What of an operand is packed, and where to.
+struct Place<'a> {
     element: Element,
     l: (usize, usize),
     j: (usize, usize),
@@ -318,10 +318,22 @@ struct Pack<'a> {
     layout: Layout,
 }
 
-impl Pack<'_> {
+fn lay(from: Operand<'_>, place: Place<'_>) {
+    match from {
+        Operand::Wide(from) => simd::dispatch(Pack { from, place }),
+        Operand::Narrow(from) => simd::dispatch(Pack { from, place }),
+    }
+}
+
+struct Pack<'a, S> {
+    from: Source<'a, S>,
+    place: Place<'a>,
+}
+
+impl<S: Number> Pack<'_, S> {
     #[inline(always)]
     fn of(self, element: Element) {
-        let Pack { from, l, j, to, layout, .. } = self;
+        let Pack { from, place: Place { l, j, to, layout, .. } } = self;
         match layout {
             Layout::Lines { stride, depth } => from.lines(element, l, j, to, stride, depth),
             Layout::Panels { width: 4, stride, depth } => from.panels::<4>(element, l, j, to, (stride, depth)),
@@ -334,12 +346,12 @@ impl Pack<'_> {
     }
 }
 
-impl Kernel for Pack<'_> {
+impl<S: Number> Kernel for Pack<'_, S> {
     type Output = ();
 
     #[inline(always)]
     fn run(self) {
-        match self.element {
+        match self.place.element {
             Element::Plain => self.of(Element::Plain),
             Element::Rounded => self.of(Element::Rounded),
             Element::Pair => self.of(Element::Pair),
@@ -351,13 +363,13 @@ impl Kernel for Pack<'_> {
 ///
 /// # Safety
 /// As for `multiply`; no other task has these rows and panels.
-unsafe fn compute(a: Source<'_>, rows: (usize, usize), outs: &[Out<'_, '_>], room: &[u32], accumulate: bool) {
+unsafe fn compute(a: Operand<'_>, rows: (usize, usize), outs: &[Out<'_, '_>], room: &[u32], accumulate: bool) {
     let Right { method: Method { tile, element }, depth: all, k, .. } = *outs[0].right;
     debug_assert!(outs.iter().all(|out| (out.right.depth, out.right.k) == (all, k)));
     let count = rows.1 - rows.0;
     let columns: usize = outs.iter().map(|out| (out.panels.1 - out.panels.0) * tile.cols).sum();
-    let direct = element == Element::Plain && a.along_k && a.order.is_none() && columns < NARROW;
-    let first_packed = if direct { count / tile.rows * tile.rows } else { 0 }; // a ragged tile is packed all the same
+    let direct = a.in_place(true).filter(|_| element == Element::Plain && columns < NARROW);
+    let first_packed = if direct.is_some() { count / tile.rows * tile.rows } else { 0 }; // a ragged tile is packed all the same
     let packed_rows = count.next_multiple_of(tile.rows) - first_packed;
     // One element of k for all rows of a tile side by side, or where the tile wants it one row's elements, a line apart from being a power of two.
     let by_rows = tile.unit > 1;
@@ -375,16 +387,14 @@ unsafe fn compute(a: Source<'_>, rows: (usize, usize), outs: &[Out<'_, '_>], roo
                 Layout::Panels { width: tile.rows, stride: size, depth }
             };
             let j = (rows.0 + first_packed, rows.1);
-            simd::dispatch(Pack { from: a, element, l: numbers, j, to: left, layout });
+            lay(a, Place { element, l: numbers, j, to: left, layout });
             // Element (r, 0) of the left side, and from there to the next row and the next element.
-            let place = |r: usize| {
-                if r < first_packed {
+            let place = |r: usize| match direct {
+                Some(a) if r < first_packed => {
                     (a.data.as_ptr().wrapping_add(start + (rows.0 + r) * a.stride), a.stride, 1)
-                } else if by_rows {
-                    (left.as_ptr().add((r - first_packed) * row_stride).cast::<f32>(), row_stride, 1)
-                } else {
-                    (left.as_ptr().add((r - first_packed) / tile.rows * size).cast::<f32>(), 1, tile.rows)
                 }
+                _ if by_rows => (left.as_ptr().add((r - first_packed) * row_stride).cast::<f32>(), row_stride, 1),
+                _ => (left.as_ptr().add((r - first_packed) / tile.rows * size).cast::<f32>(), 1, tile.rows),
             };
             for Out { dst, stride, right, panels } in outs {
                 for panel in panels.0..panels.1 {

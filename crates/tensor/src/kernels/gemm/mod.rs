@@ -13,6 +13,7 @@
 #[cfg(target_arch = "x86_64")]
 mod amx;
 mod blocks;
+mod number;
 mod pack;
 mod packed;
 mod tile;
@@ -28,17 +29,25 @@ pub(super) use amx::chains as tile_chains;
 pub use packed::{Packed, Side, To};
 
 use crate::isa;
+use crate::kernels::bf16::Bf16;
+use crate::kernels::simd;
 use crate::{Precision, Real};
 use blocks::{Job, Method};
 use gemm::Parallelism;
-use pack::Source;
+use pack::{Operand, Source};
 use rayon::prelude::*;
 use std::any::TypeId;
+
+#[derive(Clone, Copy)]
+enum Numbers<'a, T> {
+    Wide(&'a [T]),
+    Narrow(&'a [Bf16]),
+}
 
 /// A read-only matrix made of lines of a slice, which are its rows, or its columns where it is turned.
 #[derive(Clone, Copy)]
 pub struct Matrix<'a, T> {
-    data: &'a [T],
+    data: Numbers<'a, T>,
     rows: usize,
     cols: usize,
     /// Numbers from one line of the slice to the next.
@@ -57,13 +66,20 @@ impl<'a, T: Real> Matrix<'a, T> {
     /// Rows of `cols` numbers, `row_stride` apart.
     pub fn strided(data: &'a [T], rows: usize, cols: usize, row_stride: usize) -> Self {
         assert!(rows == 0 || cols == 0 || (rows - 1) * row_stride + cols <= data.len(), "matrix view out of bounds");
-        Matrix { data, rows, cols, stride: row_stride, turned: false, order: None }
+        Matrix { data: Numbers::Wide(data), rows, cols, stride: row_stride, turned: false, order: None }
+    }
+
+    /// The same of numbers that were rounded to bf16.
+    pub fn narrow(data: &'a [Bf16], rows: usize, cols: usize, row_stride: usize) -> Self {
+        assert!(rows == 0 || cols == 0 || (rows - 1) * row_stride + cols <= data.len(), "matrix view out of bounds");
+        Matrix { data: Numbers::Narrow(data), rows, cols, stride: row_stride, turned: false, order: None }
     }
 
     /// The rows of `cols` numbers that `order` names: they are gathered while they are packed.
     pub fn gathered(data: &'a [T], cols: usize, order: &'a [u32]) -> Self {
         let last = order.iter().max().map_or(0, |last| (*last as usize + 1) * cols);
         assert!(last <= data.len(), "gathered rows out of bounds");
+        let data = Numbers::Wide(data);
         Matrix { data, rows: order.len(), cols, stride: cols, turned: false, order: Some(order) }
     }
 
@@ -72,15 +88,19 @@ impl<'a, T: Real> Matrix<'a, T> {
         Matrix { rows: self.cols, cols: self.rows, turned: !self.turned, ..self }
     }
 
-    /// The same with its lines one after the other, in `to` where they have to be copied.
-    fn in_line<'s>(self, to: &'s mut Vec<T>) -> Matrix<'s, T>
-    where
-        'a: 's,
-    {
-        let Some(order) = self.order else { return self };
-        let width = if self.turned { self.rows } else { self.cols };
-        order.iter().for_each(|&i| to.extend_from_slice(&self.data[i as usize * self.stride..][..width]));
-        Matrix { data: to, stride: width, order: None, ..self }
+    /// Where it starts, after its lines were put one after the other into `to` if they are not there already or are not of T.
+    fn in_line(&mut self, to: &mut Vec<T>) -> *const T {
+        let (width, lines) = if self.turned { (self.rows, self.cols) } else { (self.cols, self.rows) };
+        let starts = (0..lines).map(|i| self.order.map_or(i, |order| order[i] as usize) * self.stride);
+        match self.data {
+            Numbers::Wide(data) if self.order.is_none() => return data.as_ptr(),
+            Numbers::Wide(data) => starts.for_each(|at| to.extend_from_slice(&data[at..at + width])),
+            Numbers::Narrow(data) => {
+                starts.for_each(|at| to.extend(data[at..at + width].iter().map(|x| T::from_f64(x.number().into()))))
+            }
+        }
+        (self.stride, self.order) = (width, None);
+        to.as_ptr()
     }
 
     /// From one row to the next, and from one column to the next.
@@ -140,10 +160,9 @@ pub fn grouped<T: Real>(precision: Precision, mut products: Vec<Product<'_, T>>,
 /// The product as work for tiles if T is f32. The caller keeps dst borrowed until it is done.
 fn job<'a, T: Real>(dst: &mut [T], stride: usize, a: Matrix<'a, T>, b: Matrix<'a, T>) -> Option<Job<'a>> {
     let (m, n, k) = check(dst, stride, a, b);
-    let source = |x: Matrix<'a, T>, along_k| {
-        // SAFETY: T is f32, as the line below found.
-        let data = unsafe { std::slice::from_raw_parts(x.data.as_ptr().cast::<f32>(), x.data.len()) };
-        Source { data, stride: x.stride, along_k, order: x.order }
+    let operand = |Matrix { data, stride, order, .. }: Matrix<'a, T>, along_k| match data {
+        Numbers::Wide(data) => Operand::Wide(Source { data: simd::same(data), stride, along_k, order }),
+        Numbers::Narrow(data) => Operand::Narrow(Source { data, stride, along_k, order }),
     };
     (TypeId::of::<T>() == TypeId::of::<f32>()).then(|| Job {
         dst: dst.as_mut_ptr().cast(),
@@ -151,8 +170,8 @@ fn job<'a, T: Real>(dst: &mut [T], stride: usize, a: Matrix<'a, T>, b: Matrix<'a
         m,
         n,
         k,
-        a: source(a, !a.turned),
-        b: source(b, b.turned),
+        a: operand(a, !a.turned),
+        b: operand(b, b.turned),
     })
 }
 
@@ -189,8 +208,8 @@ fn wide<T: Real>(
         }
         return;
     }
-    let (mut a_lines, mut b_lines) = (Vec::new(), Vec::new());
-    let (a, b) = (a.in_line(&mut a_lines), b.in_line(&mut b_lines));
+    let (mut a, mut b, mut a_lines, mut b_lines) = (a, b, Vec::new(), Vec::new());
+    let (a_data, b_data) = (a.in_line(&mut a_lines), b.in_line(&mut b_lines));
     // SAFETY: `Matrix` proved on construction that every (row, col) of a and b lies inside its slice, `check` does so for dst, dst is
     // borrowed mutably (no overlap with a and b), and T is f32 or f64 (`Real` is closed).
     unsafe {
@@ -202,10 +221,10 @@ fn wide<T: Real>(
             1,
             stride as isize,
             accumulate,
-            a.data.as_ptr(),
+            a_data,
             a.strides().1,
             a.strides().0,
-            b.data.as_ptr(),
+            b_data,
             b.strides().1,
             b.strides().0,
             T::ONE,

@@ -1,10 +1,11 @@
 //! Operands as the tiles read them: panels whose rows lie side by side, zeros up to the edge, numbers as they are, rounded to bf16, or as pairs of bf16.
 
+use super::number::Number;
 #[cfg(target_arch = "x86_64")]
 use super::wide;
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{self, Isa};
-use crate::kernels::bf16::{pair, round};
+use crate::kernels::bf16::{Bf16, pair, round};
 
 /// What an element of a packed operand is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,10 +26,44 @@ impl Element {
     }
 }
 
+/// An operand of either kind of number.
+#[derive(Clone, Copy)]
+pub enum Operand<'a> {
+    Wide(Source<'a, f32>),
+    Narrow(Source<'a, Bf16>),
+}
+
+impl<'a> Operand<'a> {
+    /// The same from column `start` on.
+    pub fn columns(self, start: usize) -> Self {
+        match self {
+            Operand::Wide(source) => Operand::Wide(source.columns(start)),
+            Operand::Narrow(source) => Operand::Narrow(source.columns(start)),
+        }
+    }
+
+    /// Itself where tiles of f32 could read it as it lies, if its lines run along k or not, as `along_k` says.
+    pub fn in_place(self, along_k: bool) -> Option<Source<'a, f32>> {
+        match self {
+            Operand::Wide(source) if source.along_k == along_k && source.order.is_none() => Some(source),
+            _ => None,
+        }
+    }
+
+    /// Whether both are the same lines of the same numbers.
+    pub fn is(self, other: Self) -> bool {
+        match (self, other) {
+            (Operand::Wide(a), Operand::Wide(b)) => a.is(b),
+            (Operand::Narrow(a), Operand::Narrow(b)) => a.is(b),
+            _ => false,
+        }
+    }
+}
+
 /// A k × w operand in memory, made of lines that run along k or along w.
 #[derive(Clone, Copy)]
-pub struct Source<'a> {
-    pub data: &'a [f32],
+pub struct Source<'a, S> {
+    pub data: &'a [S],
     /// Numbers from one line of `data` to the next.
     pub stride: usize,
     pub along_k: bool,
@@ -39,7 +74,7 @@ pub struct Source<'a> {
 /// Elements of k that are turned at a time.
 const TURN: usize = 8;
 
-impl<'a> Source<'a> {
+impl<'a, S: Number> Source<'a, S> {
     /// Where line i starts.
     #[inline(always)]
     fn line(self, i: usize) -> usize {
@@ -49,13 +84,18 @@ impl<'a> Source<'a> {
     /// Number `at` of line i, to be asked for: beyond the last line some number, which is not read.
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
-    fn ask(self, i: usize, at: usize) -> *const f32 {
+    fn ask(self, i: usize, at: usize) -> *const S {
         let i = self.order.map_or(i, |order| order[i.min(order.len() - 1)] as usize);
         self.data.as_ptr().wrapping_add(i * self.stride + at)
     }
 
+    fn is(self, other: Self) -> bool {
+        let lines = |s: Self| (s.stride, s.along_k, s.order.map(<[u32]>::as_ptr));
+        std::ptr::eq(self.data, other.data) && lines(self) == lines(other)
+    }
+
     /// The same from column `start` on.
-    pub fn columns(self, start: usize) -> Source<'a> {
+    fn columns(self, start: usize) -> Self {
         match self.order {
             Some(order) if self.along_k => Source { order: Some(&order[start..]), ..self },
             _ => {
@@ -120,7 +160,7 @@ impl<'a> Source<'a> {
                 assert!((panels - 1) * stride + rows * W <= to.len(), "no room for a panel");
                 let row = |i: usize| self.ask(l.0 + i, j.0);
                 // SAFETY: the set serves; by the assertions all that is read and written is there.
-                unsafe { wide::copy::<W>(row, element, (to.as_mut_ptr(), stride), (rows, panels)) }
+                unsafe { wide::copy::<S, W>(row, element, (to.as_mut_ptr(), stride), (rows, panels)) }
                 return (rows, panels);
             }
         }
@@ -155,7 +195,7 @@ impl<'a> Source<'a> {
             let below = if second { Some(self.data[below..].as_ptr()) } else { None };
             assert!(vector == W || stride >= depth * W + vector - W, "room between panels");
             // SAFETY: the machine has AVX2; what is read and written lies inside data and to.
-            unsafe { x86::copy::<W>((from, below), element, to[e * W..].as_mut_ptr(), panels, stride) }
+            unsafe { x86::copy::<S, W>((from, below), element, to[e * W..].as_mut_ptr(), panels, stride) }
             return panels;
         }
         let _ = (element, at, end, j, to, stride, depth, e);
@@ -217,7 +257,7 @@ impl<'a> Source<'a> {
             let whole = |vector: usize| (rows.len() / vector).min((l.1 - l.0) / (vector * numbers)) * vector;
             let many = if wide::serves(isa::current(), element, W) { whole(wide::LANES) } else { 0 };
             let all = whole(TURN);
-            let columns = |from: usize, to: usize| -> [&[f32]; W] {
+            let columns = |from: usize, to: usize| -> [&[S]; W] {
                 std::array::from_fn(|c| match j.0 + c < j.1 {
                     true => &self.data[self.line(j.0 + c) + l.0..][from * numbers..to * numbers],
                     false => &[],
@@ -279,11 +319,13 @@ impl<'a> Source<'a> {
     fn row<const W: usize>(self, l: usize, end: usize, j: (usize, usize)) -> [f32; W] {
         let cols = (j.1 - j.0).min(W);
         if l < end && cols == W {
-            return self.data[self.line(l) + j.0..][..W].try_into().expect("a whole row");
+            let row: &[S; W] = self.data[self.line(l) + j.0..][..W].try_into().expect("a whole row");
+            return row.map(S::wide);
         }
         let mut row = [0.0; W];
         if l < end && cols > 0 {
-            row[..cols].copy_from_slice(&self.data[self.line(l) + j.0..][..cols]);
+            let from = &self.data[self.line(l) + j.0..][..cols];
+            row.iter_mut().zip(from).for_each(|(to, from)| *to = from.wide());
         }
         row
     }
@@ -291,24 +333,16 @@ impl<'a> Source<'a> {
     /// The next elements of a column, which runs along k; zeros for no column and from `end` on.
     #[inline(always)]
     fn run(self, element: Element, column: Option<usize>, l: usize, end: usize) -> [u32; TURN] {
-        let mut padded = [0.0; 2 * TURN];
+        let mut whole = [0.0; 2 * TURN];
         let count = end.saturating_sub(l).min(TURN * element.numbers());
         let mut to = [0; TURN];
         let Some(column) = column.filter(|_| count > 0) else { return to };
         let from = &self.data[self.line(column) + l..][..count];
-        let whole: &[f32] = if count == TURN * element.numbers() {
-            from
-        } else {
-            padded[..count].copy_from_slice(from);
-            &padded[..TURN * element.numbers()]
-        };
+        whole.iter_mut().zip(from).for_each(|(to, from)| *to = from.wide());
         match element {
             Element::Plain => (0..TURN).for_each(|i| to[i] = whole[i].to_bits()),
             Element::Rounded => (0..TURN).for_each(|i| to[i] = round(whole[i])),
-            Element::Pair => {
-                let whole: &[f32; 2 * TURN] = whole.try_into().expect("pairs of a whole run");
-                (0..TURN).for_each(|i| to[i] = pair(whole[2 * i], whole[2 * i + 1]));
-            }
+            Element::Pair => (0..TURN).for_each(|i| to[i] = pair(whole[2 * i], whole[2 * i + 1])),
         }
         to
     }
@@ -326,7 +360,7 @@ fn transposed(x: [[u32; TURN]; TURN]) -> [[u32; TURN]; TURN] {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{Element, TURN};
+    use super::{Element, Number, TURN};
     use std::arch::x86_64::*;
 
     /// Row e of `rows` becomes element e of every column; an empty column gives zeros.
@@ -335,7 +369,7 @@ mod x86 {
     /// The machine has AVX2. `rows` are a multiple of 8, and a column has all their numbers or none.
     #[target_feature(enable = "avx2")]
     #[inline]
-    pub unsafe fn turn<const W: usize>(columns: [&[f32]; W], element: Element, rows: &mut [[u32; W]]) {
+    pub unsafe fn turn<S: Number, const W: usize>(columns: [&[S]; W], element: Element, rows: &mut [[u32; W]]) {
         let end = rows.as_mut_ptr_range().end.cast::<f32>();
         for (block, rows) in rows.chunks_exact_mut(TURN).enumerate() {
             for first in (0..W).step_by(8) {
@@ -369,8 +403,8 @@ mod x86 {
     /// The machine has AVX2; whole vectors of W, rounded up to eight, are readable and writable at each of these places.
     #[target_feature(enable = "avx2")]
     #[inline]
-    pub unsafe fn copy<const W: usize>(
-        (from, below): (*const f32, Option<*const f32>),
+    pub unsafe fn copy<S: Number, const W: usize>(
+        (from, below): (*const S, Option<*const S>),
         element: Element,
         to: *mut u32,
         panels: usize,
@@ -380,12 +414,12 @@ mod x86 {
             for c in (0..W).step_by(8) {
                 // SAFETY: the caller's.
                 unsafe {
-                    let x = _mm256_loadu_ps(from.add(p * W + c));
+                    let x = S::eight(from.add(p * W + c));
                     let x = match element {
                         Element::Plain => _mm256_castps_si256(x),
                         Element::Rounded => round(x),
                         Element::Pair => {
-                            let y = below.map_or(_mm256_setzero_ps(), |below| _mm256_loadu_ps(below.add(p * W + c)));
+                            let y = below.map_or(_mm256_setzero_ps(), |below| S::eight(below.add(p * W + c)));
                             _mm256_or_si256(_mm256_srli_epi32::<16>(round(x)), round(y))
                         }
                     };
@@ -399,13 +433,14 @@ mod x86 {
     /// The machine has AVX2 and the numbers of eight elements are readable.
     #[target_feature(enable = "avx2")]
     #[inline]
-    unsafe fn elements(from: *const f32, element: Element) -> __m256 {
-        let low = unsafe { _mm256_loadu_ps(from) };
+    unsafe fn elements<S: Number>(from: *const S, element: Element) -> __m256 {
+        // SAFETY: the caller's.
+        let low = unsafe { S::eight(from) };
         match element {
             Element::Plain => low,
             Element::Rounded => _mm256_castsi256_ps(round(low)),
             Element::Pair => {
-                let high = unsafe { _mm256_loadu_ps(from.add(8)) };
+                let high = unsafe { S::eight(from.add(8)) };
                 let pairs = |x: __m256| {
                     let x = round(x); // in 64 bits: second << 32 | first
                     let first = _mm256_srli_epi64::<16>(_mm256_slli_epi64::<32>(x));

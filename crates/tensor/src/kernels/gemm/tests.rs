@@ -15,6 +15,9 @@ struct Case {
     k: usize,
     turned_a: bool,
     turned_b: bool,
+    /// The operand was rounded to bf16 before.
+    narrow_a: bool,
+    narrow_b: bool,
     accumulate: bool,
     /// Numbers between rows of a, b and dst.
     gap: usize,
@@ -41,13 +44,26 @@ fn view(data: &[f32], rows: usize, cols: usize, turned: bool, gap: usize) -> Mat
     }
 }
 
+/// The same of numbers rounded to bf16.
+fn narrow(data: &[Bf16], rows: usize, cols: usize, turned: bool, gap: usize) -> Matrix<'_, f32> {
+    if turned { Matrix::narrow(data, cols, rows, rows + gap).t() } else { Matrix::narrow(data, rows, cols, cols + gap) }
+}
+
+fn rounded(data: &[f32]) -> Vec<Bf16> {
+    data.iter().map(|x| Bf16::new(*x)).collect()
+}
+
 fn room(rows: usize, cols: usize, gap: usize) -> usize {
     (rows + gap) * (cols + gap)
 }
 
 fn at(x: &Matrix<'_, f32>, i: usize, j: usize) -> f32 {
     let (line, place) = if x.turned { (j, i) } else { (i, j) };
-    x.data[x.order.map_or(line, |order| order[line] as usize) * x.stride + place]
+    let at = x.order.map_or(line, |order| order[line] as usize) * x.stride + place;
+    match x.data {
+        Numbers::Wide(data) => data[at],
+        Numbers::Narrow(data) => data[at].number(),
+    }
 }
 
 /// The faces to test: by set and precision, and pairs without an instruction.
@@ -94,7 +110,15 @@ fn agrees(case: &Case) -> Result<(), TestCaseError> {
     let Case { m, n, k, gap, .. } = *case;
     let a = numbers(case.seed, room(m, k, gap), case.spread);
     let b = numbers(case.seed + 1, room(k, n, gap), case.spread);
-    let (a, b) = (view(&a, m, k, case.turned_a, gap), view(&b, k, n, case.turned_b, gap));
+    let (narrow_a, narrow_b) = (rounded(&a), rounded(&b));
+    let a = match case.narrow_a {
+        true => narrow(&narrow_a, m, k, case.turned_a, gap),
+        false => view(&a, m, k, case.turned_a, gap),
+    };
+    let b = match case.narrow_b {
+        true => narrow(&narrow_b, k, n, case.turned_b, gap),
+        false => view(&b, k, n, case.turned_b, gap),
+    };
     let before = numbers(case.seed + 2, room(m, n, gap), case.spread);
     for (name, method) in faces() {
         let mut dst = before.clone();
@@ -129,12 +153,12 @@ proptest! {
     #[test]
     fn products_agree_with_the_triple_loop(
         (m, n, k) in (size(110), size(110), prop_oneof![9 => size(110), 1 => 250..=1100usize]),
-        (turned_a, turned_b, accumulate) in any::<(bool, bool, bool)>(),
+        (turned_a, turned_b, narrow_a, narrow_b, accumulate) in any::<(bool, bool, bool, bool, bool)>(),
         gap in prop_oneof![Just(0usize), 1..=19usize],
         spread in prop_oneof![Just(0), Just(3), Just(45)],
         seed in 0..1u64 << 40,
     ) {
-        agrees(&Case { m, n, k, turned_a, turned_b, accumulate, gap, spread, seed })?;
+        agrees(&Case { m, n, k, turned_a, turned_b, narrow_a, narrow_b, accumulate, gap, spread, seed })?;
     }
 
     /// A group is its products one by one, bit for bit; the sum over threads of different sizes is the same too.
@@ -181,6 +205,23 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn f64_takes_rounded_numbers_as_numbers() {
+    let (a, b) = (numbers(1, 5 * 7, 3), numbers(2, 7 * 4, 3));
+    let (halves, order) = (rounded(&a), [4, 0, 2]);
+    let b: Vec<f64> = b.into_iter().map(f64::from).collect();
+    let whole: Vec<f64> = halves.iter().map(|x| x.number().into()).collect();
+    let product = |a: Matrix<'_, f64>| {
+        let mut dst = vec![0.0; a.rows * 4];
+        matmul(Precision::F32, &mut dst, a, Matrix::new(&b, 7, 4), false);
+        dst
+    };
+    assert_eq!(product(Matrix::narrow(&halves, 5, 7, 7)), product(Matrix::new(&whole, 5, 7)));
+    assert_eq!(product(Matrix::narrow(&halves, 7, 5, 5).t()), product(Matrix::new(&whole, 7, 5).t()));
+    let rows = Matrix { order: Some(&order), rows: 3, ..Matrix::narrow(&halves, 5, 7, 7) };
+    assert_eq!(product(rows), product(Matrix::gathered(&whole, 7, &order)));
 }
 
 /// Cases that proptest draws; `PROPTEST_CASES` overrides it (an emulator is slow).

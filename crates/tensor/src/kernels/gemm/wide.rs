@@ -1,9 +1,10 @@
 //! What `pack` does most, by vectors of sixteen elements (AVX-512), for panels of 8, 16 or 32 columns. bf16 is rounded by the instruction, which
 //! takes denormals as zero, as those that multiply it do.
 
+use super::number::Number;
 use super::pack::Element;
 use crate::isa::Isa;
-use crate::kernels::turn::{mixed, pairs, transposed, turned_quarters};
+use crate::kernels::turn::{transposed, turned_quarters};
 use std::arch::x86_64::*;
 
 /// Elements of a vector.
@@ -23,9 +24,9 @@ pub fn serves(isa: Isa, element: Element, width: usize) -> bool {
 ///
 /// # Safety
 /// The set serves the element and W. `rows` are a multiple of 16, and a column has all their numbers or none.
-pub unsafe fn turn<const W: usize>(
-    columns: [&[f32]; W],
-    next: [*const f32; W],
+pub unsafe fn turn<S: Number, const W: usize>(
+    columns: [&[S]; W],
+    next: [*const S; W],
     element: Element,
     rows: &mut [[u32; W]],
 ) {
@@ -43,8 +44,8 @@ pub unsafe fn turn<const W: usize>(
 ///
 /// # Safety
 /// The set serves the element and W. The rows are readable and the panels writable; panels of 8 are even in number.
-pub unsafe fn copy<const W: usize>(
-    row: impl Fn(usize) -> *const f32,
+pub unsafe fn copy<S: Number, const W: usize>(
+    row: impl Fn(usize) -> *const S,
     element: Element,
     (to, stride): (*mut u32, usize),
     (rows, panels): (usize, usize),
@@ -52,22 +53,22 @@ pub unsafe fn copy<const W: usize>(
     // SAFETY: the caller's.
     unsafe {
         match element {
-            Element::Pair => copy_pairs::<W>(row, (to, stride), (rows, panels)),
-            _ => copy_plain::<W>(row, (to, stride), (rows, panels)),
+            Element::Pair => copy_pairs::<S, W>(row, (to, stride), (rows, panels)),
+            _ => copy_plain::<S, W>(row, (to, stride), (rows, panels)),
         }
     }
 }
 
 #[target_feature(enable = "avx512f")]
-unsafe fn turn_plain<const W: usize>(columns: [&[f32]; W], next: [*const f32; W], rows: &mut [[u32; W]]) {
+unsafe fn turn_plain<S: Number, const W: usize>(columns: [&[S]; W], next: [*const S; W], rows: &mut [[u32; W]]) {
     // SAFETY: the caller's: sixteen numbers of each block.
-    unsafe { blocks(columns, next, rows, 1, |from| _mm512_loadu_si512(from.cast())) }
+    unsafe { blocks(columns, next, rows, 1, |from| S::sixteen(from)) }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-unsafe fn turn_pairs<const W: usize>(columns: [&[f32]; W], next: [*const f32; W], rows: &mut [[u32; W]]) {
+unsafe fn turn_pairs<S: Number, const W: usize>(columns: [&[S]; W], next: [*const S; W], rows: &mut [[u32; W]]) {
     // SAFETY: the caller's: thirty-two numbers of each block.
-    unsafe { blocks(columns, next, rows, 2, |from| pairs(_mm512_loadu_ps(from), _mm512_loadu_ps(from.add(LANES)))) }
+    unsafe { blocks(columns, next, rows, 2, |from| S::couples(from)) }
 }
 
 /// `load` makes sixteen elements of one column of the numbers at its place, `numbers` each.
@@ -75,19 +76,21 @@ unsafe fn turn_pairs<const W: usize>(columns: [&[f32]; W], next: [*const f32; W]
 /// # Safety
 /// As for `turn`; `load` reads what a block has.
 #[inline(always)]
-unsafe fn blocks<const W: usize>(
-    columns: [&[f32]; W],
-    next: [*const f32; W],
+unsafe fn blocks<S: Number, const W: usize>(
+    columns: [&[S]; W],
+    next: [*const S; W],
     rows: &mut [[u32; W]],
     numbers: usize,
-    load: impl Fn(*const f32) -> __m512i,
+    load: impl Fn(*const S) -> __m512i,
 ) {
     for (b, rows) in rows.chunks_exact_mut(LANES).enumerate() {
         let to = rows.as_mut_ptr().cast::<u32>();
         let column = |c: usize| match columns[c].is_empty() {
             true => unsafe { _mm512_setzero_si512() },
             false => {
-                (0..numbers).for_each(|i| soon(next[c], (b * numbers + i) * LANES));
+                for line in (0..numbers * size_of::<S>()).step_by(4) {
+                    soon(next[c], b * LANES * numbers + line * LANES / size_of::<S>());
+                }
                 // SAFETY: the column has the numbers of every block.
                 load(unsafe { columns[c].as_ptr().add(b * LANES * numbers) })
             }
@@ -132,26 +135,34 @@ unsafe fn turn_eight(x: [__m512i; 8], to: *mut u32) {
 }
 
 #[target_feature(enable = "avx512f")]
-unsafe fn copy_plain<const W: usize>(row: impl Fn(usize) -> *const f32, to: (*mut u32, usize), size: (usize, usize)) {
+unsafe fn copy_plain<S: Number, const W: usize>(
+    row: impl Fn(usize) -> *const S,
+    to: (*mut u32, usize),
+    size: (usize, usize),
+) {
     let rows = |e: usize| [row(e), row(e + AHEAD)];
     // SAFETY: the caller's.
     unsafe {
-        vectors::<W, 2>(to, size, rows, |[row, ahead], at| {
+        vectors::<S, W, 2>(to, size, rows, |[row, ahead], at| {
             soon(ahead, at);
-            _mm512_loadu_si512(row.add(at).cast())
+            S::sixteen(row.add(at))
         })
     }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-unsafe fn copy_pairs<const W: usize>(row: impl Fn(usize) -> *const f32, to: (*mut u32, usize), size: (usize, usize)) {
+unsafe fn copy_pairs<S: Number, const W: usize>(
+    row: impl Fn(usize) -> *const S,
+    to: (*mut u32, usize),
+    size: (usize, usize),
+) {
     let rows = |e: usize| [row(2 * e), row(2 * e + 1), row(2 * e + AHEAD), row(2 * e + 1 + AHEAD)];
     // SAFETY: the caller's.
     unsafe {
-        vectors::<W, 4>(to, size, rows, |[row, below, ahead, beyond], at| {
+        vectors::<S, W, 4>(to, size, rows, |[row, below, ahead, beyond], at| {
             soon(ahead, at);
             soon(beyond, at);
-            mixed(_mm512_loadu_ps(row.add(at)), _mm512_loadu_ps(below.add(at)))
+            S::beside(row.add(at), below.add(at))
         })
     }
 }
@@ -161,7 +172,7 @@ const AHEAD: usize = 16;
 
 /// Asks for a number behind `from`, if there is one.
 #[inline(always)]
-fn soon(from: *const f32, at: usize) {
+fn soon<S>(from: *const S, at: usize) {
     // SAFETY: asking reads nothing and cannot fail.
     unsafe { _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(at).cast()) }
 }
@@ -171,11 +182,11 @@ fn soon(from: *const f32, at: usize) {
 /// # Safety
 /// As for `copy`; `load(lines(e), c)` makes element e of sixteen columns from c on.
 #[inline(always)]
-unsafe fn vectors<const W: usize, const L: usize>(
+unsafe fn vectors<S, const W: usize, const L: usize>(
     (to, stride): (*mut u32, usize),
     (rows, panels): (usize, usize),
-    lines: impl Fn(usize) -> [*const f32; L],
-    load: impl Fn([*const f32; L], usize) -> __m512i,
+    lines: impl Fn(usize) -> [*const S; L],
+    load: impl Fn([*const S; L], usize) -> __m512i,
 ) {
     for e in 0..rows {
         let lines = lines(e);
