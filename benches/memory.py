@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import replace
+from itertools import product
 
 from rich.console import Console
 
@@ -25,9 +26,9 @@ ALLOWED = 0.15
 
 
 def measure(options: argparse.Namespace, console: Console) -> list[dict]:
-    """A row a shape; the heap grows a little after the first steps, so that there are some."""
+    """A row a shape and dtype; the heap grows a little after the first steps, so that there are some."""
     rows = []
-    for case, dtype in ((case, dtype) for case in CASES for dtype in options.dtypes):
+    for case, dtype in product(CASES, options.dtypes):
         report = sides.ours(case.ours(), dtype, options.threads, options.seconds)
         measured, estimated = report["peak_memory_bytes"], report["estimated_memory_bytes"]
         off = estimated / measured - 1

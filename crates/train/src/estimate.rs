@@ -313,6 +313,19 @@ mod tests {
     }
 
     #[test]
+    fn in_bf16_the_rows_of_swiglu_take_half() {
+        let activations = |dtype: tensor::Precision| {
+            let mut run = Run { dtype, ..Run::default() };
+            run.model.router = serde_json::from_str(r#"{"kind": "dense"}"#).unwrap();
+            (run.model.num_layers, run.model.intermediate_size) = (3, 256);
+            Memory::new(&run, 1000, [640, 64], 0.0).activations
+        };
+        // Gate and up of every layer, and the hidden rows of one.
+        let saved = activations(tensor::Precision::F32) - activations(tensor::Precision::Bf16);
+        assert_eq!(saved, 4.0 * 640.0 * 0.5 * (3.0 * 2.0 * 256.0 + 256.0));
+    }
+
+    #[test]
     fn routed_blocks_take_less() {
         let activations = |capacity: f64| {
             let mut run = Run::default();

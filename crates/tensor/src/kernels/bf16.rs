@@ -39,7 +39,7 @@ impl Bf16 {
     }
 
     #[inline(always)]
-    pub fn number(self) -> f32 {
+    pub fn to_f32(self) -> f32 {
         f32::from_bits(u32::from(self.0) << 16)
     }
 }
@@ -78,6 +78,7 @@ impl Kernel for Narrow<'_> {
 
 /// A row of bf16 as numbers of T, which is f32.
 pub fn widened<T: Real>(from: &[Bf16], to: &mut [T]) {
+    assert_eq!(from.len(), to.len());
     simd::dispatch(Widen { from, to: simd::same_mut(to) });
 }
 
@@ -91,7 +92,7 @@ impl Kernel for Widen<'_> {
 
     #[inline(always)]
     fn run(self) {
-        self.to.iter_mut().zip(self.from).for_each(|(to, x)| *to = x.number());
+        self.to.iter_mut().zip(self.from).for_each(|(to, x)| *to = x.to_f32());
     }
 }
 
@@ -143,7 +144,7 @@ mod tests {
         let mut room = [0.0f32; 3];
         halves_mut(&mut room).iter_mut().enumerate().for_each(|(i, x)| *x = Bf16::new(i as f32));
         assert_eq!(halves_mut(&mut room).len(), 6);
-        assert_eq!(halves_mut(&mut room)[5].number(), 5.0);
+        assert_eq!(halves_mut(&mut room)[5].to_f32(), 5.0);
         assert_eq!(halves_mut(&mut [0.0f64; 2]).len(), 8);
     }
 }

@@ -57,7 +57,7 @@ pub fn mixed(first: __m512, second: __m512) -> __m512i {
     interleaved(pairs(first, second))
 }
 
-/// Sixteen pairs of a half of the lower half of a vector and one of its upper half.
+/// Word i of the lower half beside word i of the upper half.
 #[target_feature(enable = "avx512f,avx512bw")]
 #[inline]
 pub fn interleaved(x: __m512i) -> __m512i {

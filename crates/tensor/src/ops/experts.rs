@@ -531,20 +531,23 @@ mod tests {
         let routing = mixed(700, 5);
         let (gate_up, down, params) = setup(5, 64, 48);
         let inputs = inputs(&routing, 64);
-        let run = |threads: usize| {
+        let run = |precision: Precision, threads: usize| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             let rows: Vec<Vec<u32>> = (0..routing.num_tokens()).map(|t| routing.row(t).to_vec()).collect();
             let (value, gradients) = pool.install(|| {
                 let routing = assignments(5, &rows.iter().map(Vec::as_slice).collect::<Vec<_>>());
                 check::analytic::<f32>(Engine::Cpu, &inputs, &params, |tape, v| {
+                    tape.set_precision(precision);
                     vec![experts(tape, &v[0], &v[1], &routing, gate_up, down)]
                 })
             });
             (value.to_bits(), gradients.into_iter().flatten().map(f64::to_bits).collect::<Vec<_>>())
         };
-        let one = run(1);
-        assert!(one.1.iter().any(|bits| *bits != 0));
-        assert!([2, 3, 8].into_iter().all(|threads| run(threads) == one));
+        for precision in [Precision::F32, Precision::Bf16] {
+            let one = run(precision, 1);
+            assert!(one.1.iter().any(|bits| *bits != 0));
+            assert!([2, 3, 8].into_iter().all(|threads| run(precision, threads) == one), "{precision:?}");
+        }
     }
 
     #[test]

@@ -106,7 +106,7 @@ struct Unasked<T>(Vec<T>);
 mod tests {
     use super::*;
     use crate::check::generated;
-    use crate::{Layout, check};
+    use crate::{Layout, Precision, check};
     use proptest::prelude::*;
 
     fn setup(d: usize, f: usize, trainable: bool) -> (Layout, [Param; 3], Vec<f64>) {
@@ -172,14 +172,19 @@ mod tests {
     fn bytes_do_not_depend_on_the_number_of_threads() {
         let (_, [gate, up, down], params) = setup(64, 48, true);
         let inputs = [check::Input::random(2, 700, 64, 1.0)];
-        let run = |threads: usize| {
+        let run = |precision: Precision, threads: usize| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            let op = |tape: &mut Tape<'_, f32>, x: &[Value<f32>]| vec![swiglu(tape, &x[0], gate, up, down)];
+            let op = |tape: &mut Tape<'_, f32>, x: &[Value<f32>]| {
+                tape.set_precision(precision);
+                vec![swiglu(tape, &x[0], gate, up, down)]
+            };
             let (value, gradients) = pool.install(|| check::analytic::<f32>(Engine::Cpu, &inputs, &params, op));
             (value.to_bits(), gradients.into_iter().flatten().map(f64::to_bits).collect::<Vec<_>>())
         };
-        let one = run(1);
-        assert!([2, 3, 8].into_iter().all(|threads| run(threads) == one));
+        for precision in [Precision::F32, Precision::Bf16] {
+            let one = run(precision, 1);
+            assert!([2, 3, 8].into_iter().all(|threads| run(precision, threads) == one), "{precision:?}");
+        }
     }
 
     #[test]

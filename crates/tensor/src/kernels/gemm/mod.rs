@@ -65,14 +65,17 @@ impl<'a, T: Real> Matrix<'a, T> {
 
     /// Rows of `cols` numbers, `row_stride` apart.
     pub fn strided(data: &'a [T], rows: usize, cols: usize, row_stride: usize) -> Self {
-        assert!(rows == 0 || cols == 0 || (rows - 1) * row_stride + cols <= data.len(), "matrix view out of bounds");
-        Matrix { data: Numbers::Wide(data), rows, cols, stride: row_stride, turned: false, order: None }
+        Matrix::checked(Numbers::Wide(data), data.len(), (rows, cols), row_stride)
     }
 
     /// The same of numbers that were rounded to bf16.
     pub fn narrow(data: &'a [Bf16], rows: usize, cols: usize, row_stride: usize) -> Self {
-        assert!(rows == 0 || cols == 0 || (rows - 1) * row_stride + cols <= data.len(), "matrix view out of bounds");
-        Matrix { data: Numbers::Narrow(data), rows, cols, stride: row_stride, turned: false, order: None }
+        Matrix::checked(Numbers::Narrow(data), data.len(), (rows, cols), row_stride)
+    }
+
+    fn checked(data: Numbers<'a, T>, len: usize, (rows, cols): (usize, usize), stride: usize) -> Self {
+        assert!(rows == 0 || cols == 0 || (rows - 1) * stride + cols <= len, "matrix view out of bounds");
+        Matrix { data, rows, cols, stride, turned: false, order: None }
     }
 
     /// The rows of `cols` numbers that `order` names: they are gathered while they are packed.
@@ -96,7 +99,7 @@ impl<'a, T: Real> Matrix<'a, T> {
             Numbers::Wide(data) if self.order.is_none() => return data.as_ptr(),
             Numbers::Wide(data) => starts.for_each(|at| to.extend_from_slice(&data[at..at + width])),
             Numbers::Narrow(data) => {
-                starts.for_each(|at| to.extend(data[at..at + width].iter().map(|x| T::from_f64(x.number().into()))))
+                starts.for_each(|at| to.extend(data[at..at + width].iter().map(|x| T::from_f64(x.to_f32().into()))))
             }
         }
         (self.stride, self.order) = (width, None);
@@ -210,8 +213,8 @@ fn wide<T: Real>(
     }
     let (mut a, mut b, mut a_lines, mut b_lines) = (a, b, Vec::new(), Vec::new());
     let (a_data, b_data) = (a.in_line(&mut a_lines), b.in_line(&mut b_lines));
-    // SAFETY: `Matrix` proved on construction that every (row, col) of a and b lies inside its slice, `check` does so for dst, dst is
-    // borrowed mutably (no overlap with a and b), and T is f32 or f64 (`Real` is closed).
+    // SAFETY: `Matrix` proved on construction that every (row, col) of a and b lies inside its slice, or `in_line` put all of them into lines that
+    // live as long as this call; `check` does so for dst, dst is borrowed mutably (no overlap with a and b), and T is f32 or f64 (`Real` is closed).
     unsafe {
         gemm::gemm(
             m,

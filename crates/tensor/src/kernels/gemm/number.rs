@@ -8,10 +8,13 @@ use std::arch::x86_64::*;
 
 /// A number of an operand.
 ///
-/// The functions are called where the machine has AVX2 (`eight`), AVX-512 (`sixteen`) or AVX512-BF16 (the others) and all that they read is there.
+/// # Safety
+/// Of the unsafe functions: all that they read is there, and the machine has AVX2 (`eight`), AVX-512F (`sixteen`), AVX512-BF16 (`couples`), or that and
+/// AVX512-BW (`beside`).
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 pub trait Number: Copy {
-    fn wide(self) -> f32;
+    fn to_f32(self) -> f32;
+    /// Eight numbers as f32.
     #[cfg(target_arch = "x86_64")]
     unsafe fn eight(from: *const Self) -> __m256;
     /// The bits of sixteen numbers as f32.
@@ -27,7 +30,7 @@ pub trait Number: Copy {
 
 impl Number for f32 {
     #[inline(always)]
-    fn wide(self) -> f32 {
+    fn to_f32(self) -> f32 {
         self
     }
 
@@ -58,8 +61,8 @@ impl Number for f32 {
 
 impl Number for Bf16 {
     #[inline(always)]
-    fn wide(self) -> f32 {
-        self.number()
+    fn to_f32(self) -> f32 {
+        Bf16::to_f32(self)
     }
 
     #[cfg(target_arch = "x86_64")]

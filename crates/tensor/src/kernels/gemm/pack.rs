@@ -42,7 +42,7 @@ impl<'a> Operand<'a> {
         }
     }
 
-    /// Itself where tiles of f32 could read it as it lies, if its lines run along k or not, as `along_k` says.
+    /// The source, if it is of f32 and its lines lie one after the other and run along k, or not, as `along_k` says: tiles of f32 can read it.
     pub fn in_place(self, along_k: bool) -> Option<Source<'a, f32>> {
         match self {
             Operand::Wide(source) if source.along_k == along_k && source.order.is_none() => Some(source),
@@ -320,12 +320,12 @@ impl<'a, S: Number> Source<'a, S> {
         let cols = (j.1 - j.0).min(W);
         if l < end && cols == W {
             let row: &[S; W] = self.data[self.line(l) + j.0..][..W].try_into().expect("a whole row");
-            return row.map(S::wide);
+            return row.map(S::to_f32);
         }
         let mut row = [0.0; W];
         if l < end && cols > 0 {
             let from = &self.data[self.line(l) + j.0..][..cols];
-            row.iter_mut().zip(from).for_each(|(to, from)| *to = from.wide());
+            row.iter_mut().zip(from).for_each(|(to, from)| *to = from.to_f32());
         }
         row
     }
@@ -338,7 +338,14 @@ impl<'a, S: Number> Source<'a, S> {
         let mut to = [0; TURN];
         let Some(column) = column.filter(|_| count > 0) else { return to };
         let from = &self.data[self.line(column) + l..][..count];
-        whole.iter_mut().zip(from).for_each(|(to, from)| *to = from.wide());
+        // Whole runs by loops of fixed length.
+        match from.as_chunks::<TURN>() {
+            ([first, second], []) => {
+                (0..TURN).for_each(|i| (whole[i], whole[TURN + i]) = (first[i].to_f32(), second[i].to_f32()));
+            }
+            ([first], []) => (0..TURN).for_each(|i| whole[i] = first[i].to_f32()),
+            _ => whole.iter_mut().zip(from).for_each(|(to, from)| *to = from.to_f32()),
+        }
         match element {
             Element::Plain => (0..TURN).for_each(|i| to[i] = whole[i].to_bits()),
             Element::Rounded => (0..TURN).for_each(|i| to[i] = round(whole[i])),

@@ -62,7 +62,7 @@ fn at(x: &Matrix<'_, f32>, i: usize, j: usize) -> f32 {
     let at = x.order.map_or(line, |order| order[line] as usize) * x.stride + place;
     match x.data {
         Numbers::Wide(data) => data[at],
-        Numbers::Narrow(data) => data[at].number(),
+        Numbers::Narrow(data) => data[at].to_f32(),
     }
 }
 
@@ -208,11 +208,37 @@ proptest! {
 }
 
 #[test]
+fn numbers_rounded_before_give_the_bytes_of_those_rounded_in_passing() {
+    for (m, n, k) in [(1, 3, 5), (33, 70, 65), (97, 200, 600), (300, 64, 31)] {
+        let (a, b) = (numbers(1, m * k, 3), numbers(2, k * n, 3));
+        let (a_halves, b_halves) = (rounded(&a), rounded(&b));
+        let rounding = faces().into_iter().filter(|(_, method)| method.element != Element::Plain);
+        for ((name, method), turned) in rounding.flat_map(|face| [(face.clone(), false), (face, true)]) {
+            let compute = |a: Matrix<'_, f32>, b: Matrix<'_, f32>| {
+                let mut dst = vec![0.5f32; m * n];
+                run(method, &[job(&mut dst, n, a, b).unwrap()], true, true);
+                bits(&dst)
+            };
+            let halves = (narrow(&a_halves, m, k, turned, 0), narrow(&b_halves, k, n, turned, 0));
+            let found = compute(halves.0, halves.1);
+            assert_eq!(found, compute(view(&a, m, k, turned, 0), view(&b, k, n, turned, 0)), "{name} {m} {n} {k}");
+            // And line by line in another order.
+            if !turned {
+                let order: Vec<u32> = (0..m as u32).rev().collect();
+                let rows = Matrix { order: Some(&order), ..halves.0 };
+                let back: Vec<u32> = compute(rows, halves.1).chunks(n).rev().flatten().copied().collect();
+                assert_eq!(back, found, "{name} {m} {n} {k}");
+            }
+        }
+    }
+}
+
+#[test]
 fn f64_takes_rounded_numbers_as_numbers() {
     let (a, b) = (numbers(1, 5 * 7, 3), numbers(2, 7 * 4, 3));
     let (halves, order) = (rounded(&a), [4, 0, 2]);
     let b: Vec<f64> = b.into_iter().map(f64::from).collect();
-    let whole: Vec<f64> = halves.iter().map(|x| x.number().into()).collect();
+    let whole: Vec<f64> = halves.iter().map(|x| x.to_f32().into()).collect();
     let product = |a: Matrix<'_, f64>| {
         let mut dst = vec![0.0; a.rows * 4];
         matmul(Precision::F32, &mut dst, a, Matrix::new(&b, 7, 4), false);
@@ -381,13 +407,13 @@ fn gathered_rows_give_the_bytes_of_their_copies() {
 
 #[test]
 fn a_left_side_packed_once_gives_the_bytes_of_a_product_each() {
-    use Precision::{Bf16, F32};
+    let (narrow, single) = (Precision::Bf16, Precision::F32);
     let arena = crate::Arena::default();
     for (m, k, n) in [(1, 5, 7), (97, 33, 50), (200, 600, 65)] {
         let (a, b) = (numbers(1, m * k, 3), numbers(2, 4 * k * n, 3));
         let side =
             |i: usize, precision| Side { matrix: view(&b[i * k * n..], k, n, i % 2 == 1, 0), precision, rows: m };
-        let sides = vec![side(0, Bf16), side(1, Bf16), side(2, F32), side(3, Bf16)];
+        let sides = vec![side(0, narrow), side(1, narrow), side(2, single), side(3, narrow)];
         let packed = Packed::new(&arena, sides, false);
         let [mut both, mut third, mut last] = [2 * n, n, n].map(|width| vec![0.5f32; m * width]);
         let a = Matrix::new(&a, m, k);

@@ -88,9 +88,8 @@ unsafe fn blocks<S: Number, const W: usize>(
         let column = |c: usize| match columns[c].is_empty() {
             true => unsafe { _mm512_setzero_si512() },
             false => {
-                for line in (0..numbers * size_of::<S>()).step_by(4) {
-                    soon(next[c], b * LANES * numbers + line * LANES / size_of::<S>());
-                }
+                let lines = (0..LANES * numbers).step_by(64 / size_of::<S>());
+                lines.for_each(|at| soon(next[c], b * LANES * numbers + at));
                 // SAFETY: the column has the numbers of every block.
                 load(unsafe { columns[c].as_ptr().add(b * LANES * numbers) })
             }

@@ -20,39 +20,60 @@ fn there() -> bool {
     isa::current() >= Isa::Avx512Bf16
 }
 
-/// Appends the neighbours along a row; after an odd number comes zero.
-pub fn along<T: Real>(to: &mut Vec<u32>, row: &[T]) {
-    let (row, start) = (same::<T, f32>(row), to.len());
-    to.resize(start + row.len().div_ceil(2), 0);
-    let to = &mut to[start..];
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: the machine has AVX512-BF16.
-    let done = if there() { unsafe { x86::along(to, row) } } else { 0 };
-    #[cfg(not(target_arch = "x86_64"))]
-    let done = 0;
-    for (to, pair_of) in to[done / 2..].iter_mut().zip(row[done..].chunks(2)) {
-        *to = pair(pair_of[0], pair_of.get(1).copied().unwrap_or(0.0));
+/// Rows of `width` numbers that lie `stride` apart.
+#[derive(Clone, Copy)]
+pub struct Grid<'a, T> {
+    pub data: &'a [T],
+    pub rows: usize,
+    pub width: usize,
+    pub stride: usize,
+}
+
+impl<'a, T: Real> Grid<'a, T> {
+    fn of_f32(self) -> Grid<'a, f32> {
+        let Grid { data, rows, width, stride } = self;
+        assert!(rows == 0 || (rows - 1) * stride + width <= data.len(), "rows out of bounds");
+        Grid { data: same(data), rows, width, stride }
     }
 }
 
-/// Appends, for rows of `width` numbers, each row's numbers beside those of the next, two rows after two; after an odd number of rows comes zero.
-pub fn down<T: Real>(to: &mut Vec<u32>, rows: &[T], width: usize) {
-    let mut both = same::<T, f32>(rows).chunks_exact(2 * width);
-    for rows in &mut both {
-        let (first, second) = rows.split_at(width);
-        let start = to.len();
-        to.resize(start + width, 0);
-        let to = &mut to[start..];
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: the machine has AVX512-BF16.
-        let done = if there() { unsafe { x86::down(to, first, second) } } else { 0 };
-        #[cfg(not(target_arch = "x86_64"))]
-        let done = 0;
-        for i in done..width {
-            to[i] = pair(first[i], second[i]);
+impl<'a, T> Grid<'a, T> {
+    pub fn row(&self, i: usize) -> &'a [T] {
+        &self.data[i * self.stride..][..self.width]
+    }
+}
+
+/// The neighbours along each row; after an odd number comes zero.
+pub fn along<T: Real>(to: &mut Vec<u32>, from: Grid<'_, T>) {
+    let (from, half) = (from.of_f32(), from.width.div_ceil(2));
+    to.resize(from.rows * half, 0);
+    #[cfg(target_arch = "x86_64")]
+    if there() {
+        // SAFETY: the machine has AVX512-BF16; `of_f32` checked the rows, and there is room for their pairs.
+        return unsafe { x86::along(to, from) };
+    }
+    for i in 0..from.rows {
+        for (to, pair_of) in to[i * half..].iter_mut().zip(from.row(i).chunks(2)) {
+            *to = pair(pair_of[0], pair_of.get(1).copied().unwrap_or(0.0));
         }
     }
-    to.extend(both.remainder().iter().map(|x| pair(*x, 0.0)));
+}
+
+/// Each row's numbers beside those of the next, two rows after two; after an odd number of rows comes zero.
+pub fn down<T: Real>(to: &mut Vec<u32>, from: Grid<'_, T>) {
+    let (from, width) = (from.of_f32(), from.width);
+    to.resize(from.rows.div_ceil(2) * width, 0);
+    #[cfg(target_arch = "x86_64")]
+    if there() {
+        // SAFETY: as in `along`.
+        return unsafe { x86::down(to, from) };
+    }
+    for i in (0..from.rows).step_by(2) {
+        let second = (i + 1 < from.rows).then(|| from.row(i + 1));
+        for (c, (to, first)) in to[i / 2 * width..].iter_mut().zip(from.row(i)).enumerate() {
+            *to = pair(*first, second.map_or(0.0, |second| second[c]));
+        }
+    }
 }
 
 /// Neighbours along the columns; after an odd number comes zero.
@@ -130,36 +151,53 @@ pub fn outer<T: Real>(dst: &mut [Piece<T>], a: &[Couples], b: &[u32], wide: usiz
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{Couples, LANES, Lanes};
+    use super::{Couples, Grid, LANES, Lanes};
     use crate::kernels::turn::{mixed, pairs};
     use std::arch::x86_64::*;
     use std::mem::transmute;
 
-    /// How many numbers of the row were taken: whole vectors.
-    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-    pub unsafe fn along(to: &mut [u32], row: &[f32]) -> usize {
-        for (to, row) in to.chunks_exact_mut(LANES).zip(row.chunks_exact(2 * LANES)) {
-            // SAFETY: sixteen elements and thirty-two numbers.
-            unsafe {
-                let (first, second) = (_mm512_loadu_ps(row.as_ptr()), _mm512_loadu_ps(row.as_ptr().add(LANES)));
-                _mm512_storeu_si512(to.as_mut_ptr().cast(), pairs(first, second));
-            }
-        }
-        row.len() / (2 * LANES) * 2 * LANES
+    /// The first `count` of sixteen numbers or elements.
+    fn first(count: usize) -> __mmask16 {
+        if count < LANES { (1 << count) - 1 } else { !0 }
     }
 
-    /// How many numbers of both rows were taken: whole vectors.
+    /// # Safety
+    /// The machine has the set; the rows are there, and room for their pairs.
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-    pub unsafe fn down(to: &mut [u32], first: &[f32], second: &[f32]) -> usize {
-        let rows = first.chunks_exact(LANES).zip(second.chunks_exact(LANES));
-        for (to, (first, second)) in to.chunks_exact_mut(LANES).zip(rows) {
-            // SAFETY: sixteen numbers each.
-            unsafe {
-                let x = mixed(_mm512_loadu_ps(first.as_ptr()), _mm512_loadu_ps(second.as_ptr()));
-                _mm512_storeu_si512(to.as_mut_ptr().cast(), x);
+    pub unsafe fn along(to: &mut [u32], from: Grid<'_, f32>) {
+        let half = from.width.div_ceil(2);
+        for i in 0..from.rows {
+            for at in (0..half).step_by(LANES) {
+                let numbers = from.width - 2 * at;
+                // SAFETY: the caller's; no number or element beyond the row is touched.
+                unsafe {
+                    let row = from.data.as_ptr().add(i * from.stride + 2 * at);
+                    let low = _mm512_maskz_loadu_ps(first(numbers), row);
+                    let high = _mm512_maskz_loadu_ps(first(numbers.saturating_sub(LANES)), row.wrapping_add(LANES));
+                    let to = to.as_mut_ptr().add(i * half + at).cast();
+                    _mm512_mask_storeu_epi32(to, first(half - at), pairs(low, high));
+                }
             }
         }
-        first.len() / LANES * LANES
+    }
+
+    /// # Safety
+    /// As for `along`.
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    pub unsafe fn down(to: &mut [u32], from: Grid<'_, f32>) {
+        for i in (0..from.rows).step_by(2) {
+            for at in (0..from.width).step_by(LANES) {
+                let mask = first(from.width - at);
+                let below = if i + 1 < from.rows { mask } else { 0 };
+                // SAFETY: as in `along`.
+                unsafe {
+                    let row = from.data.as_ptr().add(i * from.stride + at);
+                    let second = _mm512_maskz_loadu_ps(below, row.wrapping_add(from.stride));
+                    let x = mixed(_mm512_maskz_loadu_ps(mask, row), second);
+                    _mm512_mask_storeu_epi32(to.as_mut_ptr().add(i / 2 * from.width + at).cast(), mask, x);
+                }
+            }
+        }
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
@@ -231,8 +269,15 @@ mod tests {
             };
             let (q, w) = (lanes(2, width), lanes(3, keys));
             let (mut by_row, mut by_column, mut pairs) = (Vec::new(), Vec::new(), Vec::new());
-            rows.chunks_exact(width).for_each(|row| along(&mut by_row, row));
-            down(&mut by_column, &rows, width);
+            // Some numbers between the rows, which no pair may hold.
+            let mut spread = vec![f32::NAN; keys * (width + 3)];
+            spread
+                .chunks_exact_mut(width + 3)
+                .zip(rows.chunks_exact(width))
+                .for_each(|(to, row)| to[..width].copy_from_slice(row));
+            let grid = Grid { data: &spread[..], rows: keys, width, stride: width + 3 };
+            along(&mut by_row, grid);
+            down(&mut by_column, grid);
             let half = width.div_ceil(2);
             assert_eq!((by_row.len(), by_column.len()), (keys * half, keys.div_ceil(2) * width));
             let close =
@@ -263,7 +308,7 @@ mod tests {
                 numbers(4, keys * LANES).chunks_exact(LANES).map(|x| Lanes(x.try_into().unwrap())).collect();
             let b = numbers(5, LANES * width);
             let (mut pairs, mut by_lane) = (Vec::new(), Vec::new());
-            down(&mut pairs, &b, width);
+            down(&mut pairs, Grid { data: &b[..], rows: LANES, width, stride: width });
             couples(&mut by_lane, &a);
             let mut dst = vec![Piece::all(0.25f32); keys * wide];
             outer(&mut dst, &by_lane, &pairs, wide);

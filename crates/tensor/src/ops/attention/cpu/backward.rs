@@ -5,7 +5,7 @@ use super::operand::Rows as Keys;
 use super::plan::{Item, Plan, each, split};
 use super::tile::{Scratch, Span, Tile, Walk, keys};
 use crate::kernels::lanes::{self, LANES, Lanes, PIECE, Piece, Place, Rows};
-use crate::kernels::simd::dot;
+use crate::kernels::simd::{self, Kernel, copy, dot};
 use crate::tape::add;
 use crate::{Arena, Buffer, Real};
 
@@ -39,14 +39,51 @@ pub(super) fn backward<T: Real>(
         rows.for_each(|(sum, row)| add(sum, row));
     }
     d_table.iter_mut().for_each(|d| *d *= T::ONE / plan.scale);
-    dk.fill(T::ZERO);
-    dv.fill(T::ZERO);
-    for partial in partials {
-        let range = partial.at..partial.at + partial.dk.len();
-        add(&mut dk[range.clone()], &partial.dk);
-        add(&mut dv[range], &partial.dv);
-    }
+    join(plan, items, &partials, [dk, dv]);
     d_table
+}
+
+/// Sets dk and dv to the sums of what the items of each document found, in the order of the items.
+fn join<T: Real>(plan: &Plan<'_, T>, items: &[Item], mut partials: &[Partial<T>], [mut dk, mut dv]: [&mut [T]; 2]) {
+    let width = plan.spec.kv_heads * plan.dh;
+    let mut documents = Vec::new();
+    for items in items.chunk_by(|a, b| a.keys_at == b.keys_at) {
+        let len = items[items.len() - 1].rows.end * width;
+        let (own, rest) = partials.split_at(items.len());
+        let ((k, k_rest), (v, v_rest)) = (dk.split_at_mut(len), dv.split_at_mut(len));
+        documents.push((items[0].keys_at * width, own, k, v));
+        (partials, dk, dv) = (rest, k_rest, v_rest);
+    }
+    each(plan, documents, |_, (start, partials, dk, dv)| {
+        dk.fill(T::ZERO);
+        dv.fill(T::ZERO);
+        for partial in partials {
+            let range = partial.at - start..partial.at - start + partial.dk.len();
+            add(&mut dk[range.clone()], &partial.dk);
+            add(&mut dv[range], &partial.dv);
+        }
+    });
+}
+
+/// Σ y d of some rows `dh` wide.
+struct Means<'s, T> {
+    y: &'s [T],
+    d: &'s [T],
+    rows: &'s [u32],
+    dh: usize,
+    means: &'s mut Lanes<T>,
+}
+
+impl<T: Real> Kernel for Means<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        for (mean, row) in self.means.0.iter_mut().zip(self.rows) {
+            let at = *row as usize * self.dh;
+            *mean = dot(&self.y[at..at + self.dh], &self.d[at..at + self.dh]);
+        }
+    }
 }
 
 /// An item, with what it reads: the output, its upstream gradient and the statistics of all items.
@@ -85,29 +122,22 @@ impl<T: Real> Job<'_, T> {
             for rows in rows.chunks(LANES) {
                 let span = Span::new(plan, item, rows);
                 let pull = self.tile(&span, keys.start, scratch);
-                scratch.tile.unload(plan, rows, &Lanes::all(plan.scale), |row, d| {
-                    dq[row * dh..(row + 1) * dh].copy_from_slice(d);
+                scratch.tile.unload(plan, &span, &Lanes::all(plan.scale), true, |row, d| {
+                    copy(&mut dq[row * dh..(row + 1) * dh], d);
                 });
-                for (l, &row) in rows.iter().enumerate() {
-                    let row = row as usize;
-                    if let Some(rope) = &plan.rope {
-                        rope.turn(&mut dq[row * dh..(row + 1) * dh], span.positions[l], true);
-                    }
-                    if plan.gates.is_some() {
-                        d_gates[row] = pull.0[l];
-                    }
+                if plan.gates.is_some() {
+                    rows.iter().zip(pull.0).for_each(|(&row, pull)| d_gates[row as usize] = pull);
                 }
             }
             scratch.rows = rows;
+            if let Some(rope) = &plan.rope {
+                rope.turn(lanes::flat_mut(&mut scratch.dk), wide * PIECE, |i| keys.start + i, true);
+            }
             for (from, to) in [(&scratch.dk, &mut partial.dk), (&scratch.dv, &mut partial.dv)] {
                 let rows = lanes::flat(from).chunks_exact(wide * PIECE);
                 for (row, to) in rows.zip(to.chunks_exact_mut(width)) {
-                    to[kv * dh..(kv + 1) * dh].copy_from_slice(&row[..dh]);
+                    copy(&mut to[kv * dh..(kv + 1) * dh], &row[..dh]);
                 }
-            }
-            if let Some(rope) = &plan.rope {
-                let rows = partial.dk.chunks_exact_mut(width);
-                rows.zip(keys.clone()).for_each(|(row, i)| rope.turn(&mut row[kv * dh..(kv + 1) * dh], i, true));
             }
         }
         partial.d_table.extend_from_slice(lanes::flat(&scratch.d_table));
@@ -124,11 +154,11 @@ impl<T: Real> Job<'_, T> {
             (rows.max.0[l], rows.inverse.0[l]) = (self.stats[2 * at], self.stats[2 * at + 1]);
             if l < span.rows.len() {
                 rows.gate.0[l] = plan.gates.map_or(T::ONE, |gates| gates[at]);
-                let (y, d) =
-                    (&self.y[at * plan.dh..(at + 1) * plan.dh], &self.upstream[at * plan.dh..(at + 1) * plan.dh]);
-                rows.mean.0[l] = dot(y, d);
             }
         }
+        let at = self.item.queries_at * heads * plan.dh;
+        let (y, d) = (&self.y[at..], &self.upstream[at..]);
+        simd::dispatch(Means { y, d, rows: span.rows, dh: plan.dh, means: &mut rows.mean });
         rows
     }
 

@@ -4,6 +4,7 @@ use super::plan::{Item, Plan};
 use super::tile::{Scratch, Span, Walk, keys};
 use crate::Real;
 use crate::kernels::lanes::{self, LANES, Lanes, Place};
+use crate::kernels::simd::copy;
 
 /// Fills out [rows, heads·dh] and stats [rows, heads, 2]: the maximum of a row's scores and 1 / Σ exp(score - maximum). Heads that a token did
 /// not choose are zero in `out`; their stats are never read. Where the plan measures them, entropies [rows, heads] are those of the weights.
@@ -37,9 +38,8 @@ pub(super) fn forward<T: Real>(
                 }
                 factors.0[l] = plan.gates.map_or(inverse, |g| g[item.queries_at * plan.spec.heads + row] * inverse);
             }
-            scratch
-                .tile
-                .unload(plan, rows, &factors, |row, y| out[row * plan.dh..(row + 1) * plan.dh].copy_from_slice(y));
+            let dh = plan.dh;
+            scratch.tile.unload(plan, &span, &factors, false, |row, y| copy(&mut out[row * dh..(row + 1) * dh], y));
         }
         scratch.rows = rows;
     }

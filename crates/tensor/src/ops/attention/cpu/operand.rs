@@ -1,43 +1,56 @@
 //! What tiles multiply, as numbers or, where that is faster and the precision allows it, as pairs of bf16 made once for many products.
 
+use super::rotary::Rope;
 use crate::Real;
-use crate::kernels::lanes::narrow::{self, Couples};
+use crate::kernels::lanes::narrow::{self, Couples, Grid};
 use crate::kernels::lanes::{self, Lanes, Left, PIECE, Piece};
+use crate::kernels::simd::copy;
 use std::ops::Range;
 
 /// Rows [n, width] that meet columns: keys, values, the CoPE table.
 #[derive(Default)]
 pub(super) struct Rows<T> {
-    pub plain: Vec<T>,
+    /// The numbers, where products take them as they are.
+    plain: Vec<T>,
     width: usize,
     /// Where they are wanted, pairs along the rows [n, half], and down the columns [n / 2, width].
     along: Vec<u32>,
     down: Vec<u32>,
+    pairs: [bool; 2],
 }
 
 impl<T: Real> Rows<T> {
     pub(super) fn new(plain: Vec<T>, width: usize, narrow: bool) -> Self {
-        let mut rows = Rows { plain, width, along: Vec::new(), down: Vec::new() };
-        rows.set(width, [narrow; 2]);
+        let mut rows = Rows::default();
+        rows.read(Grid { data: &plain, rows: plain.len() / width, width, stride: width }, [narrow; 2], None);
         rows
     }
 
-    /// To be called when `plain` has changed, with whether pairs along the rows, for `meet`, and down the columns, for `gather`, are wanted.
-    pub(super) fn set(&mut self, width: usize, [along, down]: [bool; 2]) {
-        self.width = width;
-        self.along.clear();
-        self.down.clear();
-        if along {
-            self.plain.chunks_exact(width).for_each(|row| narrow::along(&mut self.along, row));
+    /// Takes rows, rotated to the positions from one on where there is a rope, with whether pairs along the rows, for `meet`, and down the
+    /// columns, for `gather`, are wanted: then no others are kept.
+    pub(super) fn read(&mut self, from: Grid<'_, T>, pairs: [bool; 2], rope: Option<(&Rope<T>, usize)>) {
+        (self.width, self.pairs) = (from.width, pairs);
+        let mut from = from;
+        if rope.is_some() || pairs == [false; 2] {
+            self.plain.resize(from.rows * from.width, T::ZERO);
+            let rows = self.plain.chunks_exact_mut(from.width.max(1));
+            rows.enumerate().for_each(|(i, to)| copy(to, from.row(i)));
+            if let Some((rope, first)) = rope {
+                rope.turn(&mut self.plain, from.width, |i| first + i, false);
+            }
+            from = Grid { data: &self.plain, stride: from.width, ..from };
         }
-        if down {
-            narrow::down(&mut self.down, &self.plain, width);
+        if pairs[0] {
+            narrow::along(&mut self.along, from);
+        }
+        if pairs[1] {
+            narrow::down(&mut self.down, from);
         }
     }
 
     /// dst = some of the rows · columns.
     pub(super) fn meet(&self, rows: Range<usize>, dst: &mut [Lanes<T>], columns: &Columns<T>) {
-        if !self.along.is_empty() {
+        if self.pairs[0] {
             let half = self.width.div_ceil(2);
             let left = Left { data: &self.along[rows.start * half..rows.end * half], row: half, col: 1 };
             narrow::product(dst, left, &columns.pairs, false);
@@ -49,7 +62,7 @@ impl<T: Real> Rows<T> {
 
     /// dst [width] += rowsᵀ · weights, one of these for each of some rows from an even one on.
     pub(super) fn gather(&self, first: usize, dst: &mut [Lanes<T>], weights: &[Lanes<T>], room: &mut Room) {
-        if !self.down.is_empty() {
+        if self.pairs[1] {
             assert!(first.is_multiple_of(2), "rows in pairs");
             narrow::columns(&mut room.pairs, weights);
             let left = Left { data: &self.down[first / 2 * self.width..], row: 1, col: self.width };
@@ -100,9 +113,11 @@ pub(super) struct Lines<T> {
 impl<T: Real> Lines<T> {
     /// To be called when `plain` has changed.
     pub(super) fn set(&mut self, wide: usize, narrow: bool) {
-        self.pairs.clear();
         if narrow {
-            narrow::down(&mut self.pairs, lanes::flat(&self.plain), wide * PIECE);
+            let (data, width) = (lanes::flat(&self.plain), wide * PIECE);
+            narrow::down(&mut self.pairs, Grid { data, rows: lanes::LANES, width, stride: width });
+        } else {
+            self.pairs.clear();
         }
     }
 

@@ -32,31 +32,34 @@ impl<T: Real> Rope<T> {
         Rope { half, cos, sin }
     }
 
-    /// Rotates the head x [dh] to `position`, or back when `back`.
-    pub(super) fn turn(&self, x: &mut [T], position: usize, back: bool) {
-        let range = position * self.half..(position + 1) * self.half;
-        let (low, high) = x[..2 * self.half].split_at_mut(self.half);
-        simd::dispatch(Turn { low, high, cos: &self.cos[range.clone()], sin: &self.sin[range], back });
+    /// Rotates heads, whose rows lie `stride` apart, to the positions `at` says, or back when `back`.
+    pub(super) fn turn(&self, rows: &mut [T], stride: usize, at: impl Fn(usize) -> usize, back: bool) {
+        simd::dispatch(Turn { rope: self, rows, stride, at, back });
     }
 }
 
-struct Turn<'s, T> {
-    low: &'s mut [T],
-    high: &'s mut [T],
-    cos: &'s [T],
-    sin: &'s [T],
+struct Turn<'s, T, F> {
+    rope: &'s Rope<T>,
+    rows: &'s mut [T],
+    stride: usize,
+    at: F,
     back: bool,
 }
 
-impl<T: Real> Kernel for Turn<'_, T> {
+impl<T: Real, F: Fn(usize) -> usize> Kernel for Turn<'_, T, F> {
     type Output = ();
 
     #[inline(always)]
     fn run(self) {
-        let angles = self.cos.iter().zip(self.sin);
-        for ((a, b), (cos, sin)) in self.low.iter_mut().zip(self.high).zip(angles) {
-            let sin = if self.back { -*sin } else { *sin };
-            (*a, *b) = (*a * *cos - *b * sin, *b * *cos + *a * sin);
+        let half = self.rope.half;
+        for (i, row) in self.rows.chunks_mut(self.stride).enumerate() {
+            let start = (self.at)(i) * half;
+            let (cos, sin) = (&self.rope.cos[start..start + half], &self.rope.sin[start..start + half]);
+            let (low, high) = row[..2 * half].split_at_mut(half);
+            for (((a, b), cos), sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
+                let sin = if self.back { -*sin } else { *sin };
+                (*a, *b) = (*a * *cos - *b * sin, *b * *cos + *a * sin);
+            }
         }
     }
 }

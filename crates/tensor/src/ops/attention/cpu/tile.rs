@@ -3,7 +3,9 @@
 use super::operand::{Columns, Lines, Room, Rows};
 use super::plan::{Cope, Item, Plan};
 use crate::Real;
+use crate::kernels::lanes::narrow::Grid;
 use crate::kernels::lanes::{self, LANES, Lanes, PIECE, Piece, Place};
+use crate::kernels::simd::copy;
 use std::ops::Range;
 
 /// Keys of a block: a block of scores, keys and values fits the first cache.
@@ -56,20 +58,13 @@ pub(super) struct Bias<T> {
 }
 
 impl<T: Real> Scratch<T> {
-    /// Copies keys and values of head `kv` that the item sees, for the way forward or `back`.
+    /// Reads keys and values of head `kv` that the item sees, for the way forward or `back`.
     pub(super) fn pack(&mut self, plan: &Plan<'_, T>, item: &Item, keys: Range<usize>, kv: usize, back: bool) {
-        for (from, to) in [(plan.k, &mut self.k), (plan.v, &mut self.v)] {
-            to.plain.clear();
-            let width = plan.spec.kv_heads * plan.dh;
-            let rows = from[(item.keys_at + keys.start) * width..].chunks_exact(width).take(keys.len());
-            rows.for_each(|row| to.plain.extend_from_slice(&row[kv * plan.dh..(kv + 1) * plan.dh]));
-        }
-        if let Some(rope) = &plan.rope {
-            let rows = self.k.plain.chunks_exact_mut(plan.dh);
-            rows.zip(keys).for_each(|(row, position)| rope.turn(row, position, false));
-        }
-        self.k.set(plan.dh, [plan.narrow, plan.narrow && back]);
-        self.v.set(plan.dh, [plan.narrow && back, plan.narrow && !back]);
+        let (width, stride, narrow) = (plan.dh, plan.spec.kv_heads * plan.dh, plan.narrow);
+        let at = (item.keys_at + keys.start) * stride + kv * width;
+        let [k, v] = [plan.k, plan.v].map(|data| Grid { data: &data[at..], rows: keys.len(), width, stride });
+        self.k.read(k, [narrow, narrow && back], plan.rope.as_ref().map(|rope| (rope, keys.start)));
+        self.v.read(v, [narrow && back, narrow && !back], None);
     }
 }
 
@@ -97,9 +92,10 @@ pub(super) struct Span<'s> {
 
 impl<'s> Span<'s> {
     pub(super) fn new<T: Real>(plan: &Plan<'_, T>, item: &Item, rows: &'s [u32]) -> Self {
-        let query = |l: usize| rows[l.min(rows.len() - 1)] as usize / plan.spec.heads;
-        let positions: [usize; LANES] = std::array::from_fn(|l| item.rows.start + query(l));
-        let first: [usize; LANES] = std::array::from_fn(|l| plan.first_key(item, query(l)));
+        let heads = plan.spec.heads as u32;
+        let queries: [usize; LANES] = std::array::from_fn(|l| (rows[l.min(rows.len() - 1)] / heads) as usize);
+        let positions = queries.map(|query| item.rows.start + query);
+        let first = queries.map(|query| plan.first_key(item, query));
         let (near, far) = (positions[LANES - 1], positions[0]);
         let (farthest, nearest) = first.iter().fold((usize::MAX, 0), |(low, high), &i| (low.min(i), high.max(i)));
         Span {
@@ -216,8 +212,7 @@ impl<T: Real> Tile<T> {
         gather(plan, queries, span, &mut rows.plain);
         lanes::scale(&mut rows.plain, &Lanes::all(plan.scale), plan.wide);
         if let Some(rope) = &plan.rope {
-            let lines = lanes::flat_mut(&mut rows.plain).chunks_exact_mut(plan.wide * PIECE);
-            lines.zip(span.positions).for_each(|(line, position)| rope.turn(line, position, false));
+            rope.turn(lanes::flat_mut(&mut rows.plain), plan.wide * PIECE, |l| span.positions[l], false);
         }
         self.q.turn(&rows.plain, (plan.dh, plan.wide), plan.narrow);
         self.table.reset();
@@ -242,18 +237,23 @@ impl<T: Real> Tile<T> {
         self.q_rows.set(plan.wide, plan.narrow);
     }
 
-    /// Hands out each row of `out`, times its factor; `rows` are those of the span.
+    /// Hands out each row of `out`, times its factor, turned back from its position for gradients of rotated rows.
     pub(super) fn unload(
         &mut self,
         plan: &Plan<'_, T>,
-        rows: &[u32],
+        span: &Span<'_>,
         factors: &Lanes<T>,
+        back: bool,
         mut to: impl FnMut(usize, &[T]),
     ) {
         self.out_rows.resize(LANES * plan.wide, Piece::all(T::ZERO));
         lanes::lines(&mut self.out_rows, &mut self.out, factors, plan.wide);
-        let lines = lanes::flat(&self.out_rows).chunks_exact(plan.wide * PIECE);
-        rows.iter().zip(lines).for_each(|(&row, line)| to(row as usize, &line[..plan.dh]));
+        let (width, lines) = (plan.wide * PIECE, lanes::flat_mut(&mut self.out_rows));
+        if let Some(rope) = plan.rope.as_ref().filter(|_| back) {
+            rope.turn(lines, width, |l| span.positions[l], true);
+        }
+        let lines = lines.chunks_exact(width);
+        span.rows.iter().zip(lines).for_each(|(&row, line)| to(row as usize, &line[..plan.dh]));
     }
 
     /// Scores of a block into s[at], -∞ where a row does not see the key. Row 0 of k is the key at position `first`.
@@ -300,7 +300,7 @@ fn gather<T: Real>(plan: &Plan<'_, T>, from: &[T], span: &Span<'_>, to: &mut Vec
     to.resize(LANES * plan.wide, Piece::all(T::ZERO));
     for (l, row) in lanes::flat_mut(to).chunks_exact_mut(plan.wide * PIECE).enumerate() {
         let at = span.rows[l.min(span.rows.len() - 1)] as usize * plan.dh;
-        row[..plan.dh].copy_from_slice(&from[at..at + plan.dh]);
+        copy(row, &from[at..at + plan.dh]);
         row[plan.dh..].fill(T::ZERO);
     }
 }
