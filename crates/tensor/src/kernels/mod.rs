@@ -7,6 +7,7 @@ pub mod lanes;
 pub mod memory;
 pub mod parallel;
 pub mod peak;
+pub mod silu;
 pub mod simd;
 #[cfg(target_arch = "x86_64")]
 mod turn;

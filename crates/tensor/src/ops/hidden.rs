@@ -2,9 +2,9 @@
 //! They are stored as they are, or, where products round their operands, as bf16. Products round hidden rows and gradients anyway; the way back starts
 //! from rounded pre-activations.
 
-use crate::kernels::bf16::{Bf16, halves_mut, narrowed, widened};
+use crate::kernels::bf16::{Bf16, halves_mut};
 use crate::kernels::gemm::Matrix;
-use crate::kernels::simd::{self, Kernel, LANES, sigmoid, total};
+use crate::kernels::silu;
 use crate::{Real, kept};
 
 /// How rows are stored.
@@ -51,7 +51,7 @@ impl<T: Real> Stored<T> for T {
         kept::with(|rooms: &mut Rooms<T>| {
             let hidden_bf = grown(&mut rooms.hidden, pre_b2f.len() / 2);
             for (pre_2f, hidden_f) in pre_b2f.chunks_exact(2 * f).zip(hidden_bf.chunks_exact_mut(f)) {
-                simd::dispatch(Activate { pre_2f, hidden_f });
+                silu::forward(pre_2f, hidden_f);
             }
             after(Matrix::new(hidden_bf, pre_b2f.len() / (2 * f), f));
         });
@@ -67,7 +67,7 @@ impl<T: Real> Stored<T> for T {
         fill(hidden_bf);
         let rows = pre_b2f.chunks_exact_mut(2 * f).zip(hidden_bf.chunks_exact_mut(f)).zip(dweight_b).enumerate();
         for (i, ((pre_2f, hidden_f), dweight)) in rows {
-            *dweight = simd::dispatch(ActivateBackward { pre_2f, hidden_f, weight: weight(i) });
+            *dweight = silu::backward(pre_2f, hidden_f, weight(i));
         }
     }
 }
@@ -88,13 +88,11 @@ impl<T: Real> Stored<T> for Bf16 {
     fn forward(pre_b2f: &mut [Bf16], f: usize, fill: impl FnOnce(&mut [T]), after: impl FnOnce(Matrix<'_, T>)) {
         kept::with(|rooms: &mut Rooms<T>| {
             let wide_b2f = grown(&mut rooms.pre, pre_b2f.len());
-            let (hidden_f, hidden_bf) = (grown(&mut rooms.hidden, f), grown(&mut rooms.narrow, pre_b2f.len() / 2));
+            let (room_f, hidden_bf) = (grown(&mut rooms.hidden, f), grown(&mut rooms.narrow, pre_b2f.len() / 2));
             fill(wide_b2f);
             let rows = wide_b2f.chunks_exact(2 * f).zip(pre_b2f.chunks_exact_mut(2 * f));
-            for ((wide_2f, pre_2f), narrow_f) in rows.zip(hidden_bf.chunks_exact_mut(f)) {
-                simd::dispatch(Activate { pre_2f: wide_2f, hidden_f });
-                narrowed(wide_2f, pre_2f);
-                narrowed(hidden_f, narrow_f);
+            for ((wide_2f, pre_2f), hidden_f) in rows.zip(hidden_bf.chunks_exact_mut(f)) {
+                silu::forward_rounded(wide_2f, pre_2f, hidden_f, room_f);
             }
             after(Matrix::narrow(hidden_bf, pre_b2f.len() / (2 * f), f, f));
         });
@@ -108,16 +106,12 @@ impl<T: Real> Stored<T> for Bf16 {
         dweight_b: &mut [T],
     ) {
         kept::with(|rooms: &mut Rooms<T>| {
-            let (wide_2f, wide_bf) = (grown(&mut rooms.pre, 2 * f), grown(&mut rooms.hidden, hidden_bf.len()));
-            fill(wide_bf);
+            let (room_2f, carried_bf) = (grown(&mut rooms.pre, 2 * f), grown(&mut rooms.hidden, hidden_bf.len()));
+            fill(carried_bf);
             let rows = pre_b2f.chunks_exact_mut(2 * f).zip(hidden_bf.chunks_exact_mut(f));
-            let rows = rows.zip(wide_bf.chunks_exact_mut(f)).zip(dweight_b).enumerate();
-            for (i, (((pre_2f, narrow_f), hidden_f), dweight)) in rows {
-                widened(pre_2f, wide_2f);
-                *dweight =
-                    simd::dispatch(ActivateBackward { pre_2f: wide_2f, hidden_f: &mut *hidden_f, weight: weight(i) });
-                narrowed(wide_2f, pre_2f);
-                narrowed(hidden_f, narrow_f);
+            let rows = rows.zip(carried_bf.chunks_exact_mut(f)).zip(dweight_b).enumerate();
+            for (i, (((pre_2f, hidden_f), carried_f), dweight)) in rows {
+                *dweight = silu::backward_rounded(pre_2f, carried_f, hidden_f, weight(i), room_2f);
             }
         });
     }
@@ -137,63 +131,6 @@ pub(crate) fn grown<S: Copy + Default>(room: &mut Vec<S>, len: usize) -> &mut [S
         room.resize(len, S::default());
     }
     &mut room[..len]
-}
-
-/// hidden = silu(a) * u for a row [a | u] of width 2f.
-struct Activate<'s, T> {
-    pre_2f: &'s [T],
-    hidden_f: &'s mut [T],
-}
-
-impl<T: Real> Kernel for Activate<'_, T> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run(self) {
-        let (a, u) = self.pre_2f.split_at(self.hidden_f.len());
-        for ((h, a), u) in self.hidden_f.iter_mut().zip(a).zip(u) {
-            *h = *a * sigmoid(*a) * *u;
-        }
-    }
-}
-
-/// In: a row of pre-activations and the gradient carried to its hidden row. Out: as `Stored::backward` says. One σ per number.
-struct ActivateBackward<'s, T> {
-    pre_2f: &'s mut [T],
-    hidden_f: &'s mut [T],
-    weight: T,
-}
-
-impl<T: Real> Kernel for ActivateBackward<'_, T> {
-    /// Gradient of the weight.
-    type Output = T;
-
-    #[inline(always)]
-    fn run(self) -> T {
-        let (a, u) = self.pre_2f.split_at_mut(self.hidden_f.len());
-        // One sum per lane, joined in order: the additions vectorise and keep their order on every machine.
-        let mut sums = [T::ZERO; 2 * LANES];
-        let back = |sums: &mut [T; 2 * LANES], a: &mut [T], u: &mut [T], h: &mut [T]| {
-            for (((sum, a), u), h) in sums.iter_mut().zip(a).zip(u).zip(h) {
-                let sigmoid = sigmoid(*a);
-                let silu = *a * sigmoid;
-                let hidden = silu * *u;
-                *sum += hidden * *h;
-                let dhidden = self.weight * *h;
-                *a = dhidden * *u * sigmoid * (T::ONE + *a - silu);
-                *u = dhidden * silu;
-                *h = self.weight * hidden;
-            }
-        };
-        let ((a, a_rest), (u, u_rest)) = (a.as_chunks_mut(), u.as_chunks_mut());
-        let (h, h_rest) = self.hidden_f.as_chunks_mut();
-        for ((a, u), h) in a.iter_mut().zip(u).zip(h) {
-            let (a, u, h): (&mut [T; 2 * LANES], &mut [T; 2 * LANES], &mut [T; 2 * LANES]) = (a, u, h);
-            back(&mut sums, a, u, h);
-        }
-        back(&mut sums, a_rest, u_rest, h_rest);
-        total(sums)
-    }
 }
 
 #[cfg(test)]
