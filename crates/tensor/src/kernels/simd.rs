@@ -116,24 +116,6 @@ pub fn narrow<T: Real>(x: f64) -> T {
     }
 }
 
-/// Σ a b over two rows of one length, in running sums of a fixed order; inside a kernel.
-#[inline(always)]
-pub fn dot<T: Real>(a: &[T], b: &[T]) -> T {
-    let mut sums = [T::ZERO; 2 * LANES];
-    let ((a, a_rest), (b, b_rest)) = (a.as_chunks(), b.as_chunks());
-    let add = |sums: &mut [T; 2 * LANES], a: &[T], b: &[T]| {
-        for ((sum, a), b) in sums.iter_mut().zip(a).zip(b) {
-            *sum += *a * *b;
-        }
-    };
-    for (a, b) in a.iter().zip(b) {
-        let (a, b): (&[T; 2 * LANES], &[T; 2 * LANES]) = (a, b);
-        add(&mut sums, a, b);
-    }
-    add(&mut sums, a_rest, b_rest);
-    total(sums)
-}
-
 /// Running sums joined, halves onto halves; N is a power of two.
 #[inline(always)]
 pub fn total<T: Real, const N: usize>(mut sums: [T; N]) -> T {

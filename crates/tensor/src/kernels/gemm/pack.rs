@@ -152,10 +152,12 @@ impl<'a, S: Number> Source<'a, S> {
         if wide::serves(isa::current(), element, W) {
             let rows = ((l.1 - l.0) / element.numbers()).min(depth);
             let panels = (j.1 - j.0) / W;
-            let panels = if W == 8 { panels / 2 * 2 } else { panels };
+            let panels = if W == 8 && panels == 1 { 0 } else { panels }; // a vector is two of them
             if rows > 0 && panels > 0 {
-                let farthest = (l.0..l.0 + rows * element.numbers()).map(|i| self.line(i)).max();
-                let end = farthest.unwrap_or(0) + j.0 + panels * W;
+                let last = l.0 + rows * element.numbers() - 1;
+                let farthest =
+                    self.order.map_or(last, |order| order[l.0..=last].iter().copied().max().unwrap_or(0) as usize);
+                let end = farthest * self.stride + j.0 + panels * W;
                 assert!(end <= self.data.len(), "a panel reads beyond its matrix");
                 assert!((panels - 1) * stride + rows * W <= to.len(), "no room for a panel");
                 let row = |i: usize| self.ask(l.0 + i, j.0);
@@ -257,21 +259,20 @@ impl<'a, S: Number> Source<'a, S> {
             let whole = |vector: usize| (rows.len() / vector).min((l.1 - l.0) / (vector * numbers)) * vector;
             let many = if wide::serves(isa::current(), element, W) { whole(wide::LANES) } else { 0 };
             let all = whole(TURN);
-            let columns = |from: usize, to: usize| -> [&[S]; W] {
-                std::array::from_fn(|c| match j.0 + c < j.1 {
-                    true => &self.data[self.line(j.0 + c) + l.0..][from * numbers..to * numbers],
-                    false => &[],
-                })
+            let column = |c: usize| match j.0 + c < j.1 {
+                true => self.data[self.line(j.0 + c) + l.0..][..all * numbers].as_ptr(),
+                false => std::ptr::null(),
             };
-            // SAFETY: the machine has AVX2, and more where `wide` serves; each column has the numbers of all blocks, or none at all, and
-            // rows has theirs.
+            let columns: [*const S; W] = std::array::from_fn(column);
+            // SAFETY: the machine has AVX2, and more where `wide` serves; each column has the numbers of all blocks, or is none, and rows has
+            // theirs.
             unsafe {
                 if many > 0 {
                     let next = std::array::from_fn(|c| self.ask(j.0 + W + c, l.0));
-                    wide::turn(columns(0, many), next, element, &mut rows[..many]);
+                    wide::turn(&columns, &next, element, &mut rows[..many]);
                 }
                 if all > many {
-                    x86::turn(columns(many, all), element, &mut rows[many..all]);
+                    x86::turn((&columns, many * numbers), element, &mut rows[many..all]);
                 }
             }
             return all;
@@ -370,21 +371,25 @@ mod x86 {
     use super::{Element, Number, TURN};
     use std::arch::x86_64::*;
 
-    /// Row e of `rows` becomes element e of every column; an empty column gives zeros.
+    /// Row e of `rows` becomes element e of every column from its number `start` on; a null column gives zeros.
     ///
     /// # Safety
-    /// The machine has AVX2. `rows` are a multiple of 8, and a column has all their numbers or none.
+    /// The machine has AVX2. `rows` are a multiple of 8, and a column has all their numbers or is null.
     #[target_feature(enable = "avx2")]
     #[inline]
-    pub unsafe fn turn<S: Number, const W: usize>(columns: [&[S]; W], element: Element, rows: &mut [[u32; W]]) {
+    pub unsafe fn turn<S: Number, const W: usize>(
+        (columns, start): (&[*const S; W], usize),
+        element: Element,
+        rows: &mut [[u32; W]],
+    ) {
         let end = rows.as_mut_ptr_range().end.cast::<f32>();
         for (block, rows) in rows.chunks_exact_mut(TURN).enumerate() {
             for first in (0..W).step_by(8) {
                 let mut x = [_mm256_setzero_ps(); 8];
                 for c in 0..8 {
-                    if first + c < W && !columns[first + c].is_empty() {
+                    if first + c < W && !columns[first + c].is_null() {
                         // SAFETY: the column has the numbers of every block.
-                        let from = unsafe { columns[first + c].as_ptr().add(block * TURN * element.numbers()) };
+                        let from = unsafe { columns[first + c].add(start + block * TURN * element.numbers()) };
                         x[c] = unsafe { elements(from, element) };
                     }
                 }

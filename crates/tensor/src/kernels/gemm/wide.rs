@@ -20,13 +20,13 @@ pub fn serves(isa: Isa, element: Element, width: usize) -> bool {
     isa >= least && matches!(width, 8 | 16 | 32)
 }
 
-/// Row e of `rows` becomes element e of every column; an empty column gives zeros. `next` are the columns that will be wanted after these.
+/// Row e of `rows` becomes element e of every column; a null column gives zeros. `next` are the columns that will be wanted after these.
 ///
 /// # Safety
-/// The set serves the element and W. `rows` are a multiple of 16, and a column has all their numbers or none.
+/// The set serves the element and W. `rows` are a multiple of 16, and a column has all their numbers or is null.
 pub unsafe fn turn<S: Number, const W: usize>(
-    columns: [&[S]; W],
-    next: [*const S; W],
+    columns: &[*const S; W],
+    next: &[*const S; W],
     element: Element,
     rows: &mut [[u32; W]],
 ) {
@@ -43,7 +43,7 @@ pub unsafe fn turn<S: Number, const W: usize>(
 /// is, also for some rows beyond the last, which are asked for.
 ///
 /// # Safety
-/// The set serves the element and W. The rows are readable and the panels writable; panels of 8 are even in number.
+/// The set serves the element and W. The rows are readable and the panels writable; panels of 8 are two or more.
 pub unsafe fn copy<S: Number, const W: usize>(
     row: impl Fn(usize) -> *const S,
     element: Element,
@@ -60,13 +60,13 @@ pub unsafe fn copy<S: Number, const W: usize>(
 }
 
 #[target_feature(enable = "avx512f")]
-unsafe fn turn_plain<S: Number, const W: usize>(columns: [&[S]; W], next: [*const S; W], rows: &mut [[u32; W]]) {
+unsafe fn turn_plain<S: Number, const W: usize>(columns: &[*const S; W], next: &[*const S; W], rows: &mut [[u32; W]]) {
     // SAFETY: the caller's: sixteen numbers of each block.
     unsafe { blocks(columns, next, rows, 1, |from| S::sixteen(from)) }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-unsafe fn turn_pairs<S: Number, const W: usize>(columns: [&[S]; W], next: [*const S; W], rows: &mut [[u32; W]]) {
+unsafe fn turn_pairs<S: Number, const W: usize>(columns: &[*const S; W], next: &[*const S; W], rows: &mut [[u32; W]]) {
     // SAFETY: the caller's: thirty-two numbers of each block.
     unsafe { blocks(columns, next, rows, 2, |from| S::couples(from)) }
 }
@@ -77,21 +77,21 @@ unsafe fn turn_pairs<S: Number, const W: usize>(columns: [&[S]; W], next: [*cons
 /// As for `turn`; `load` reads what a block has.
 #[inline(always)]
 unsafe fn blocks<S: Number, const W: usize>(
-    columns: [&[S]; W],
-    next: [*const S; W],
+    columns: &[*const S; W],
+    next: &[*const S; W],
     rows: &mut [[u32; W]],
     numbers: usize,
     load: impl Fn(*const S) -> __m512i,
 ) {
     for (b, rows) in rows.chunks_exact_mut(LANES).enumerate() {
         let to = rows.as_mut_ptr().cast::<u32>();
-        let column = |c: usize| match columns[c].is_empty() {
+        let column = |c: usize| match columns[c].is_null() {
             true => unsafe { _mm512_setzero_si512() },
             false => {
                 let lines = (0..LANES * numbers).step_by(64 / size_of::<S>());
                 lines.for_each(|at| soon(next[c], b * LANES * numbers + at));
                 // SAFETY: the column has the numbers of every block.
-                load(unsafe { columns[c].as_ptr().add(b * LANES * numbers) })
+                load(unsafe { columns[c].add(b * LANES * numbers) })
             }
         };
         // SAFETY: sixteen rows of W elements; the set is there.
@@ -194,10 +194,14 @@ unsafe fn vectors<S, const W: usize, const L: usize>(
         unsafe {
             let to = to.add(e * W);
             if W == 8 {
-                for p in (0..panels).step_by(2) {
+                for p in (0..panels / 2 * 2).step_by(2) {
                     let x = load(p * W);
                     _mm256_storeu_si256(to.add(p * stride).cast(), _mm512_castsi512_si256(x));
                     _mm256_storeu_si256(to.add((p + 1) * stride).cast(), _mm512_extracti64x4_epi64::<1>(x));
+                }
+                if panels % 2 == 1 {
+                    let x = load((panels - 2) * W); // with the one before it, which is there
+                    _mm256_storeu_si256(to.add((panels - 1) * stride).cast(), _mm512_extracti64x4_epi64::<1>(x));
                 }
             } else {
                 for p in 0..panels {

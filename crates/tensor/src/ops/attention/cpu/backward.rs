@@ -5,7 +5,7 @@ use super::operand::Rows as Keys;
 use super::plan::{Item, Plan, each, split};
 use super::tile::{Scratch, Span, Tile, Walk, keys};
 use crate::kernels::lanes::{self, LANES, Lanes, PIECE, Piece, Place, Rows};
-use crate::kernels::simd::{self, Kernel, copy, dot};
+use crate::kernels::simd::{self, Kernel, copy};
 use crate::tape::add;
 use crate::{Arena, Buffer, Real};
 
@@ -65,13 +65,14 @@ fn join<T: Real>(plan: &Plan<'_, T>, items: &[Item], mut partials: &[Partial<T>]
     });
 }
 
-/// Σ y d of some rows `dh` wide.
+/// Σ y d of rows `dh` wide, in sixteen running sums each.
 struct Means<'s, T> {
     y: &'s [T],
     d: &'s [T],
     rows: &'s [u32],
     dh: usize,
-    means: &'s mut Lanes<T>,
+    /// [lanes, lanes]
+    sums: &'s mut [T],
 }
 
 impl<T: Real> Kernel for Means<'_, T> {
@@ -79,9 +80,14 @@ impl<T: Real> Kernel for Means<'_, T> {
 
     #[inline(always)]
     fn run(self) {
-        for (mean, row) in self.means.0.iter_mut().zip(self.rows) {
+        for (sums, row) in self.sums.chunks_exact_mut(LANES).zip(self.rows) {
             let at = *row as usize * self.dh;
-            *mean = dot(&self.y[at..at + self.dh], &self.d[at..at + self.dh]);
+            let ((y, y_rest), (d, d_rest)) =
+                (self.y[at..at + self.dh].as_chunks::<LANES>(), self.d[at..at + self.dh].as_chunks::<LANES>());
+            for (y, d) in y.iter().zip(d) {
+                (0..LANES).for_each(|l| sums[l] += y[l] * d[l]);
+            }
+            sums.iter_mut().zip(y_rest).zip(d_rest).for_each(|((sum, y), d)| *sum += *y * *d);
         }
     }
 }
@@ -158,7 +164,10 @@ impl<T: Real> Job<'_, T> {
         }
         let at = self.item.queries_at * heads * plan.dh;
         let (y, d) = (&self.y[at..], &self.upstream[at..]);
-        simd::dispatch(Means { y, d, rows: span.rows, dh: plan.dh, means: &mut rows.mean });
+        let (mut sums, mut columns) = ([Piece::all(T::ZERO); LANES / PIECE * LANES], [zero; LANES]);
+        simd::dispatch(Means { y, d, rows: span.rows, dh: plan.dh, sums: lanes::flat_mut(&mut sums) });
+        lanes::columns(&mut columns, &sums, LANES / PIECE);
+        columns.iter().for_each(|column| (0..LANES).for_each(|l| rows.mean.0[l] += column.0[l]));
         rows
     }
 

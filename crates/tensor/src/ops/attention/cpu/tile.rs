@@ -5,7 +5,7 @@ use super::plan::{Cope, Item, Plan};
 use crate::Real;
 use crate::kernels::lanes::narrow::Grid;
 use crate::kernels::lanes::{self, LANES, Lanes, PIECE, Piece, Place};
-use crate::kernels::simd::copy;
+use crate::kernels::simd::{self, Kernel};
 use std::ops::Range;
 
 /// Keys of a block: a block of scores, keys and values fits the first cache.
@@ -209,8 +209,7 @@ impl<T: Real> Tile<T> {
     /// Reads the queries of a tile.
     pub(super) fn load(&mut self, plan: &Plan<'_, T>, item: &Item, span: &Span<'_>) {
         let (queries, rows) = (&plan.q[item.queries_at * plan.spec.heads * plan.dh..], &mut self.q_rows);
-        gather(plan, queries, span, &mut rows.plain);
-        lanes::scale(&mut rows.plain, &Lanes::all(plan.scale), plan.wide);
+        gather(plan, queries, span, plan.scale, &mut rows.plain);
         if let Some(rope) = &plan.rope {
             rope.turn(lanes::flat_mut(&mut rows.plain), plan.wide * PIECE, |l| span.positions[l], false);
         }
@@ -229,7 +228,7 @@ impl<T: Real> Tile<T> {
     ) {
         let upstream = &upstream[item.queries_at * plan.spec.heads * plan.dh..];
         let rows = &mut self.d_out_rows;
-        gather(plan, upstream, span, &mut rows.plain);
+        gather(plan, upstream, span, T::ONE, &mut rows.plain);
         lanes::flat_mut(&mut rows.plain)[span.rows.len() * plan.wide * PIECE..].fill(T::ZERO);
         self.d_out.turn(&rows.plain, (plan.dh, plan.wide), plan.narrow);
         lanes::scale(&mut rows.plain, gate, plan.wide);
@@ -295,12 +294,31 @@ impl<T: Real> Tile<T> {
     }
 }
 
-/// Copies the heads of a tile out of [rows, heads·dh] into padded rows; lanes behind the last row repeat it.
-fn gather<T: Real>(plan: &Plan<'_, T>, from: &[T], span: &Span<'_>, to: &mut Vec<Piece<T>>) {
+/// Copies the heads of a tile out of [rows, heads·dh] into padded rows, times a factor; lanes behind the last row repeat it.
+fn gather<T: Real>(plan: &Plan<'_, T>, from: &[T], span: &Span<'_>, factor: T, to: &mut Vec<Piece<T>>) {
     to.resize(LANES * plan.wide, Piece::all(T::ZERO));
-    for (l, row) in lanes::flat_mut(to).chunks_exact_mut(plan.wide * PIECE).enumerate() {
-        let at = span.rows[l.min(span.rows.len() - 1)] as usize * plan.dh;
-        copy(row, &from[at..at + plan.dh]);
-        row[plan.dh..].fill(T::ZERO);
+    simd::dispatch(Gather { from, rows: span.rows, dh: plan.dh, factor, to: lanes::flat_mut(to) });
+}
+
+struct Gather<'s, T> {
+    from: &'s [T],
+    rows: &'s [u32],
+    dh: usize,
+    factor: T,
+    to: &'s mut [T],
+}
+
+impl<T: Real> Kernel for Gather<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let width = self.to.len() / LANES;
+        for (l, row) in self.to.chunks_exact_mut(width).enumerate() {
+            let at = self.rows[l.min(self.rows.len() - 1)] as usize * self.dh;
+            let (row, padding) = row.split_at_mut(self.dh);
+            row.iter_mut().zip(&self.from[at..at + self.dh]).for_each(|(to, from)| *to = *from * self.factor);
+            padding.fill(T::ZERO);
+        }
     }
 }
