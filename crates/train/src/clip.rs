@@ -1,7 +1,7 @@
 //! Clipping of the gradient by its global norm, and the search for the place where a gradient stopped being finite.
 
 use crate::layers::{FlatLayers, sum_squares};
-use rayon::prelude::*;
+use tensor::kernels::parallel;
 
 /// What [`clip`] found and did.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -35,7 +35,7 @@ pub fn clip(layers: &FlatLayers, grads: &mut [f32], norms: &[f64], max_norm: f64
     let norm = squares.sqrt();
     let factor = (max_norm / norm).min(1.0); // min ignores the NaN of 0 / 0
     if factor < 1.0 {
-        grads.par_chunks_mut(1 << 14).for_each(|chunk| {
+        parallel::each(true, grads.chunks_mut(1 << 14).collect(), |chunk: &mut [f32]| {
             chunk.iter_mut().for_each(|g| *g = (f64::from(*g) * factor) as f32);
         });
     }

@@ -2,7 +2,7 @@
 //! Their norms, and one learning rate for each of them.
 
 use crate::optimizers::Moved;
-use rayon::prelude::*;
+use tensor::kernels::parallel;
 use tensor::kernels::simd::{self, Kernel};
 use tensor::{Layout, Param};
 
@@ -15,11 +15,7 @@ const TARGET_NORM: f64 = 3.0;
 /// Sum of squares in f64: running sums in a fixed order per block, blocks joined in order, whatever the number of threads.
 pub fn sum_squares(numbers: &[f32]) -> f64 {
     let block = |block: &[f32]| simd::dispatch(SumSquares(block));
-    if numbers.len() <= 4 * BLOCK {
-        numbers.chunks(BLOCK).map(block).sum()
-    } else {
-        numbers.par_chunks(BLOCK).map(block).collect::<Vec<f64>>().into_iter().sum()
-    }
+    parallel::map(numbers.len() > 4 * BLOCK, numbers.chunks(BLOCK).collect(), block).into_iter().sum()
 }
 
 struct SumSquares<'s>(&'s [f32]);
@@ -105,7 +101,7 @@ impl FlatLayers {
     pub fn param_norms(&self, grads: &[f32]) -> Vec<f64> {
         let matrices: Vec<_> =
             self.parameters().flat_map(|(_, param, _)| (0..param.count).map(move |i| param.range(i))).collect();
-        let sums: Vec<f64> = matrices.par_iter().map(|range| sum_squares(&grads[range.clone()])).collect();
+        let sums = parallel::map(true, matrices, |range| sum_squares(&grads[range]));
         self.norms_of(&sums)
     }
 

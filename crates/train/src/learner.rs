@@ -15,11 +15,10 @@ use crate::sam;
 use model::generate::Weights;
 use model::transformer::{Context, Documents, Transformer};
 use moe_router::{Mode, Observation, Policy, RouterInput, Routing};
-use rayon::prelude::*;
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
-use tensor::kernels::{memory, parallel};
+use tensor::kernels::{crew, memory, parallel};
 use tensor::ops::cross_entropy::Targets;
 use tensor::profile::{self, Direction, Work};
 use tensor::{Arena, Engine, Precision, Tape, Value};
@@ -228,7 +227,7 @@ impl Learner {
         }
         // The whole step runs inside the pool: every entry from outside wakes a thread.
         let pool = self.pool.clone();
-        Ok(pool.install(|| parallel::awake(|| self.step(batch, settings, rate, epoch, guard)))?)
+        Ok(pool.install(|| crew::awake(|| self.step(batch, settings, rate, epoch, guard)))?)
     }
 
     fn step(
@@ -294,7 +293,7 @@ impl Learner {
 
     /// Gradients of the whole batch into the flat buffer, in micro-batches of whole documents whose parts add up to the batch.
     fn gradient(&mut self, batch: &Batch, settings: &Train, epoch: &mut Epoch) -> Update {
-        self.grads.par_chunks_mut(1 << 16).for_each(|grads| grads.fill(0.0));
+        parallel::each(true, self.grads.chunks_mut(1 << 16).collect(), |grads| grads.fill(0.0));
         let mut sum = Update::empty(self.layers.len(), self.policies.len());
         let parts = if settings.accumulate > 1 { batch.split(settings.accumulate) } else { vec![batch.clone()] };
         let measures = settings.noise_scale > 0 && parts.len() > 1;

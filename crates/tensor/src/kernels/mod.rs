@@ -1,6 +1,7 @@
 //! The inner loops: matrix products, SIMD helpers, use of the thread pool. All `unsafe` of the crate lives here.
 
 pub mod bf16;
+pub mod crew;
 pub mod gemm;
 pub mod isa;
 pub mod lanes;

@@ -1,11 +1,11 @@
 //! y = g∘x / √(mean x² + ε), row by row (Zhang & Sennrich 2019). x [n, d], g [d].
 //! dx = g∘dy/r − x·Σ(g∘dy∘x)/(d r³); dg = Σ_t dy∘x/r.
 
+use crate::kernels::parallel;
 use crate::kernels::simd::{self, Kernel, total};
 use crate::profile::Cost;
 use crate::tape::add;
 use crate::{Engine, Param, Real, Tape, Value};
-use rayon::prelude::*;
 
 /// Rows of a task, and of a partial sum of the gain's gradient. Fixed: it decides the order of summation.
 const ROWS: usize = 32;
@@ -65,11 +65,7 @@ fn cpu<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, gain: Param, epsilon: 
 
 /// Runs the tasks over `numbers` numbers, side by side if there is enough to do.
 fn each<K: Kernel<Output = ()> + Send>(numbers: usize, tasks: Vec<K>) {
-    if numbers < SMALL {
-        tasks.into_iter().for_each(simd::dispatch);
-    } else {
-        tasks.into_par_iter().for_each(simd::dispatch);
-    }
+    parallel::each(numbers >= SMALL, tasks, simd::dispatch);
 }
 
 /// Some rows forward; keeps 1/r of each.

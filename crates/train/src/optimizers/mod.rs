@@ -15,9 +15,9 @@ pub mod muon;
 pub mod sgd;
 
 use crate::layers::{Rates, shape, squares};
-use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::ops::Range;
+use tensor::kernels::parallel;
 use tensor::kernels::simd::{self, Kernel};
 use tensor::{Layout, Param};
 
@@ -258,8 +258,7 @@ fn update<C: Copy + Sync + Send>(
             chunks.push((matrix.parameter, Chunk { constants, w, g: &grads[range], m, v, kernel }));
         }
     }
-    let moved: Vec<(usize, Moved)> =
-        chunks.into_par_iter().map(|(parameter, chunk)| (parameter, simd::dispatch(chunk))).collect();
+    let moved = parallel::map(true, chunks, |(parameter, chunk)| (parameter, simd::dispatch(chunk)));
     let mut sums = vec![Moved::default(); matrices.last().map_or(0, |last| last.parameter + 1)];
     for (parameter, moved) in moved {
         sums[parameter].difference += moved.difference;

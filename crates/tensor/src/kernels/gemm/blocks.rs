@@ -7,7 +7,7 @@ use super::tile::{Strip, Tile, bf16_tile, f32_tile};
 use crate::Precision;
 use crate::isa::Isa;
 use crate::kernels::simd::{self, Kernel};
-use rayon::prelude::*;
+use crate::kernels::{crew, parallel};
 use std::cell::Cell;
 
 /// Elements of k that a tile sums before it adds to dst. Fixed: it decides the order of summation.
@@ -218,7 +218,7 @@ unsafe fn wave(method: Method, jobs: &[Job<'_>], accumulate: bool, pool: bool) {
         if threads == 1 {
             tasks.iter().for_each(one);
         } else {
-            tasks.par_iter().with_max_len(1).for_each(one);
+            crew::run(tasks.len(), |i| one(&tasks[i]));
         }
     });
 }
@@ -294,11 +294,7 @@ pub fn pack(rights: &[Right<'_>], mut room: &mut [u32], threads: usize) {
         let l = (start * element.numbers(), ((start + depth) * element.numbers()).min(right.k));
         lay(right.b, Place { element, l, j, to, layout });
     };
-    if threads > 1 && large {
-        groups.into_par_iter().with_max_len(1).for_each(one);
-    } else {
-        groups.into_iter().for_each(one);
-    }
+    parallel::each(threads > 1 && large, groups, one);
 }
 
 #[derive(Clone, Copy)]

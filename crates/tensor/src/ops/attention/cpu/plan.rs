@@ -5,8 +5,8 @@ use super::operand::Rows;
 use super::rotary::Rope;
 use super::tile::Scratch;
 use crate::kernels::lanes::{self, PIECE};
+use crate::kernels::parallel;
 use crate::{Precision, Real, kept};
-use rayon::prelude::*;
 use std::ops::Range;
 
 /// A batch is cut into about `ITEMS` pieces of equal work, but no document into pieces below `ROWS` positions. Fixed, whatever the number of
@@ -96,14 +96,7 @@ pub(super) fn each<T: Real, W: Send, R: Send>(
     work: Vec<W>,
     f: impl Fn(&mut Scratch<T>, W) -> R + Sync + Send,
 ) -> Vec<R> {
-    let threads = rayon::current_num_threads();
-    if plan.pairs < SMALL || work.len() < 2 || threads == 1 {
-        work.into_iter().map(|work| kept::with(|scratch| f(scratch, work))).collect()
-    } else {
-        // A few pieces a thread: enough to even out long and short documents.
-        let piece = (work.len() / (8 * threads)).max(1);
-        work.into_par_iter().with_min_len(piece).map(|work| kept::with(|scratch| f(scratch, work))).collect()
-    }
+    parallel::map(plan.pairs >= SMALL, work, |work| kept::with(|scratch| f(scratch, work)))
 }
 
 /// What all items share.
