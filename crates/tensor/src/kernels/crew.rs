@@ -2,9 +2,12 @@
 #![allow(unsafe_code)]
 
 use rayon::prelude::*;
+use std::any::Any;
 use std::cell::Cell;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Pauses between two looks for work, and how many looks are in vain before the system may run others instead.
@@ -14,6 +17,8 @@ const PATIENCE: usize = 1000;
 thread_local! {
     /// Of the thread that runs a step: who helps it. Nobody while it is inside a piece of a loop.
     static CREW: Cell<Option<*const Crew>> = const { Cell::new(None) };
+    /// Whether the thread is inside a piece: a step begun there would wait for threads that wait for the piece.
+    static INSIDE: Cell<bool> = const { Cell::new(false) };
 }
 
 /// Runs `f`, which enters many short parallel loops, while the other threads of its pool look for work without going to sleep between them: waking
@@ -23,7 +28,7 @@ thread_local! {
 pub fn awake<R: Send>(f: impl FnOnce() -> R + Send) -> R {
     const MOMENT: Duration = Duration::from_micros(200);
     let (own, threads) = (rayon::current_thread_index(), rayon::current_num_threads());
-    if own.is_none() || threads == 1 {
+    if own.is_none() || threads == 1 || INSIDE.get() {
         return f();
     }
     let (looking, begun, done, crew) =
@@ -51,14 +56,16 @@ pub fn awake<R: Send>(f: impl FnOnce() -> R + Send) -> R {
             std::hint::spin_loop();
         }
         begun.store(true, Ordering::Release);
-        let helped = Helped(CREW.replace(Some(&crew)));
+        // A thread that is missing could not help; loops are rayon's then, which wake it.
+        let all = looking.load(Ordering::Relaxed) + 1 == threads;
+        let helped = Helped(CREW.replace(all.then_some(&raw const crew)));
         let result = f();
         drop((helped, end));
         result
     })
 }
 
-/// Runs pieces 0..count of a loop, each on whatever thread is free, the first ones first.
+/// Runs pieces 0..count of a loop, each on whatever thread is free.
 pub fn run(count: usize, piece: impl Fn(usize) + Sync) {
     if count < 2 || rayon::current_num_threads() == 1 {
         return (0..count).for_each(piece);
@@ -105,63 +112,77 @@ impl Drop for Helped {
 /// other spans.
 struct Loop<'s> {
     piece: &'s (dyn Fn(usize) + Sync),
-    /// Of each thread the pieces start..end that nobody has taken, as end << 32 | start.
-    spans: Vec<AtomicU64>,
+    /// One for each thread.
+    spans: Vec<Span>,
     came: AtomicUsize,
-    failed: AtomicBool,
+    /// What a piece on another thread panicked with.
+    broken: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
 impl<'s> Loop<'s> {
     fn new(piece: &'s (dyn Fn(usize) + Sync), count: usize) -> Self {
+        assert!(u32::try_from(count).is_ok(), "a loop of more than 2³² pieces");
         let threads = rayon::current_num_threads().min(count);
         let bound = |thread: usize| (count * thread / threads) as u64;
-        let spans = (0..threads).map(|i| AtomicU64::new(bound(i + 1) << 32 | bound(i))).collect();
-        Loop { piece, spans, came: AtomicUsize::new(0), failed: AtomicBool::new(false) }
+        let spans = (0..threads).map(|i| Span(AtomicU64::new(bound(i + 1) << 32 | bound(i)))).collect();
+        Loop { piece, spans, came: AtomicUsize::new(0), broken: Mutex::new(None) }
     }
 
-    /// Takes pieces until there are none.
-    fn work(&self) {
-        let mut failed = Failed { flag: &self.failed, armed: true };
+    /// Takes pieces until there are none; whether there was one.
+    fn work(&self) -> bool {
+        let _inside = Inside(INSIDE.replace(true));
         let own = self.came.fetch_add(1, Ordering::Relaxed) % self.spans.len();
-        while let Some(i) = take(&self.spans[own], false) {
+        let mut took = false;
+        while let Some(i) = self.spans[own].take(false).or_else(|| self.steal()) {
             (self.piece)(i);
+            took = true;
         }
-        let left = |span: &&AtomicU64| {
-            let span = span.load(Ordering::Relaxed);
-            (span >> 32) - (span & START)
-        };
-        while let Some(longest) = self.spans.iter().max_by_key(left).filter(|span| left(span) > 0) {
-            if let Some(i) = take(longest, true) {
-                (self.piece)(i);
+        took
+    }
+
+    /// The last piece of the longest span.
+    fn steal(&self) -> Option<usize> {
+        loop {
+            let (left, longest) = self.spans.iter().map(|span| (span.left(), span)).max_by_key(|(left, _)| *left)?;
+            if left == 0 {
+                return None;
+            }
+            if let Some(i) = longest.take(true) {
+                return Some(i);
             }
         }
-        failed.armed = false;
     }
 }
 
-const START: u64 = u32::MAX as u64;
+/// The pieces start..end of a span that nobody has taken, as end << 32 | start; alone on its cache line.
+#[repr(align(64))]
+struct Span(AtomicU64);
 
-/// The first or the last piece of a span, if there is one.
-fn take(span: &AtomicU64, last: bool) -> Option<usize> {
-    let step = |span: u64| {
-        let (start, end) = (span & START, span >> 32);
-        (start < end).then(|| if last { (end - 1) << 32 | start } else { end << 32 | (start + 1) })
-    };
-    let before = span.fetch_update(Ordering::Relaxed, Ordering::Relaxed, step).ok()?;
-    Some(if last { (before >> 32) - 1 } else { before & START } as usize)
+impl Span {
+    const START: u64 = u32::MAX as u64;
+
+    fn left(&self) -> u64 {
+        let span = self.0.load(Ordering::Relaxed);
+        (span >> 32) - (span & Span::START)
+    }
+
+    /// The first or the last of them, if there is one.
+    fn take(&self, last: bool) -> Option<usize> {
+        let step = |span: u64| {
+            let (start, end) = (span & Span::START, span >> 32);
+            (start < end).then(|| if last { (end - 1) << 32 | start } else { end << 32 | (start + 1) })
+        };
+        let before = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, step).ok()?;
+        Some(if last { (before >> 32) - 1 } else { before & Span::START } as usize)
+    }
 }
 
-/// Notes that a piece panicked.
-struct Failed<'s> {
-    flag: &'s AtomicBool,
-    armed: bool,
-}
+/// Sets back whether the thread is inside a piece.
+struct Inside(bool);
 
-impl Drop for Failed<'_> {
+impl Drop for Inside {
     fn drop(&mut self) {
-        if self.armed {
-            self.flag.store(true, Ordering::Relaxed);
-        }
+        INSIDE.set(self.0);
     }
 }
 
@@ -181,10 +202,12 @@ impl Crew {
         self.now.store(ptr::from_ref(on).cast_mut().cast(), Ordering::SeqCst);
         on.work();
         drop(ended);
-        assert!(!on.failed.load(Ordering::Relaxed), "a piece of a loop panicked on another thread");
+        if let Some(payload) = on.broken.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            resume_unwind(payload);
+        }
     }
 
-    /// Takes part in the loop that is on, if there is one.
+    /// Takes part in the loop that is on, if there is one; whether there was something to do.
     fn help(&self) -> bool {
         if self.now.load(Ordering::Relaxed).is_null() {
             return false;
@@ -193,10 +216,12 @@ impl Crew {
         let _left = Left(&self.at_work);
         let now = self.now.load(Ordering::SeqCst);
         // SAFETY: the loop lives until `Ended` has taken it away and then seen nobody at work. In the one order of these four steps this thread either
-        // came to work before `Ended` looked, or finds null here.
+        // came to work before `Ended` looked, or finds null here, or a later loop.
         let Some(on) = (unsafe { now.as_ref() }) else { return false };
-        on.work();
-        true
+        catch_unwind(AssertUnwindSafe(|| on.work())).unwrap_or_else(|payload| {
+            *on.broken.lock().unwrap_or_else(PoisonError::into_inner) = Some(payload);
+            true
+        })
     }
 }
 
@@ -244,7 +269,8 @@ mod tests {
                 let times: Vec<AtomicUsize> = (0..count).map(|_| AtomicUsize::new(0)).collect();
                 run(count, |i| {
                     times[i].fetch_add(1, Ordering::Relaxed);
-                    run(3, |_| drop(times[i].fetch_add(10, Ordering::Relaxed))); // inside a piece
+                    let again = |_| _ = times[i].fetch_add(10, Ordering::Relaxed);
+                    run(3, again); // inside a piece
                 });
                 assert!(times.iter().all(|n| n.load(Ordering::Relaxed) == 31), "{threads} threads, {count} pieces");
             };
@@ -267,11 +293,24 @@ mod tests {
                 after.store(true, Ordering::Relaxed);
             };
             let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| pool.install(|| awake(step))));
-            assert!(result.is_err() && !after.load(Ordering::Relaxed), "piece {bad}");
+            let payload = result.unwrap_err();
+            assert_eq!(payload.downcast_ref::<&str>(), Some(&"as a task may"), "piece {bad}");
+            assert!(!after.load(Ordering::Relaxed), "piece {bad}");
         }
         let sum = AtomicUsize::new(0);
-        pool.install(|| awake(|| run(10, |i| drop(sum.fetch_add(i, Ordering::Relaxed)))));
+        let add = |i: usize| _ = sum.fetch_add(i, Ordering::Relaxed);
+        pool.install(|| awake(|| run(10, add)));
         assert_eq!(sum.into_inner(), 45, "the pool works on");
+    }
+
+    /// Threads that wait for the end of a loop do not wait in a step that a piece begins.
+    #[test]
+    fn a_step_begun_inside_a_piece_ends() {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap();
+        let sum = AtomicUsize::new(0);
+        let add = |i: usize| _ = sum.fetch_add(i, Ordering::Relaxed);
+        pool.install(|| awake(|| (0..100).for_each(|_| run(4, |_| awake(|| run(3, add))))));
+        assert_eq!(sum.into_inner(), 100 * 4 * 3);
     }
 
     /// A piece of work that `f` waits for, and that takes the call to look from its thread's queue while it waits itself, as the pieces of a loop do.

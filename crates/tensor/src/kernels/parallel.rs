@@ -44,7 +44,7 @@ pub fn map<W: Send, R: Send>(pool: bool, tasks: Vec<W>, f: impl Fn(W) -> R + Syn
         let result = f(task);
         *held(&places[i].1) = Some(result);
     });
-    places.into_iter().filter_map(|(_, result)| held(&result).take()).collect()
+    places.into_iter().map(|(_, result)| held(&result).take().expect("every piece was run")).collect()
 }
 
 fn held<W>(place: &Mutex<W>) -> MutexGuard<'_, W> {
