@@ -11,6 +11,13 @@ use tensor::random::Purpose;
 /// Tokens kept for the mutual information; the first of the accumulation, later ones only count in the rest.
 const SAMPLE: usize = 1 << 18;
 
+/// Bytes that a layer's sample takes at the end of so many tokens with so many experts each, with the gaps that its growth leaves in the heap.
+pub fn sample_bytes(tokens: f64, experts: f64) -> f64 {
+    const GAPS: f64 = 1.4;
+    let token = (size_of::<u32>() + size_of::<usize>()) as f64 + experts * size_of::<u32>() as f64;
+    GAPS * tokens.min(SAMPLE as f64) * token
+}
+
 /// Shuffles whose mean is the baseline of the mutual information.
 const SHUFFLES: u64 = 4;
 
@@ -258,6 +265,13 @@ mod tests {
         rows.iter().for_each(|row| row_offsets_n1.push(row_offsets_n1[row_offsets_n1.len() - 1] + row.len()));
         let assignments = Assignments { row_offsets_n1, expert_ids_a: rows.concat(), num_experts };
         Routing { assignments: Arc::new(assignments), num_ids }
+    }
+
+    #[test]
+    fn the_bytes_of_a_sample_are_those_of_its_vectors_until_it_is_full() {
+        let bytes = sample_bytes(1000.0, 2.0);
+        assert!((bytes / 1.4 - 1000.0 * (4.0 + 8.0 + 2.0 * 4.0)).abs() < 1.0);
+        assert_eq!(sample_bytes(SAMPLE as f64, 1.0), sample_bytes(1e18, 1.0));
     }
 
     #[test]

@@ -11,6 +11,7 @@ use crate::learner::{Learner, thread_pool};
 use crate::run::{Run, Train};
 use crate::{directory, optimizers, record};
 use model::config::{DepthChoice, MAX_LAYERS};
+use moe_router::statistics::sample_bytes;
 use serde_json::{Map, Value, json};
 use std::time::Instant;
 use tensor::Random;
@@ -37,26 +38,30 @@ pub struct Memory {
     pub gradients: f64,
     pub optimizer: f64,
     pub activations: f64,
-    /// What the process holds beside the model now.
+    /// What the process holds beside the model now, and what an epoch notes of its routing.
     pub process: f64,
 }
 
 impl Memory {
-    /// For batches of `tokens` tokens in documents of `longest` at most and router scores of standard deviation `score_std`. Sizes may be absurd:
-    /// nothing is allocated.
-    pub fn new(run: &Run, vocab: usize, [tokens, longest]: [usize; 2], score_std: f64) -> Self {
+    /// For batches of `tokens` tokens in documents of `longest` at most, epochs of `epoch` tokens and router scores of standard deviation `score_std`.
+    /// Sizes may be absurd: nothing is allocated.
+    pub fn new(run: &Run, vocab: usize, [tokens, longest, epoch]: [usize; 3], score_std: f64) -> Self {
         let number = size_of::<f32>() as f64;
         let params = number * run.model.num_parameters(vocab).map_or(f64::INFINITY, |count| count as f64);
         let train = run.phase(run.phases()[0]);
         let moments = optimizers::moments(train.optimizer_kind(), &train.optimizer_settings()) as f64;
         let batch = [tokens, longest.clamp(1, tokens.max(1))].map(|count| count as f64);
+        let noted = run.model.router.experts().map_or(0.0, |e| {
+            let active = experts_per_token(run, e.num_experts, score_std);
+            run.model.num_layers as f64 * sample_bytes(epoch as f64, active)
+        });
         Memory {
             params,
             // With a copy of the parameters or of the gradients set aside.
             gradients: if train.sam > 0.0 || train.noise_scale > 0 { 2.0 * params } else { params },
             optimizer: moments * params,
             activations: number * activations(run, train.activation_checkpointing, vocab, batch, score_std),
-            process: record::memory_bytes().map_or(PROCESS, |bytes| bytes as f64) + HEAP,
+            process: record::memory_bytes().map_or(PROCESS, |bytes| bytes as f64) + HEAP + noted,
         }
     }
 
@@ -215,7 +220,13 @@ fn memory(run: &Run, dataset: &Dataset) -> Memory {
         PhaseData::Documents { train, .. } => longest(train, 1).iter().sum(),
         PhaseData::Text(text) => text.longest(),
     };
-    Memory::new(run, dataset.tokenizer.vocab_size(), [part, longest], initial_score_std(run))
+    // A text is as long as one likes.
+    let epoch = |phase: &Phase| match &phase.data {
+        PhaseData::Documents { train, .. } => train.documents.iter().map(|document| document.targets()).sum(),
+        PhaseData::Text(_) => usize::MAX,
+    };
+    let epoch = dataset.phases.iter().map(epoch).max().unwrap_or(0);
+    Memory::new(run, dataset.tokenizer.vocab_size(), [part, longest, epoch], initial_score_std(run))
 }
 
 /// The estimates of `--check`: memory, disk, time. `steps` is the whole run's.
@@ -303,7 +314,7 @@ mod tests {
             let mut run = Run::default();
             run.model.router = serde_json::from_str(router).unwrap();
             run.model.intermediate_size = width;
-            Memory::new(&run, 1000, [640, 64], 0.0)
+            Memory::new(&run, 1000, [640, 64, 0], 0.0)
         };
         let [plain, shared] = [0, 3].map(|shared| memory(&format!(r#"{{"kind": "top_k", "shared": {shared}}}"#), 256));
         let [narrow, wide] = [256, 256 + 3 * 64].map(|width| memory(r#"{"kind": "dense"}"#, width));
@@ -318,7 +329,7 @@ mod tests {
             let mut run = Run { dtype, ..Run::default() };
             run.model.router = serde_json::from_str(r#"{"kind": "dense"}"#).unwrap();
             (run.model.num_layers, run.model.intermediate_size) = (3, 256);
-            Memory::new(&run, 1000, [640, 64], 0.0).activations
+            Memory::new(&run, 1000, [640, 64, 0], 0.0).activations
         };
         // Gate and up of every layer, and the hidden rows of one.
         let saved = activations(tensor::Precision::F32) - activations(tensor::Precision::Bf16);
@@ -330,7 +341,7 @@ mod tests {
         let activations = |capacity: f64| {
             let mut run = Run::default();
             (run.model.num_layers, run.model.depths.capacity) = (8, capacity);
-            Memory::new(&run, 1000, [640, 64], 0.0).activations
+            Memory::new(&run, 1000, [640, 64, 0], 0.0).activations
         };
         assert!(activations(0.125) < activations(0.5) && activations(0.5) < activations(1.0));
     }
@@ -340,7 +351,7 @@ mod tests {
         let activations = |layers: usize, checkpoints: bool| {
             let mut run = Run::default();
             (run.model.num_layers, run.train.activation_checkpointing) = (layers, checkpoints);
-            Memory::new(&run, 1000, [640, 64], 0.0).activations
+            Memory::new(&run, 1000, [640, 64, 0], 0.0).activations
         };
         assert_eq!(
             activations(24, false) - activations(16, false),
@@ -353,9 +364,9 @@ mod tests {
     #[test]
     fn a_run_too_large_for_the_machine_is_refused_with_the_estimate() {
         let mut run = Run::default();
-        assert!(Memory::new(&run, 1000, [640, 64], 0.0).check("less").is_ok());
+        assert!(Memory::new(&run, 1000, [640, 64, 0], 0.0).check("less").is_ok());
         run.model.hidden_size = 1 << 17;
-        let refused = Memory::new(&run, 1000, [640, 64], 0.0).check("a smaller model").unwrap_err();
+        let refused = Memory::new(&run, 1000, [640, 64, 0], 0.0).check("a smaller model").unwrap_err();
         assert_eq!(refused.exit_status(), 2);
         assert!(refused.to_string().contains("GiB; choose a smaller model"), "{refused}");
     }

@@ -90,7 +90,8 @@ impl Case {
 
     /// What the steps will take; an error where the machine has not the memory.
     pub fn memory(&self) -> Result<estimate::Memory, TrainError> {
-        let memory = estimate::Memory::new(&self.run, self.vocab, [self.documents * self.seq, self.seq], SCORE_STD);
+        let tokens = self.documents * self.seq; // every step is an epoch
+        let memory = estimate::Memory::new(&self.run, self.vocab, [tokens, self.seq, tokens], SCORE_STD);
         match self.run.device.as_str() {
             "cpu" => memory.check("a smaller --batch, --seq or --preset").map(|()| memory),
             _ => Ok(memory),

@@ -72,9 +72,9 @@ pub fn bench(options: &Options, profile: bool) -> Result<(Map<String, Value>, Op
     let (batch, settings) = (case.batch(), case.run.train.clone());
     let mut learner = Learner::new(&case.run, case.vocab, &settings)?;
     case.initialise_routers(&mut learner);
-    let mut epoch = Epoch::new(&learner.policies);
     let mut experts = Vec::new();
     let mut step = |learner: &mut Learner| -> Result<f64, TrainError> {
+        let mut epoch = Epoch::new(&learner.policies);
         let start = Instant::now();
         let update = learner.update(&batch, &settings, 0.0, &mut epoch, None)?;
         experts = update.experts_per_token.iter().map(|(_, mean)| *mean).collect();
