@@ -129,6 +129,24 @@ pub fn total<T: Real, const N: usize>(mut sums: [T; N]) -> T {
     sums[0]
 }
 
+/// Asks for the cache line of number `at` behind `from`, which may not be there.
+#[inline(always)]
+pub fn soon<S>(from: *const S, at: usize) {
+    // SAFETY: asking reads nothing and cannot fail, wherever it points.
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(from.wrapping_add(at).cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (from, at);
+}
+
+/// The same for a row of numbers.
+#[inline(always)]
+pub fn soon_all<S>(from: *const S, at: usize, numbers: usize) {
+    (0..numbers).step_by(64 / size_of::<S>()).for_each(|i| soon(from, at + i));
+}
+
 /// Copies `from` to the front of `to`; for rows too short to be worth a call of memcpy.
 #[inline(always)]
 pub fn copy<T: Copy>(to: &mut [T], from: &[T]) {

@@ -364,11 +364,17 @@ unsafe fn compute(a: Operand<'_>, rows: (usize, usize), outs: &[Out<'_, '_>], ro
     debug_assert!(outs.iter().all(|out| (out.right.depth, out.right.k) == (all, k)));
     let count = rows.1 - rows.0;
     let columns: usize = outs.iter().map(|out| (out.panels.1 - out.panels.0) * tile.cols).sum();
-    let direct = a.in_place(true).filter(|_| element == Element::Plain && columns < NARROW);
+    // Where rows are read as they lie, and how far apart they are.
+    let direct = match element {
+        Element::Plain if columns < NARROW => a.in_place(true).map(|a| (a.data.as_ptr(), a.stride)),
+        Element::Pair if tile.unit == 1 => a.pairs(k),
+        _ => None,
+    };
     let first_packed = if direct.is_some() { count / tile.rows * tile.rows } else { 0 }; // a ragged tile is packed all the same
     let packed_rows = count.next_multiple_of(tile.rows) - first_packed;
-    // One element of k for all rows of a tile side by side, or where the tile wants it one row's elements, a line apart from being a power of two.
-    let by_rows = tile.unit > 1;
+    // One element of k for all rows of a tile side by side, or one row's elements, a line apart from being a power of two: where the tile wants it,
+    // or pairs need not be turned.
+    let by_rows = tile.unit > 1 || (element == Element::Pair && a.along_k());
     let row_stride = DEPTH + 16;
     let size = tile.rows * DEPTH + 16; // with room for a vector that reaches beyond
     let left_room = if by_rows { packed_rows * row_stride } else { packed_rows / tile.rows * size };
@@ -386,9 +392,7 @@ unsafe fn compute(a: Operand<'_>, rows: (usize, usize), outs: &[Out<'_, '_>], ro
             lay(a, Place { element, l: numbers, j, to: left, layout });
             // Element (r, 0) of the left side, and from there to the next row and the next element.
             let place = |r: usize| match direct {
-                Some(a) if r < first_packed => {
-                    (a.data.as_ptr().wrapping_add(start + (rows.0 + r) * a.stride), a.stride, 1)
-                }
+                Some((a, a_row)) if r < first_packed => (a.wrapping_add(start + (rows.0 + r) * a_row), a_row, 1),
                 _ if by_rows => (left.as_ptr().add((r - first_packed) * row_stride).cast::<f32>(), row_stride, 1),
                 _ => (left.as_ptr().add((r - first_packed) / tile.rows * size).cast::<f32>(), 1, tile.rows),
             };

@@ -50,6 +50,26 @@ impl<'a> Operand<'a> {
         }
     }
 
+    /// Where number (k, column) lies and how far apart columns are, in elements, if pairs of neighbours along k can be read as they are.
+    pub fn pairs(self, k: usize) -> Option<(*const f32, usize)> {
+        match self {
+            Operand::Narrow(source) if source.along_k && source.order.is_none() => {
+                let whole = k.is_multiple_of(2) && source.stride.is_multiple_of(2);
+                let from = source.data.as_ptr().cast::<f32>();
+                (whole && from.is_aligned()).then_some((from, source.stride / 2))
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether its lines run along k.
+    pub fn along_k(self) -> bool {
+        match self {
+            Operand::Wide(source) => source.along_k,
+            Operand::Narrow(source) => source.along_k,
+        }
+    }
+
     /// Whether both are the same lines of the same numbers.
     pub fn is(self, other: Self) -> bool {
         match (self, other) {
@@ -281,7 +301,8 @@ impl<'a, S: Number> Source<'a, S> {
         0
     }
 
-    /// The same with the elements of one column side by side: column c starts at c·`stride` and has `depth` elements, a multiple of 8.
+    /// The same with the elements of one column side by side: column c starts at c·`stride` and has `depth` elements, a multiple of 8 where lines run
+    /// along w.
     #[inline(always)]
     pub fn lines(
         self,
@@ -292,26 +313,37 @@ impl<'a, S: Number> Source<'a, S> {
         stride: usize,
         depth: usize,
     ) {
+        if self.along_k {
+            let columns = to.chunks_mut(stride).zip(j.0..);
+            return columns.for_each(|(to, c)| self.laid(element, Some(c).filter(|c| *c < j.1), l, &mut to[..depth]));
+        }
         const W: usize = 8;
         for (block, columns) in to.chunks_mut(stride * W).enumerate() {
             for e in (0..depth).step_by(TURN) {
                 let from = l.0 + e * element.numbers();
                 let mut turned = [[0u32; W]; TURN];
                 let span = (j.0 + block * W, j.1.max(j.0 + block * W));
-                if !self.along_k {
-                    self.panel::<W>(element, (from, l.1.max(from)), span, turned.as_flattened_mut());
-                    turned = transposed(turned);
-                }
-                for (c, to) in columns.chunks_mut(stride).enumerate() {
-                    let to = &mut to[e..e + TURN];
-                    if !self.along_k {
-                        to.copy_from_slice(&turned[c]);
-                    } else {
-                        let column = if span.0 + c < span.1 { Some(span.0 + c) } else { None };
-                        to.copy_from_slice(&self.run(element, column, from, l.1));
-                    }
-                }
+                self.panel::<W>(element, (from, l.1.max(from)), span, turned.as_flattened_mut());
+                let turned = transposed(turned);
+                columns.chunks_mut(stride).zip(turned).for_each(|(to, x)| to[e..e + TURN].copy_from_slice(&x));
             }
+        }
+    }
+
+    /// The elements of a column, which runs along k; zeros for no column.
+    #[inline(always)]
+    fn laid(self, element: Element, column: Option<usize>, l: (usize, usize), to: &mut [u32]) {
+        let mut done = 0;
+        #[cfg(target_arch = "x86_64")]
+        if let Some(column) = column.filter(|_| wide::serves(isa::current(), element, 8)) {
+            done = ((l.1 - l.0) / element.numbers()).min(to.len()) / wide::LANES * wide::LANES;
+            let from = &self.data[self.line(column) + l.0..][..done * element.numbers()];
+            // SAFETY: the set serves; both sides have the elements.
+            unsafe { wide::lay(from.as_ptr(), element, &mut to[..done]) }
+        }
+        for (e, to) in to[done..].chunks_mut(TURN).enumerate() {
+            let run = self.run(element, column, l.0 + (done + e * TURN) * element.numbers(), l.1);
+            to.copy_from_slice(&run[..to.len()]);
         }
     }
 

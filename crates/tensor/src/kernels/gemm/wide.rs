@@ -4,6 +4,7 @@
 use super::number::Number;
 use super::pack::Element;
 use crate::isa::Isa;
+use crate::kernels::simd::soon;
 use crate::kernels::turn::{transposed, turned_quarters};
 use std::arch::x86_64::*;
 
@@ -56,6 +57,36 @@ pub unsafe fn copy<S: Number, const W: usize>(
             Element::Pair => copy_pairs::<S, W>(row, (to, stride), (rows, panels)),
             _ => copy_plain::<S, W>(row, (to, stride), (rows, panels)),
         }
+    }
+}
+
+/// The elements of numbers that lie side by side.
+///
+/// # Safety
+/// The set serves the element. `to` is a multiple of 16, and the numbers of all its elements are readable.
+pub unsafe fn lay<S: Number>(from: *const S, element: Element, to: &mut [u32]) {
+    // SAFETY: the caller's.
+    unsafe {
+        match element {
+            Element::Pair => lay_pairs(from, to),
+            _ => lay_plain(from, to),
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f")]
+unsafe fn lay_plain<S: Number>(from: *const S, to: &mut [u32]) {
+    for (i, to) in to.chunks_exact_mut(LANES).enumerate() {
+        // SAFETY: the caller's: sixteen numbers each.
+        unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), S::sixteen(from.add(i * LANES))) }
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn lay_pairs<S: Number>(from: *const S, to: &mut [u32]) {
+    for (i, to) in to.chunks_exact_mut(LANES).enumerate() {
+        // SAFETY: the caller's: thirty-two numbers each.
+        unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), S::couples(from.add(2 * i * LANES))) }
     }
 }
 
@@ -168,13 +199,6 @@ unsafe fn copy_pairs<S: Number, const W: usize>(
 
 /// Rows that are asked for before they are needed: each lies in a page of its own, where the machine does not look ahead by itself.
 const AHEAD: usize = 16;
-
-/// Asks for a number behind `from`, if there is one.
-#[inline(always)]
-fn soon<S>(from: *const S, at: usize) {
-    // SAFETY: asking reads nothing and cannot fail.
-    unsafe { _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(at).cast()) }
-}
 
 /// Stores vectors of elements where their panels lie.
 ///
