@@ -5,18 +5,26 @@ use super::operand::Rows as Keys;
 use super::plan::{Item, Plan, each, split};
 use super::tile::{Scratch, Span, Tile, Walk, keys};
 use crate::kernels::lanes::{self, LANES, Lanes, PIECE, Piece, Place, Rows};
-use crate::kernels::simd::{self, Kernel, copy};
+use crate::kernels::simd::{self, Kernel, copy, soon_all};
 use crate::tape::add;
 use crate::{Arena, Buffer, Real};
+use std::ops::Range;
 
-/// Gradients of an item with respect to keys and values [keys, kv_heads·dh] and the table rows it reached.
+/// What an item gives to gradients that items share.
 struct Partial<T: Real> {
-    /// Numbers of k and v before those of the first key.
+    /// Numbers of k and v before those of the first key that it sees.
     at: usize,
-    dk: Buffer<T>,
-    dv: Buffer<T>,
+    /// Gradients of keys and values [keys, kv_heads·dh], where other items of the document have some too.
+    keys: Option<[Buffer<T>; 2]>,
+    /// Of the table rows it reached.
     d_table: Vec<T>,
 }
+
+/// The gradients of keys and values of an item that has its document for itself.
+type Own<'s, T> = Option<[&'s mut [T]; 2]>;
+
+/// A document whose keys several items see: its first number in k, its items, and the gradients of its keys and values.
+type Shared<'s, T> = (usize, Range<usize>, [&'s mut [T]; 2]);
 
 /// Sets d = [dq, dk, dv, dgates] for y and its upstream gradient and returns the gradient of the table [P+1, dh], or nothing without one.
 pub(super) fn backward<T: Real>(
@@ -28,10 +36,11 @@ pub(super) fn backward<T: Real>(
 ) -> Vec<T> {
     let heads = plan.spec.heads;
     let gate_width = if plan.gates.is_some() { heads } else { 0 };
+    let (own, shared) = documents(items, plan.spec.kv_heads * plan.dh, [dk, dv]);
     let parts = split(items, dq, heads * plan.dh).into_iter().zip(split(items, d_gates, gate_width));
-    let work: Vec<_> = items.iter().zip(parts).collect();
-    let partials = each(plan, work, |scratch, (item, (dq, d_gates))| {
-        Job { plan, item, y, upstream, stats }.run(arena, scratch, dq, d_gates)
+    let work: Vec<_> = items.iter().zip(parts).zip(own).collect();
+    let partials = each(plan, work, |scratch, ((item, (dq, d_gates)), own)| {
+        Job { plan, item, y, upstream, stats }.run(arena, scratch, (dq, d_gates), own)
     });
     let mut d_table = vec![T::ZERO; plan.cope.as_ref().map_or(0, |cope| (cope.last + 1) * plan.dh)];
     for partial in &partials {
@@ -39,28 +48,43 @@ pub(super) fn backward<T: Real>(
         rows.for_each(|(sum, row)| add(sum, row));
     }
     d_table.iter_mut().for_each(|d| *d *= T::ONE / plan.scale);
-    join(plan, items, &partials, [dk, dv]);
+    join(plan, &partials, shared);
     d_table
 }
 
-/// Sets dk and dv to the sums of what the items of each document found, in the order of the items.
-fn join<T: Real>(plan: &Plan<'_, T>, items: &[Item], mut partials: &[Partial<T>], [mut dk, mut dv]: [&mut [T]; 2]) {
-    let width = plan.spec.kv_heads * plan.dh;
-    let mut documents = Vec::new();
-    for items in items.chunk_by(|a, b| a.keys_at == b.keys_at) {
-        let len = items[items.len() - 1].rows.end * width;
-        let (own, rest) = partials.split_at(items.len());
+/// The gradients of keys and values of each item that has its document for itself, and the documents of the other items.
+fn documents<'s, T>(
+    items: &[Item],
+    width: usize,
+    [mut dk, mut dv]: [&'s mut [T]; 2],
+) -> (Vec<Own<'s, T>>, Vec<Shared<'s, T>>) {
+    let (mut own, mut shared) = (Vec::with_capacity(items.len()), Vec::new());
+    for group in items.chunk_by(|a, b| a.keys_at == b.keys_at) {
+        let len = group[group.len() - 1].rows.end * width;
         let ((k, k_rest), (v, v_rest)) = (dk.split_at_mut(len), dv.split_at_mut(len));
-        documents.push((items[0].keys_at * width, own, k, v));
-        (partials, dk, dv) = (rest, k_rest, v_rest);
+        match group {
+            [_] => own.push(Some([k, v])),
+            [first, ..] => {
+                shared.push((first.keys_at * width, own.len()..own.len() + group.len(), [k, v]));
+                own.extend(group.iter().map(|_| None));
+            }
+            [] => {}
+        }
+        (dk, dv) = (k_rest, v_rest);
     }
-    each(plan, documents, |_, (start, partials, dk, dv)| {
-        dk.fill(T::ZERO);
-        dv.fill(T::ZERO);
-        for partial in partials {
-            let range = partial.at - start..partial.at - start + partial.dk.len();
-            add(&mut dk[range.clone()], &partial.dk);
-            add(&mut dv[range], &partial.dv);
+    (own, shared)
+}
+
+/// Sets the gradients of keys that several items see to the sums of what these found, in the order of the items.
+fn join<T: Real>(plan: &Plan<'_, T>, partials: &[Partial<T>], shared: Vec<Shared<'_, T>>) {
+    each(plan, shared, |_, (start, items, sums)| {
+        for (i, sum) in sums.into_iter().enumerate() {
+            sum.fill(T::ZERO);
+            for Partial { at, keys, .. } in &partials[items.clone()] {
+                if let Some(keys) = keys {
+                    add(&mut sum[at - start..][..keys[i].len()], &keys[i]);
+                }
+            }
         }
     });
 }
@@ -70,6 +94,7 @@ struct Means<'s, T> {
     y: &'s [T],
     d: &'s [T],
     rows: &'s [u32],
+    ahead: usize,
     dh: usize,
     /// [lanes, lanes]
     sums: &'s mut [T],
@@ -82,6 +107,7 @@ impl<T: Real> Kernel for Means<'_, T> {
     fn run(self) {
         for (sums, row) in self.sums.chunks_exact_mut(LANES).zip(self.rows) {
             let at = *row as usize * self.dh;
+            [self.y, self.d].iter().for_each(|numbers| soon_all(numbers.as_ptr(), at + self.ahead, self.dh));
             let ((y, y_rest), (d, d_rest)) =
                 (self.y[at..at + self.dh].as_chunks::<LANES>(), self.d[at..at + self.dh].as_chunks::<LANES>());
             for (y, d) in y.iter().zip(d) {
@@ -102,15 +128,21 @@ struct Job<'s, T: Real> {
 }
 
 impl<T: Real> Job<'_, T> {
-    fn run(&self, arena: &Arena<T>, scratch: &mut Scratch<T>, dq: &mut [T], d_gates: &mut [T]) -> Partial<T> {
+    /// Sets dq, d_gates and, of a document that the item has for itself, the gradients of its keys and values.
+    fn run(
+        &self,
+        arena: &Arena<T>,
+        scratch: &mut Scratch<T>,
+        (dq, d_gates): (&mut [T], &mut [T]),
+        mut own: Own<'_, T>,
+    ) -> Partial<T> {
         let (plan, item) = (self.plan, self.item);
         let (dh, wide, width) = (plan.dh, plan.wide, plan.spec.kv_heads * plan.dh);
         let keys = keys(plan, item);
-        let mut partial = Partial {
-            at: (item.keys_at + keys.start) * width,
-            dk: arena.take(keys.len() * width),
-            dv: arena.take(keys.len() * width),
-            d_table: Vec::new(),
+        let mut partial = None;
+        let mut dkv: [&mut [T]; 2] = match &mut own {
+            Some(own) => own.each_mut().map(|own| &mut **own),
+            None => partial.insert([0, 1].map(|_| arena.take(keys.len() * width))).each_mut().map(|own| &mut **own),
         };
         scratch.d_table.clear();
         if plan.gates.is_some() {
@@ -139,15 +171,15 @@ impl<T: Real> Job<'_, T> {
             if let Some(rope) = &plan.rope {
                 rope.turn(lanes::flat_mut(&mut scratch.dk), wide * PIECE, |i| keys.start + i, true);
             }
-            for (from, to) in [(&scratch.dk, &mut partial.dk), (&scratch.dv, &mut partial.dv)] {
+            for (from, to) in [&scratch.dk, &scratch.dv].into_iter().zip(&mut dkv) {
                 let rows = lanes::flat(from).chunks_exact(wide * PIECE);
                 for (row, to) in rows.zip(to.chunks_exact_mut(width)) {
                     copy(&mut to[kv * dh..(kv + 1) * dh], &row[..dh]);
                 }
             }
         }
-        partial.d_table.extend_from_slice(lanes::flat(&scratch.d_table));
-        partial
+        let at = (item.keys_at + keys.start) * width;
+        Partial { at, keys: partial, d_table: lanes::flat(&scratch.d_table).to_vec() }
     }
 
     /// What backward knows of a tile's rows. Lanes behind the last row repeat it, without upstream gradient.
@@ -165,7 +197,14 @@ impl<T: Real> Job<'_, T> {
         let at = self.item.queries_at * heads * plan.dh;
         let (y, d) = (&self.y[at..], &self.upstream[at..]);
         let (mut sums, mut columns) = ([Piece::all(T::ZERO); LANES / PIECE * LANES], [zero; LANES]);
-        simd::dispatch(Means { y, d, rows: span.rows, dh: plan.dh, sums: lanes::flat_mut(&mut sums) });
+        simd::dispatch(Means {
+            y,
+            d,
+            rows: span.rows,
+            ahead: span.ahead,
+            dh: plan.dh,
+            sums: lanes::flat_mut(&mut sums),
+        });
         lanes::columns(&mut columns, &sums, LANES / PIECE);
         columns.iter().for_each(|column| (0..LANES).for_each(|l| rows.mean.0[l] += column.0[l]));
         rows

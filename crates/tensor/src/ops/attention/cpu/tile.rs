@@ -5,7 +5,7 @@ use super::plan::{Cope, Item, Plan};
 use crate::Real;
 use crate::kernels::lanes::narrow::Grid;
 use crate::kernels::lanes::{self, LANES, Lanes, PIECE, Piece, Place};
-use crate::kernels::simd::{self, Kernel};
+use crate::kernels::simd::{self, Kernel, soon_all};
 use std::ops::Range;
 
 /// Keys of a block: a block of scores, keys and values fits the first cache.
@@ -63,6 +63,10 @@ impl<T: Real> Scratch<T> {
         let (width, stride, narrow) = (plan.dh, plan.spec.kv_heads * plan.dh, plan.narrow);
         let at = (item.keys_at + keys.start) * stride + kv * width;
         let [k, v] = [plan.k, plan.v].map(|data| Grid { data: &data[at..], rows: keys.len(), width, stride });
+        let ahead = plan.ahead(width, kv, keys.len());
+        for rows in [k, v] {
+            (0..rows.rows).for_each(|i| soon_all(rows.data.as_ptr(), ahead + i * stride, width));
+        }
         self.k.read(k, [narrow, narrow && back], plan.rope.as_ref().map(|rope| (rope, keys.start)));
         self.v.read(v, [narrow && back, narrow && !back], None);
     }
@@ -81,6 +85,8 @@ fn even(position: usize) -> usize {
 /// The rows of a tile and the keys they see. Lanes behind the last row repeat it and have no upstream gradient.
 pub(super) struct Span<'s> {
     pub rows: &'s [u32],
+    /// From a row to the one of the next key/value head, or of the next item, which will be read after it.
+    pub ahead: usize,
     /// Position of each lane's row, and the keys from..to that it sees.
     pub positions: [usize; LANES],
     from: Lanes<i32>,
@@ -92,14 +98,23 @@ pub(super) struct Span<'s> {
 
 impl<'s> Span<'s> {
     pub(super) fn new<T: Real>(plan: &Plan<'_, T>, item: &Item, rows: &'s [u32]) -> Self {
-        let heads = plan.spec.heads as u32;
-        let queries: [usize; LANES] = std::array::from_fn(|l| (rows[l.min(rows.len() - 1)] / heads) as usize);
+        let heads = plan.spec.heads;
+        let mut query = rows[0] as usize / heads;
+        let queries: [usize; LANES] = std::array::from_fn(|l| {
+            let row = rows[l.min(rows.len() - 1)] as usize;
+            while row >= (query + 1) * heads {
+                query += 1; // rows are in order
+            }
+            query
+        });
         let positions = queries.map(|query| item.rows.start + query);
         let first = queries.map(|query| plan.first_key(item, query));
         let (near, far) = (positions[LANES - 1], positions[0]);
         let (farthest, nearest) = first.iter().fold((usize::MAX, 0), |(low, high), &i| (low.min(i), high.max(i)));
+        let head = rows[0] as usize % heads;
         Span {
             rows,
+            ahead: plan.ahead(plan.group * plan.dh, head / plan.group, item.rows.len()),
             positions,
             from: Lanes(first.map(|i| i as i32)),
             to: Lanes(positions.map(|i| i as i32 + 1)),
@@ -115,10 +130,14 @@ impl<'s> Span<'s> {
             .map(move |b| (b * BLOCK).max(any.start)..((b + 1) * BLOCK).min(any.end))
     }
 
-    /// Sets the scores of keys that a row does not see to -∞.
+    /// Sets the scores of keys that a row does not see to -∞: some of those before and behind the keys that all rows see.
     fn hide<T: Real>(&self, s: &mut [Lanes<T>], block: &Range<usize>) {
-        if block.start < self.all.start || block.end > self.all.end {
-            lanes::hide(s, block.start as i32, &self.from, &self.to);
+        let all = if self.all.is_empty() { block.end..block.end } else { self.all.clone() };
+        for edge in [block.start..all.start.min(block.end), all.end.max(block.start)..block.end] {
+            if !edge.is_empty() {
+                let s = &mut s[edge.start - block.start..edge.end - block.start];
+                lanes::hide(s, edge.start as i32, &self.from, &self.to);
+            }
         }
     }
 
@@ -297,12 +316,13 @@ impl<T: Real> Tile<T> {
 /// Copies the heads of a tile out of [rows, heads·dh] into padded rows, times a factor; lanes behind the last row repeat it.
 fn gather<T: Real>(plan: &Plan<'_, T>, from: &[T], span: &Span<'_>, factor: T, to: &mut Vec<Piece<T>>) {
     to.resize(LANES * plan.wide, Piece::all(T::ZERO));
-    simd::dispatch(Gather { from, rows: span.rows, dh: plan.dh, factor, to: lanes::flat_mut(to) });
+    simd::dispatch(Gather { from, rows: span.rows, ahead: span.ahead, dh: plan.dh, factor, to: lanes::flat_mut(to) });
 }
 
 struct Gather<'s, T> {
     from: &'s [T],
     rows: &'s [u32],
+    ahead: usize,
     dh: usize,
     factor: T,
     to: &'s mut [T],
@@ -316,6 +336,7 @@ impl<T: Real> Kernel for Gather<'_, T> {
         let width = self.to.len() / LANES;
         for (l, row) in self.to.chunks_exact_mut(width).enumerate() {
             let at = self.rows[l.min(self.rows.len() - 1)] as usize * self.dh;
+            soon_all(self.from.as_ptr(), at + self.ahead, self.dh);
             let (row, padding) = row.split_at_mut(self.dh);
             row.iter_mut().zip(&self.from[at..at + self.dh]).for_each(|(to, from)| *to = *from * self.factor);
             padding.fill(T::ZERO);
