@@ -10,9 +10,11 @@ use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering}
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Pauses between two looks for work, and how many looks are in vain before the system may run others instead.
-const PAUSES: usize = 16;
-const PATIENCE: usize = 1000;
+/// Pauses between two looks for work, how many looks at the crew's loops come before one at those of the pool, and how many are in vain before the
+/// system may run others instead.
+const PAUSES: usize = 4;
+const LOOKS: usize = 8;
+const PATIENCE: usize = 4000;
 
 thread_local! {
     /// Of the thread that runs a step: who helps it. Nobody while it is inside a piece of a loop.
@@ -40,7 +42,8 @@ pub fn awake<R: Send>(f: impl FnOnce() -> R + Send) -> R {
         looking.fetch_add(1, Ordering::Relaxed);
         let mut idle = 0;
         while !done.load(Ordering::Relaxed) {
-            if crew.help() || rayon::yield_now() == Some(rayon::Yield::Executed) {
+            let due = idle % LOOKS == LOOKS - 1;
+            if crew.help() || due && rayon::yield_now() == Some(rayon::Yield::Executed) {
                 idle = 0;
             } else {
                 pause(&mut idle);
@@ -83,8 +86,8 @@ pub fn run(count: usize, piece: impl Fn(usize) + Sync) {
 
 /// A moment's rest of a thread that found nothing, for the `idle`th time.
 fn pause(idle: &mut usize) {
+    *idle += 1;
     if *idle < PATIENCE {
-        *idle += 1;
         (0..PAUSES).for_each(|_| std::hint::spin_loop());
     } else {
         std::thread::yield_now();
@@ -109,12 +112,11 @@ impl Drop for Helped {
 }
 
 /// A loop that is being run. Each thread goes through a span of neighbouring pieces, which read the same weights, and then takes from the ends of
-/// other spans.
+/// other spans. It has the same span in every loop, so that it finds in its cache the rows that it wrote in the one before.
 struct Loop<'s> {
     piece: &'s (dyn Fn(usize) + Sync),
     /// One for each thread.
     spans: Vec<Span>,
-    came: AtomicUsize,
     /// What a piece on another thread panicked with.
     broken: Mutex<Option<Box<dyn Any + Send>>>,
 }
@@ -125,13 +127,13 @@ impl<'s> Loop<'s> {
         let threads = rayon::current_num_threads().min(count);
         let bound = |thread: usize| (count * thread / threads) as u64;
         let spans = (0..threads).map(|i| Span(AtomicU64::new(bound(i + 1) << 32 | bound(i)))).collect();
-        Loop { piece, spans, came: AtomicUsize::new(0), broken: Mutex::new(None) }
+        Loop { piece, spans, broken: Mutex::new(None) }
     }
 
     /// Takes pieces until there are none; whether there was one.
     fn work(&self) -> bool {
         let _inside = Inside(INSIDE.replace(true));
-        let own = self.came.fetch_add(1, Ordering::Relaxed) % self.spans.len();
+        let own = rayon::current_thread_index().unwrap_or(0) % self.spans.len();
         let mut took = false;
         while let Some(i) = self.spans[own].take(false).or_else(|| self.steal()) {
             (self.piece)(i);
