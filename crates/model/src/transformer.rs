@@ -9,7 +9,7 @@ pub use crate::block::{DepthTrace, ExpertTrace, HeadTrace, LayerCache, WindowTra
 use crate::config::{Model, PositionKind};
 pub use crate::input::{Documents, Watch, unwatched};
 use moe_router::{Mode, Policy};
-use tensor::kernels::parallel;
+use tensor::kernels::{memory, parallel};
 use tensor::ops::attention::{Attention, Position};
 use tensor::ops::{combine::add, embedding::embedding, rms_norm::rms_norm};
 use tensor::random::Purpose;
@@ -218,7 +218,7 @@ impl Transformer {
     /// Fresh parameters, a pure function of the seed: N(0, 2/fan_in) for weights, std 1/√d for embeddings, norms 1, CoPE tables and thresholds 0, routers small.
     /// Every tensor has a stream of its own (keyed by its name), so that models which share a tensor start with the same bytes in it.
     pub fn initialise(&self, seed: u64) -> Vec<f32> {
-        let mut params = vec![0.0f32; self.layout.len()];
+        let mut params = memory::zeros(self.layout.len());
         let random = Random::new(seed, Purpose::Init);
         for (name, param) in self.layout.iter() {
             let (std, stream) = (self.initial_std(name, param), stream(name));

@@ -1,6 +1,7 @@
 //! Recycled buffers: a training step asks for the same sizes again and again, and fresh pages cost more than the arithmetic on them.
 
 use crate::Real;
+use crate::kernels::memory::large_pages;
 use std::collections::BTreeMap;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -43,7 +44,8 @@ impl<T: Real> Arena<T> {
                 data
             }
             None => {
-                let data = Vec::with_capacity(len);
+                let mut data = Vec::with_capacity(len);
+                large_pages(data.spare_capacity_mut());
                 pool.held += data.capacity();
                 data
             }

@@ -1,6 +1,10 @@
-//! What the allocator does with memory that a step gives back. glibc returns it to the kernel and maps it afresh in the next step, where every
-//! page costs a fault and its zeroing: more than the arithmetic on it.
+//! What the allocator does with memory that a step gives back, and how the kernel maps it. glibc returns memory to the kernel and maps it afresh in
+//! the next step, where every page costs a fault and its zeroing: more than the arithmetic on it. And a step walks through more pages of 4 KiB than
+//! the processor keeps the places of.
 #![allow(unsafe_code)]
+
+use crate::Real;
+use std::mem::MaybeUninit;
 
 /// Lets the process keep freed memory for its next use, blocks above 32 MiB left out (flat buffers and the arena hold on to theirs), and share
 /// it between threads started later: a step runs now on one thread of the pool, now on another. For the whole process, once; without effect on
@@ -17,4 +21,29 @@ pub fn keep_pages() {
             libc::mallopt(libc::M_ARENA_MAX, 1);
         });
     }
+}
+
+/// Asks the kernel for pages of 2 MiB around a buffer that is not in use yet, where it gives them to those who ask.
+pub fn large_pages<T>(buffer: &[MaybeUninit<T>]) {
+    #[cfg(target_os = "linux")]
+    {
+        const PAGE: usize = 2 << 20;
+        const LEAST: usize = 64 << 10;
+        let bytes = buffer.as_ptr_range();
+        let (start, end) = (bytes.start as usize / PAGE * PAGE, (bytes.end as usize).next_multiple_of(PAGE));
+        if size_of_val(buffer) >= LEAST {
+            // SAFETY: advice changes how memory is mapped, not what is in it; about memory of others, or none, too.
+            unsafe { libc::madvise(start as *mut _, end - start, libc::MADV_HUGEPAGE) };
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = buffer;
+}
+
+/// Zeros, on such pages.
+pub fn zeros<T: Real>(len: usize) -> Vec<T> {
+    let mut numbers = Vec::with_capacity(len);
+    large_pages(numbers.spare_capacity_mut());
+    numbers.resize(len, T::ZERO);
+    numbers
 }

@@ -17,8 +17,8 @@ pub mod sgd;
 use crate::layers::{Rates, shape, squares};
 use std::collections::BTreeMap;
 use std::ops::Range;
-use tensor::kernels::parallel;
 use tensor::kernels::simd::{self, Kernel};
+use tensor::kernels::{memory, parallel};
 use tensor::{Layout, Param};
 
 /// Numbers one task updates; a multiple of the 64-byte boundary.
@@ -87,7 +87,7 @@ pub struct Optimizer {
 impl Optimizer {
     pub fn new(kind: Kind, settings: Settings, layout: &Layout) -> Self {
         let expert_steps = layout.iter().filter(|(_, p)| p.count > 1).map(|(n, p)| (n.to_owned(), vec![0; p.count]));
-        let moments = moment_names(kind, &settings).iter().map(|name| (name.to_string(), vec![0.0; layout.len()]));
+        let moments = moment_names(kind, &settings).iter().map(|name| (name.to_string(), memory::zeros(layout.len())));
         let state = State { steps: 0, expert_steps: expert_steps.collect(), moments: moments.collect() };
         Self { kind, settings, state }
     }
