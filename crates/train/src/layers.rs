@@ -14,8 +14,15 @@ const TARGET_NORM: f64 = 3.0;
 
 /// Sum of squares in f64: running sums in a fixed order per block, blocks joined in order, whatever the number of threads.
 pub fn sum_squares(numbers: &[f32]) -> f64 {
+    sums_of_squares(&[numbers]).remove(0)
+}
+
+/// The same of each run of numbers.
+pub fn sums_of_squares(runs: &[&[f32]]) -> Vec<f64> {
+    let blocks: Vec<&[f32]> = runs.iter().flat_map(|run| run.chunks(BLOCK)).collect();
     let block = |block: &[f32]| simd::dispatch(SumSquares(block));
-    parallel::map(numbers.len() > 4 * BLOCK, numbers.chunks(BLOCK).collect(), block).into_iter().sum()
+    let mut sums = parallel::map(blocks.len() > 4, blocks, block).into_iter();
+    runs.iter().map(|run| sums.by_ref().take(run.len().div_ceil(BLOCK)).sum()).collect()
 }
 
 struct SumSquares<'s>(&'s [f32]);
@@ -99,10 +106,9 @@ impl FlatLayers {
 
     /// ‖gradient‖ of each flat layer, padding left out. An empty layer has norm 0.
     pub fn param_norms(&self, grads: &[f32]) -> Vec<f64> {
-        let matrices: Vec<_> =
-            self.parameters().flat_map(|(_, param, _)| (0..param.count).map(move |i| param.range(i))).collect();
-        let sums = parallel::map(true, matrices, |range| sum_squares(&grads[range]));
-        self.norms_of(&sums)
+        let matrices = self.parameters().flat_map(|(_, param, _)| (0..param.count).map(move |i| param.range(i)));
+        let matrices: Vec<_> = matrices.map(|range| &grads[range]).collect();
+        self.norms_of(&sums_of_squares(&matrices))
     }
 
     /// The norm of each flat layer from the sums of squares of all matrices, in flat order.

@@ -6,7 +6,7 @@ use crate::epoch::Epoch;
 use crate::error::TrainError;
 use crate::flops;
 use crate::guard::{Fault, Guard, Kind};
-use crate::layers::{FlatLayers, sum_squares};
+use crate::layers::{FlatLayers, sums_of_squares};
 use crate::loss::{self, Auxiliary, Share};
 use crate::noise::{self, Sample};
 use crate::optimizers::Optimizer;
@@ -129,7 +129,7 @@ impl Learner {
             precision: run.dtype,
             coefficients: run.losses.clone(),
             // The torch engine keeps its own on the device.
-            grads: if run.engine == Engine::Torch { Vec::new() } else { vec![0.0; params.len()] },
+            grads: if run.engine == Engine::Torch { Vec::new() } else { memory::zeros(params.len()) },
             spare: Vec::new(),
             arena: Arena::default(),
             #[cfg(feature = "torch")]
@@ -514,8 +514,8 @@ fn add<const N: usize>(sums: &mut Vec<(usize, [f64; N])>, layer: usize, measured
 /// Σ over documents of the Frobenius norm of their rows: with a loss that is the mean over b documents this is the mean over documents of
 /// ‖∂L_document/∂x‖.
 fn document_norms(gradient: &[f32], offsets_b1: &[usize], width: usize) -> f64 {
-    let norm = |rows: &[usize]| sum_squares(&gradient[rows[0] * width..rows[1] * width]).sqrt();
-    offsets_b1.windows(2).map(norm).sum()
+    let documents = offsets_b1.windows(2).map(|rows| &gradient[rows[0] * width..rows[1] * width]);
+    sums_of_squares(&documents.collect::<Vec<_>>()).into_iter().map(f64::sqrt).sum()
 }
 
 /// The trainer's own pool; 0 = one thread per core.

@@ -352,7 +352,9 @@ fn reproduce(path: &Path, out: Option<&Path>, json: bool) -> Result<u8, TrainErr
 
 /// Runs to the end and prints the results.
 fn train(trainer: Trainer, signals: &Signals, json: bool) -> Result<u8, TrainError> {
-    let (trainer, status) = finish(trainer, signals)?;
+    // A thread of the pool runs all of it: entering the pool for every update would wake one each time.
+    let pool = trainer.pool();
+    let (trainer, status) = pool.install(|| finish(trainer, signals))?;
     if status != 0 {
         return Ok(status);
     }

@@ -304,6 +304,11 @@ impl Trainer {
         stopped
     }
 
+    /// The threads of its updates.
+    pub fn pool(&self) -> Arc<rayon::ThreadPool> {
+        self.learner.pool.clone()
+    }
+
     pub fn out(&self) -> &Path {
         self.directory.path()
     }

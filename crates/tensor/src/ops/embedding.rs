@@ -4,11 +4,13 @@ use crate::kernels::parallel;
 use crate::profile::Cost;
 use crate::{Engine, Param, Real, Tape, Value, tape::add};
 use candle_core::{Device, Tensor};
-use rayon::prelude::*;
 use std::sync::Arc;
 
-/// Table rows a task adds up at least.
-const ROWS: usize = 32;
+/// Table rows that a task adds up.
+const ROWS: usize = 8;
+
+/// Numbers below which one thread is faster.
+const SMALL: usize = 1 << 14;
 
 /// Panics if an id lies outside the table: batches are checked against the vocabulary where they are made.
 pub fn embedding<'a, T: Real>(tape: &mut Tape<'a, T>, ids_n: &Arc<[u32]>, table: Param) -> Value<T> {
@@ -43,8 +45,10 @@ pub fn embedding<'a, T: Real>(tape: &mut Tape<'a, T>, ids_n: &Arc<[u32]>, table:
                 rows.push((row_d, tokens));
                 (rest, at) = (tail, id + 1);
             }
-            rows.into_par_iter().with_min_len(ROWS).for_each(|(row_d, tokens)| {
-                tokens.iter().for_each(|&t| add(row_d, &dy_nd[t * d..(t + 1) * d]));
+            parallel::each(n * d >= SMALL, rows.chunks_mut(ROWS).collect(), |rows| {
+                for (row_d, tokens) in rows {
+                    tokens.iter().for_each(|&t| add(row_d, &dy_nd[t * d..(t + 1) * d]));
+                }
             });
         });
     }
