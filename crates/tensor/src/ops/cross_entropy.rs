@@ -104,7 +104,9 @@ pub fn smoothed<'a, T: Real>(
                 to.iter_mut().zip(from.iter()).for_each(|(t, f)| *t += *f * upstream[0]);
             }
             if let Some(mut dx_nd) = dx_nd {
-                dx_nd.iter_mut().for_each(|d| *d *= upstream[0]);
+                if upstream[0] != T::ONE {
+                    dx_nd.iter_mut().for_each(|d| *d *= upstream[0]);
+                }
                 grads.give(x, dx_nd);
             }
         });

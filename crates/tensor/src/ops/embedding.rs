@@ -36,7 +36,7 @@ pub fn embedding<'a, T: Real>(tape: &mut Tape<'a, T>, ids_n: &Arc<[u32]>, table:
             let Some(dtable_vd) = grads.param(&table) else { return };
             // The tokens of an id in their order, so that the sum never depends on the threads.
             let mut order: Vec<usize> = (0..n).collect();
-            order.sort_unstable_by_key(|&t| (ids_n[t], t));
+            order.sort_by_key(|&t| ids_n[t]);
             let (mut rest, mut at): (&mut [T], usize) = (dtable_vd, 0);
             let mut rows = Vec::new();
             for tokens in order.chunk_by(|&a, &b| ids_n[a] == ids_n[b]) {

@@ -6,6 +6,7 @@ use super::pack::{Element, Operand, Source};
 use super::tile::{Strip, Tile, bf16_tile, f32_tile};
 use crate::Precision;
 use crate::isa::Isa;
+use crate::kernels::memory::large_pages;
 use crate::kernels::simd::{self, Kernel};
 use crate::kernels::{crew, parallel};
 use std::cell::Cell;
@@ -85,8 +86,10 @@ fn with_room<R>(
 ) -> R {
     let mut room = key.take();
     if room.len() * 16 < len {
-        room.clear();
-        room.resize(len.div_ceil(16), Line([0; 16]));
+        drop(room); // before there is another
+        room = Vec::with_capacity(len.div_ceil(16));
+        large_pages(room.spare_capacity_mut());
+        room.resize(room.capacity(), Line([0; 16]));
     }
     // SAFETY: a line is 16 numbers without padding.
     let flat = unsafe { std::slice::from_raw_parts_mut(room.as_mut_ptr().cast::<u32>(), room.len() * 16) };
@@ -247,7 +250,7 @@ pub unsafe fn multiply(a: Operand<'_>, m: usize, outs: &[Out<'_, '_>], room: &[u
 /// Blocks of rows, and of columns where there are too few rows, so that every thread finds work. Each block packs its rows of the left side, best many
 /// of them together and once.
 fn tasks(plans: &[Plan<'_, '_>], tile: Tile, threads: usize) -> Vec<Task> {
-    const FEW: usize = 3; // tiles a block of rows should have
+    const FEW: usize = 4; // tiles a block of rows should have
     let tiles = |plan: &Plan<'_, '_>| plan.job.m.div_ceil(tile.rows) * plan.panels;
     let total: usize = plans.iter().map(tiles).sum();
     let mut tasks = Vec::new();

@@ -166,16 +166,16 @@ mod x86 {
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     pub unsafe fn along(to: &mut [u32], from: Grid<'_, f32>) {
         let half = from.width.div_ceil(2);
-        for i in 0..from.rows {
-            for at in (0..half).step_by(LANES) {
-                let numbers = from.width - 2 * at;
+        for at in (0..half).step_by(LANES) {
+            let numbers = from.width - 2 * at;
+            let (low, high, pair) = (first(numbers), first(numbers.saturating_sub(LANES)), first(half - at));
+            for i in 0..from.rows {
                 // SAFETY: the caller's; no number or element beyond the row is touched.
                 unsafe {
                     let row = from.data.as_ptr().add(i * from.stride + 2 * at);
-                    let low = _mm512_maskz_loadu_ps(first(numbers), row);
-                    let high = _mm512_maskz_loadu_ps(first(numbers.saturating_sub(LANES)), row.wrapping_add(LANES));
-                    let to = to.as_mut_ptr().add(i * half + at).cast();
-                    _mm512_mask_storeu_epi32(to, first(half - at), pairs(low, high));
+                    let (x, y) =
+                        (_mm512_maskz_loadu_ps(low, row), _mm512_maskz_loadu_ps(high, row.wrapping_add(LANES)));
+                    _mm512_mask_storeu_epi32(to.as_mut_ptr().add(i * half + at).cast(), pair, pairs(x, y));
                 }
             }
         }
@@ -185,9 +185,9 @@ mod x86 {
     /// As for `along`.
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     pub unsafe fn down(to: &mut [u32], from: Grid<'_, f32>) {
-        for i in (0..from.rows).step_by(2) {
-            for at in (0..from.width).step_by(LANES) {
-                let mask = first(from.width - at);
+        for at in (0..from.width).step_by(LANES) {
+            let mask = first(from.width - at);
+            for i in (0..from.rows).step_by(2) {
                 let below = if i + 1 < from.rows { mask } else { 0 };
                 // SAFETY: as in `along`.
                 unsafe {
