@@ -222,7 +222,8 @@ def run_sweep(options: argparse.Namespace, clock: Clock) -> None:
     results = []
     narrow = multiplies_bf16()
     # Short contexts first: there PyTorch is nearest, and a step of its long ones takes many seconds.
-    for i, row in sorted(enumerate(SWEEP), key=lambda numbered: numbered[1][1]):
+    order = sorted(enumerate(SWEEP), key=lambda numbered: numbered[1][1])[options.skip :]
+    for i, row in order:
         if clock.left() < 10:
             console.print(f"{sweep_case(*row).name}: left out: no time")
             continue
@@ -235,10 +236,10 @@ def run_sweep(options: argparse.Namespace, clock: Clock) -> None:
         lost = f"; PyTorch out of memory: {', '.join(wins)}" if wins else ""
         best = f"{result['ratio']:.2f}x of {result['fastest_torch']}" if "ratio" in result else "no variant finished"
         console.print(f"{case.name}: {best}{single}{lost}")
-        save("sweep", results, options)
+        save(f"sweep after {options.skip} shapes" if options.skip else "sweep", results, options)
     slower = [result["case"]["name"] for result in results if result.get("ratio", 2.0) < 1.0]
     console.print(
-        f"{len(results) - len(slower)} of {len(results)} shapes at least as fast as PyTorch's best, of {len(SWEEP)}"
+        f"{len(results) - len(slower)} of {len(results)} shapes at least as fast as PyTorch's best, of {len(order)}"
     )
 
 
@@ -271,6 +272,7 @@ def main() -> None:
     parser.add_argument("--warm", type=int, default=3, help="warm-up steps of PyTorch")
     parser.add_argument("--minutes", type=float, help="wall time at most (10; quick 2; sweep 60)")
     parser.add_argument("--patience", type=float, default=150.0, help="seconds that a variant may take to be warm")
+    parser.add_argument("--skip", type=int, default=0, help="shapes of a sweep that an earlier one has measured")
     parser.add_argument("--out", type=Path, help="JSON file (benches/results/<machine>.json)")
     options = parser.parse_args()
     options.limit = int(0.85 * psutil.virtual_memory().available)

@@ -7,7 +7,7 @@ from itertools import product
 from rich.console import Console
 
 import sides
-from cases import DENSE_SMALL, SEED, SMALL, Case
+from cases import DENSE_SMALL, SEED, SMALL, Case, sweep_case
 
 CASES: list[Case] = [
     SEED,
@@ -21,6 +21,9 @@ CASES: list[Case] = [
     replace(SMALL, name="small, context 2048", seq=2048, batch=1),
     replace(SMALL, name="small, vocabulary 16384", vocab=16384, batch=4),
     replace(SEED, name="one short document", batch=1, seq=16),
+    sweep_case(256, 4096, 4, 0.2),
+    sweep_case(384, 1024, 4, 0.9),
+    sweep_case(1024, 4096, 4, 0.6),
 ]
 ALLOWED = 0.15
 
@@ -34,7 +37,7 @@ def measure(options: argparse.Namespace, console: Console) -> list[dict]:
         off = estimated / measured - 1
         rows.append({"case": case.name, "dtype": dtype, "measured": measured, "estimated": estimated, "off": off})
         sizes = f"measured {measured / 2**20:8.1f} MiB  estimated {estimated / 2**20:8.1f} MiB"
-        console.print(f"{case.name:28} {dtype:4}  {sizes}  {off:+.1%}")
+        console.print(f"{case.name:44} {dtype:4}  {sizes}  {off:+.1%}")
     worst = max(abs(row["off"]) for row in rows)
     console.print(f"worst: {worst:.1%}, allowed: {ALLOWED:.0%}")
     return rows

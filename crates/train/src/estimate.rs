@@ -87,8 +87,9 @@ impl Memory {
     }
 }
 
-/// Numbers that live at once at the end of the forward pass, where most are kept, with the buffers of the walk back. With `checkpoints` only the
-/// stream and the routers' scores of a block are kept, and the rest of one block at a time.
+/// Numbers that live at once where most do: at the end of the forward pass, with the buffers of loss and feed-forward on the walk back, or where it has
+/// left the last feed-forward behind and is in attention. With `checkpoints` only the stream and the routers' scores of a block are kept, and the
+/// rest of one block at a time.
 fn activations(run: &Run, checkpoints: bool, vocab: usize, [n, longest]: [f64; 2], score_std: f64) -> f64 {
     let model = &run.model;
     let (d, heads, layers) = (model.hidden_size as f64, model.num_heads as f64, model.num_layers as f64);
@@ -117,9 +118,8 @@ fn activations(run: &Run, checkpoints: bool, vocab: usize, [n, longest]: [f64; 2
     };
     let part = share * (block + 2.0 * d) + d;
     let blocks = if checkpoints { layers * (d + scores) + block } else { (layers - routed) * block + routed * part };
-    let per_token = blocks + 6.0 * d + passing + rows;
     let width = model.hidden_size / model.num_heads.max(1);
-    let attention = numbers_of_backward(
+    let shared = numbers_of_backward(
         [n / longest, longest],
         model.window,
         [width * model.num_kv_heads, width],
@@ -129,7 +129,10 @@ fn activations(run: &Run, checkpoints: bool, vocab: usize, [n, longest]: [f64; 2
     // Weights as packed for the products of an op: of the experts, of attention, of the output projection in both directions.
     let experts = model.router.experts().map_or(0.0, |e| 3.0 * e.num_experts as f64 * e.expert_hidden_size as f64 * d);
     let packed = [experts, d * (d + 2.0 * kv), 2.0 * v * d].map(|count| if count > PACKED { 0.0 } else { count });
-    n * per_token + attention + v * d + LOGITS.max(256.0 * v).min(n * v) + packed.iter().sum::<f64>()
+    let loss = n * (6.0 * d + passing + rows) + v * d + LOGITS.max(256.0 * v).min(n * v);
+    // Gradients of the stream, the heads' output, q, k and v, and what the items of long documents found.
+    let attention = n * (3.0 * d + 2.0 * kv - 2.0 * passing) + shared;
+    n * blocks + loss.max(attention) + packed.iter().sum::<f64>()
 }
 
 /// Experts of a token whose scores are normal with this standard deviation: the mean over fixed draws.
