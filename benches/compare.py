@@ -272,9 +272,11 @@ def main() -> None:
     parser.add_argument("--warm", type=int, default=3, help="warm-up steps of PyTorch")
     parser.add_argument("--minutes", type=float, help="wall time at most (10; quick 2; sweep 60)")
     parser.add_argument("--patience", type=float, default=150.0, help="seconds that a variant may take to be warm")
-    parser.add_argument("--skip", type=int, default=0, help="shapes of a sweep that an earlier one has measured")
+    parser.add_argument("--skip", type=int, default=0, help="the first shapes of --sweep, left out")
     parser.add_argument("--out", type=Path, help="JSON file (benches/results/<machine>.json)")
     options = parser.parse_args()
+    if not 0 <= options.skip < len(SWEEP):
+        parser.error(f"--skip {options.skip}: a sweep has {len(SWEEP)} shapes")
     options.limit = int(0.85 * psutil.virtual_memory().available)
     options.dtypes = options.dtypes or (dtypes() if multiplies_bf16() else ["f32"])
     if options.quick:

@@ -39,58 +39,41 @@ def train(run: Path, out: Path, sets: dict[str, object]) -> dict:
 
 def shakespeare(options: argparse.Namespace, console: Console, narrow: bool) -> list[dict]:
     """2,000 updates on both sides, without PyTorch's compile time and any evaluation; bf16 only where `narrow`. Every
-    training of PyTorch follows one of ours in the same precision, its fastest come again, and of every side the fastest
-    training counts."""
-    results: dict[str, dict] = {}
+    training of PyTorch follows one of ours in the same precision; the fastest of two on each side are compared."""
+    rows = []
+    for dtype, precision in [("f32", []), ("bf16", ["--bf16"])]:
+        for flags in (precision, ["--compile", *precision]):
+            if dtype in options.dtypes and (narrow or dtype == "f32"):
+                rows += beside(options, console, dtype, flags)
+    title = "nanoGPT's CPU recipe: 4 layers, width 128, context 64, batch 12, 2,000 updates"
+    table = Table(title=title, title_justify="left")
+    for column in ("", "seconds", "loss", "moe_lab beside it, seconds", "loss", "moe_lab is faster by", "spread"):
+        table.add_column(column, justify="right" if column else "left")
+    for row in rows:
+        cells = [f"{row['seconds']:.1f}", f"{row['loss']:.4f}", f"{row['ours']:.1f}", f"{row['ours_loss']:.4f}"]
+        spread = sorted(theirs / ours for ours, theirs in row["rounds"])
+        table.add_row(row["side"], *cells, f"{row['ratio']:.2f}x", f"{spread[0]:.2f}-{spread[-1]:.2f}")
+    console.print(table)
+    return rows
 
-    def note(row: dict) -> None:
-        seconds = [*results.get(row["side"], {}).get("rounds", []), row["seconds"]]
-        results[row["side"]] = row | {"seconds": min(seconds), "rounds": seconds}
 
-    def ours(dtype: str) -> None:
+def beside(options: argparse.Namespace, console: Console, dtype: str, flags: list[str]) -> list[dict]:
+    """Trainings of ours and of a variant of PyTorch in turn; nothing where it fails."""
+    command = [sys.executable, str(sides.HERE / "shakespeare_torch.py"), f"--threads={options.threads}", *flags]
+    rounds, row = [], {}
+    for _ in range(min(options.rounds, 2)):
         with tempfile.TemporaryDirectory() as folder:
             sets = {"dtype": dtype, "threads": options.threads}
-            found = train(FOLDER / "nanogpt.toml", Path(folder) / "run", sets)
-        note({"side": f"moe_lab {dtype}", "seconds": found["wall_seconds"], "loss": found["eval_loss"]})
-
-    def theirs(flags: list[str]) -> str | None:
-        command = [sys.executable, str(sides.HERE / "shakespeare_torch.py"), f"--threads={options.threads}", *flags]
+            ours = train(FOLDER / "nanogpt.toml", Path(folder) / "run", sets)
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             console.print(f"PyTorch {' '.join(flags)}: {done.stderr.strip().splitlines()[-1]}")
-            return None
+            return []
         row = json.loads(done.stdout.splitlines()[-1])
-        note(row)
-        return row["side"]
-
-    for dtype, flag in [("f32", []), ("bf16", ["--bf16"])]:
-        if flag and not narrow:
-            continue
-        alike = dtype if dtype in options.dtypes else options.dtypes[0]
-        flags: dict[str, list[str]] = {}
-        for kind in (flag, ["--compile", *flag]):
-            ours(alike)
-            side = theirs(kind)
-            if side:
-                flags[side] = kind
-        for _ in range(options.rounds - 2):
-            if flags:
-                ours(alike)
-                theirs(flags[min(flags, key=lambda side: results[side]["seconds"])])
-    rows = list(results.values())
-    title = "nanoGPT's CPU recipe: 4 layers, width 128, context 64, batch 12, 2,000 updates"
-    table = Table(title=title, title_justify="left")
-    for column in ("", "seconds", "all trainings", "held-out loss", "PyTorch's best f32 / it", "PyTorch's best / it"):
-        table.add_column(column, justify="right" if column else "left")
-    peers = [row for row in rows if row["side"].startswith("PyTorch")]
-    single = min((row["seconds"] for row in peers if "bf16" not in row["side"]), default=float("nan"))
-    best = min((row["seconds"] for row in peers), default=float("nan"))
-    for row in rows:
-        ratios = [f"{of / row['seconds']:.2f}x" for of in (single, best)]
-        trainings = ", ".join(f"{seconds:.1f}" for seconds in row["rounds"])
-        table.add_row(row["side"], f"{row['seconds']:.1f}", trainings, f"{row['loss']:.4f}", *ratios)
-    console.print(table)
-    return rows
+        rounds.append((ours["wall_seconds"], row["seconds"]))
+        row["ours_loss"] = ours["eval_loss"]
+    best = [min(pair[i] for pair in rounds) for i in (0, 1)]
+    return [row | {"dtype": dtype, "rounds": rounds, "ours": best[0], "seconds": best[1], "ratio": best[1] / best[0]}]
 
 
 def adaptivity(options: argparse.Namespace, console: Console, case: Case) -> dict:

@@ -44,8 +44,8 @@ impl<T: Real> Arena<T> {
                 data
             }
             None => {
-                let mut data = Vec::with_capacity(len);
-                large_pages(data.spare_capacity_mut());
+                let data = Vec::with_capacity(len);
+                large_pages(data.as_ptr(), len);
                 pool.held += data.capacity();
                 data
             }

@@ -119,7 +119,7 @@ fn activations(run: &Run, checkpoints: bool, vocab: usize, [n, longest]: [f64; 2
     let part = share * (block + 2.0 * d) + d;
     let blocks = if checkpoints { layers * (d + scores) + block } else { (layers - routed) * block + routed * part };
     let width = model.hidden_size / model.num_heads.max(1);
-    let shared = numbers_of_backward(
+    let [shared, scratch] = numbers_of_backward(
         [n / longest, longest],
         model.window,
         [width * model.num_kv_heads, width],
@@ -129,10 +129,11 @@ fn activations(run: &Run, checkpoints: bool, vocab: usize, [n, longest]: [f64; 2
     // Weights as packed for the products of an op: of the experts, of attention, of the output projection in both directions.
     let experts = model.router.experts().map_or(0.0, |e| 3.0 * e.num_experts as f64 * e.expert_hidden_size as f64 * d);
     let packed = [experts, d * (d + 2.0 * kv), 2.0 * v * d].map(|count| if count > PACKED { 0.0 } else { count });
-    let loss = n * (6.0 * d + passing + rows) + v * d + LOGITS.max(256.0 * v).min(n * v);
+    let at_loss = n * (6.0 * d + passing + rows) + v * d + LOGITS.max(256.0 * v).min(n * v);
     // Gradients of the stream, the heads' output, q, k and v, and what the items of long documents found.
-    let attention = n * (3.0 * d + 2.0 * kv - 2.0 * passing) + shared;
-    n * blocks + loss.max(attention) + packed.iter().sum::<f64>()
+    let last = if model.num_layers > 0 && model.depths.routes(model.num_layers - 1) { share } else { 1.0 };
+    let at_attention = n * (3.0 * d + 2.0 * kv - 2.0 * last * passing) + shared;
+    n * blocks + at_loss.max(at_attention) + scratch + packed.iter().sum::<f64>()
 }
 
 /// Experts of a token whose scores are normal with this standard deviation: the mean over fixed draws.

@@ -352,9 +352,7 @@ fn reproduce(path: &Path, out: Option<&Path>, json: bool) -> Result<u8, TrainErr
 
 /// Runs to the end and prints the results.
 fn train(trainer: Trainer, signals: &Signals, json: bool) -> Result<u8, TrainError> {
-    // A thread of the pool runs all of it: entering the pool for every update would wake one each time.
-    let pool = trainer.pool();
-    let (trainer, status) = pool.install(|| finish(trainer, signals))?;
+    let (trainer, status) = finish(trainer, signals)?;
     if status != 0 {
         return Ok(status);
     }
@@ -367,8 +365,16 @@ fn train(trainer: Trainer, signals: &Signals, json: bool) -> Result<u8, TrainErr
     Ok(0)
 }
 
-/// Runs to the end, or to where a signal ends it. With the exit status.
-fn finish(mut trainer: Trainer, signals: &Signals) -> Result<(Trainer, u8), TrainError> {
+/// Runs to the end, or to where a signal ends it. With the exit status. A thread of the pool runs all of it: entering the pool for every update would wake
+/// one each time. libtorch has threads of its own.
+fn finish(trainer: Trainer, signals: &Signals) -> Result<(Trainer, u8), TrainError> {
+    match trainer.pool() {
+        Some(pool) => pool.install(|| go_on(trainer, signals)),
+        None => go_on(trainer, signals),
+    }
+}
+
+fn go_on(mut trainer: Trainer, signals: &Signals) -> Result<(Trainer, u8), TrainError> {
     for note in trainer.notes() {
         eprintln!("{}", shown(note));
     }

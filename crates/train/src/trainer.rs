@@ -304,9 +304,9 @@ impl Trainer {
         stopped
     }
 
-    /// The threads of its updates.
-    pub fn pool(&self) -> Arc<rayon::ThreadPool> {
-        self.learner.pool.clone()
+    /// The threads of its updates, where they are the pool's.
+    pub fn pool(&self) -> Option<Arc<rayon::ThreadPool>> {
+        (self.run.engine != tensor::Engine::Torch).then(|| self.learner.pool.clone())
     }
 
     pub fn out(&self) -> &Path {

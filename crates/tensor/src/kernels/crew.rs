@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering}
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Pauses between two looks for work, how many looks at the crew's loops come before one at those of the pool, and how many are in vain before the
-/// system may run others instead.
+/// Pauses between two looks for the crew's loops, how many of them make one at the pool's too, and how many are in vain before the system may run others
+/// instead.
 const PAUSES: usize = 4;
 const LOOKS: usize = 8;
 const PATIENCE: usize = 4000;
@@ -42,8 +42,8 @@ pub fn awake<R: Send>(f: impl FnOnce() -> R + Send) -> R {
         looking.fetch_add(1, Ordering::Relaxed);
         let mut idle = 0;
         while !done.load(Ordering::Relaxed) {
-            let due = idle % LOOKS == LOOKS - 1;
-            if crew.help() || due && rayon::yield_now() == Some(rayon::Yield::Executed) {
+            let due = idle >= PATIENCE || idle % LOOKS == LOOKS - 1;
+            if crew.help() || (due && rayon::yield_now() == Some(rayon::Yield::Executed)) {
                 idle = 0;
             } else {
                 pause(&mut idle);

@@ -4,9 +4,11 @@
 #![allow(unsafe_code)]
 
 use crate::Real;
-use std::mem::MaybeUninit;
 
-/// Lets the process keep freed memory for its next use, blocks above 32 MiB left out (flat buffers and the arena hold on to theirs), and share
+/// Bytes from which a block is mapped on its own.
+const MAPPED: usize = 32 << 20;
+
+/// Lets the process keep freed memory for its next use, blocks of `MAPPED` bytes left out (flat buffers and the arena hold on to theirs), and share
 /// it between threads started later: a step runs now on one thread of the pool, now on another. For the whole process, once; without effect on
 /// other C libraries than glibc.
 pub fn keep_pages() {
@@ -15,7 +17,7 @@ pub fn keep_pages() {
         static ONCE: std::sync::Once = std::sync::Once::new();
         // SAFETY: mallopt takes numbers alone; a value that it refuses leaves the allocator as it is.
         ONCE.call_once(|| unsafe {
-            libc::mallopt(libc::M_MMAP_THRESHOLD, 32 << 20);
+            libc::mallopt(libc::M_MMAP_THRESHOLD, MAPPED as i32);
             libc::mallopt(libc::M_TRIM_THRESHOLD, 1 << 30);
             libc::mallopt(libc::M_TOP_PAD, 16 << 20);
             libc::mallopt(libc::M_ARENA_MAX, 1);
@@ -23,27 +25,29 @@ pub fn keep_pages() {
     }
 }
 
-/// Asks the kernel for pages of 2 MiB around a buffer that is not in use yet, where it gives them to those who ask.
-pub fn large_pages<T>(buffer: &[MaybeUninit<T>]) {
+/// Asks the kernel for pages of 2 MiB for a buffer that nobody has written to yet, where it gives them to those who ask. Neighbours on the pages at its
+/// ends, whosever they are, get them too.
+pub fn large_pages<T>(buffer: *const T, len: usize) {
     #[cfg(target_os = "linux")]
     {
         const PAGE: usize = 2 << 20;
         const LEAST: usize = 64 << 10;
-        let bytes = buffer.as_ptr_range();
-        let (start, end) = (bytes.start as usize / PAGE * PAGE, (bytes.end as usize).next_multiple_of(PAGE));
-        if size_of_val(buffer) >= LEAST {
+        let bytes = len * size_of::<T>();
+        let (start, end) = (buffer as usize / PAGE * PAGE, (buffer as usize + bytes).next_multiple_of(PAGE));
+        if bytes >= LEAST {
             // SAFETY: advice changes how memory is mapped, not what is in it; about memory of others, or none, too.
             unsafe { libc::madvise(start as *mut _, end - start, libc::MADV_HUGEPAGE) };
         }
     }
     #[cfg(not(target_os = "linux"))]
-    let _ = buffer;
+    let _ = (buffer, len);
 }
 
-/// Zeros, on such pages.
+/// Zeros, on such pages. Many of them are mapped as zeros, a page when it is used; fewer are written at once, after the pages were asked for.
 pub fn zeros<T: Real>(len: usize) -> Vec<T> {
-    let mut numbers = Vec::with_capacity(len);
-    large_pages(numbers.spare_capacity_mut());
+    let mapped = len * size_of::<T>() >= MAPPED;
+    let mut numbers = if mapped { vec![T::ZERO; len] } else { Vec::with_capacity(len) };
+    large_pages(numbers.as_ptr(), len);
     numbers.resize(len, T::ZERO);
     numbers
 }

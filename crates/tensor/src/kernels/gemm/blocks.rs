@@ -17,7 +17,7 @@ const DEPTH: usize = 256;
 /// Tiles a block of rows has at most: what a task packs stays in the second cache.
 const BLOCK: usize = 16;
 
-/// Below this many columns the rows of the left side are read where they lie.
+/// Below this many columns the rows of a left side of f32 are read where they lie.
 const NARROW: usize = 160;
 
 /// Below this many multiplications a list is computed at once by the calling thread.
@@ -88,7 +88,7 @@ fn with_room<R>(
     if room.len() * 16 < len {
         drop(room); // before there is another
         room = Vec::with_capacity(len.div_ceil(16));
-        large_pages(room.spare_capacity_mut());
+        large_pages(room.as_ptr(), room.capacity());
         room.resize(room.capacity(), Line([0; 16]));
     }
     // SAFETY: a line is 16 numbers without padding.
@@ -250,7 +250,7 @@ pub unsafe fn multiply(a: Operand<'_>, m: usize, outs: &[Out<'_, '_>], room: &[u
 /// Blocks of rows, and of columns where there are too few rows, so that every thread finds work. Each block packs its rows of the left side, best many
 /// of them together and once.
 fn tasks(plans: &[Plan<'_, '_>], tile: Tile, threads: usize) -> Vec<Task> {
-    const FEW: usize = 4; // tiles a block of rows should have
+    const FEW: usize = 4; // tiles a block of rows should have: so many columns of a turned left side are whole cache lines
     let tiles = |plan: &Plan<'_, '_>| plan.job.m.div_ceil(tile.rows) * plan.panels;
     let total: usize = plans.iter().map(tiles).sum();
     let mut tasks = Vec::new();

@@ -50,10 +50,14 @@ impl<'a> Operand<'a> {
         }
     }
 
-    /// Where number (k, column) lies and how far apart columns are, in elements, if pairs of neighbours along k can be read as they are.
+    /// Where the first pair lies and how far apart columns are, in elements, if pairs of neighbours along k can be read as they are. Columns a page apart
+    /// would fall upon one set of the first cache.
     pub fn pairs(self, k: usize) -> Option<(*const f32, usize)> {
+        const PAGE: usize = 4096 / size_of::<Bf16>();
         match self {
-            Operand::Narrow(source) if source.along_k && source.order.is_none() => {
+            Operand::Narrow(source)
+                if source.along_k && source.order.is_none() && !source.stride.is_multiple_of(PAGE) =>
+            {
                 let whole = k.is_multiple_of(2) && source.stride.is_multiple_of(2);
                 let from = source.data.as_ptr().cast::<f32>();
                 (whole && from.is_aligned()).then_some((from, source.stride / 2))
@@ -335,11 +339,13 @@ impl<'a, S: Number> Source<'a, S> {
     fn laid(self, element: Element, column: Option<usize>, l: (usize, usize), to: &mut [u32]) {
         let mut done = 0;
         #[cfg(target_arch = "x86_64")]
-        if let Some(column) = column.filter(|_| wide::serves(isa::current(), element, 8)) {
-            done = ((l.1 - l.0) / element.numbers()).min(to.len()) / wide::LANES * wide::LANES;
-            let from = &self.data[self.line(column) + l.0..][..done * element.numbers()];
-            // SAFETY: the set serves; both sides have the elements.
-            unsafe { wide::lay(from.as_ptr(), element, &mut to[..done]) }
+        if let Some(column) = column.filter(|_| element == Element::Pair && isa::current() >= Isa::Avx512Bf16) {
+            done = ((l.1 - l.0) / 2).min(to.len()) / wide::LANES * wide::LANES;
+            if done > 0 {
+                let from = &self.data[self.line(column) + l.0..][..2 * done];
+                // SAFETY: the machine has the set; both sides have the elements.
+                unsafe { wide::lay(from.as_ptr(), &mut to[..done]) }
+            }
         }
         for (e, to) in to[done..].chunks_mut(TURN).enumerate() {
             let run = self.run(element, column, l.0 + (done + e * TURN) * element.numbers(), l.1);

@@ -234,6 +234,23 @@ fn numbers_rounded_before_give_the_bytes_of_those_rounded_in_passing() {
 }
 
 #[test]
+fn rounded_rows_agree_wherever_they_start_and_however_far_apart_they_are() {
+    let (m, k, n) = (19, 64, 35);
+    for (start, stride) in [(0, 64), (1, 64), (2, 66), (1, 65), (0, 2048), (3, 2048)] {
+        let (a, b) = (numbers(1, start + (m - 1) * stride + k, 3), numbers(2, k * n, 3));
+        let halves = rounded(&a);
+        let whole: Vec<f32> = halves.iter().map(|x| x.to_f32()).collect();
+        let product = |a: Matrix<'_, f32>| {
+            let mut dst = vec![0.0f32; m * n];
+            matmul(Precision::Bf16, &mut dst, a, Matrix::new(&b, k, n), false);
+            bits(&dst)
+        };
+        let found = product(Matrix::narrow(&halves[start..], m, k, stride));
+        assert_eq!(found, product(Matrix::strided(&whole[start..], m, k, stride)), "{start} {stride}");
+    }
+}
+
+#[test]
 fn f64_takes_rounded_numbers_as_numbers() {
     let (a, b) = (numbers(1, 5 * 7, 3), numbers(2, 7 * 4, 3));
     let (halves, order) = (rounded(&a), [4, 0, 2]);

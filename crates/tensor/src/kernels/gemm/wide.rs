@@ -60,30 +60,12 @@ pub unsafe fn copy<S: Number, const W: usize>(
     }
 }
 
-/// The elements of numbers that lie side by side.
+/// The pairs of numbers that lie side by side.
 ///
 /// # Safety
-/// The set serves the element. `to` is a multiple of 16, and the numbers of all its elements are readable.
-pub unsafe fn lay<S: Number>(from: *const S, element: Element, to: &mut [u32]) {
-    // SAFETY: the caller's.
-    unsafe {
-        match element {
-            Element::Pair => lay_pairs(from, to),
-            _ => lay_plain(from, to),
-        }
-    }
-}
-
-#[target_feature(enable = "avx512f")]
-unsafe fn lay_plain<S: Number>(from: *const S, to: &mut [u32]) {
-    for (i, to) in to.chunks_exact_mut(LANES).enumerate() {
-        // SAFETY: the caller's: sixteen numbers each.
-        unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), S::sixteen(from.add(i * LANES))) }
-    }
-}
-
+/// The machine has AVX512-BF16. `to` is a multiple of 16, and the numbers of all its pairs are readable.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-unsafe fn lay_pairs<S: Number>(from: *const S, to: &mut [u32]) {
+pub unsafe fn lay<S: Number>(from: *const S, to: &mut [u32]) {
     for (i, to) in to.chunks_exact_mut(LANES).enumerate() {
         // SAFETY: the caller's: thirty-two numbers each.
         unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), S::couples(from.add(2 * i * LANES))) }

@@ -81,9 +81,8 @@ fn join<T: Real>(plan: &Plan<'_, T>, partials: &[Partial<T>], shared: Vec<Shared
         for (i, sum) in sums.into_iter().enumerate() {
             sum.fill(T::ZERO);
             for Partial { at, keys, .. } in &partials[items.clone()] {
-                if let Some(keys) = keys {
-                    add(&mut sum[at - start..][..keys[i].len()], &keys[i]);
-                }
+                let keys = &keys.as_ref().expect("the items of a shared document have their own sums")[i];
+                add(&mut sum[at - start..][..keys.len()], keys);
             }
         }
     });
@@ -107,7 +106,7 @@ impl<T: Real> Kernel for Means<'_, T> {
     fn run(self) {
         for (sums, row) in self.sums.chunks_exact_mut(LANES).zip(self.rows) {
             let at = *row as usize * self.dh;
-            [self.y, self.d].iter().for_each(|numbers| soon_all(numbers.as_ptr(), at + self.ahead, self.dh));
+            soon_all(self.y.as_ptr(), at + self.ahead, self.dh); // of d the tile does
             let ((y, y_rest), (d, d_rest)) =
                 (self.y[at..at + self.dh].as_chunks::<LANES>(), self.d[at..at + self.dh].as_chunks::<LANES>());
             for (y, d) in y.iter().zip(d) {
@@ -139,10 +138,10 @@ impl<T: Real> Job<'_, T> {
         let (plan, item) = (self.plan, self.item);
         let (dh, wide, width) = (plan.dh, plan.wide, plan.spec.kv_heads * plan.dh);
         let keys = keys(plan, item);
-        let mut partial = None;
+        let mut shared = None;
         let mut dkv: [&mut [T]; 2] = match &mut own {
             Some(own) => own.each_mut().map(|own| &mut **own),
-            None => partial.insert([0, 1].map(|_| arena.take(keys.len() * width))).each_mut().map(|own| &mut **own),
+            None => shared.insert([0, 1].map(|_| arena.take(keys.len() * width))).each_mut().map(|own| &mut **own),
         };
         scratch.d_table.clear();
         if plan.gates.is_some() {
@@ -179,7 +178,7 @@ impl<T: Real> Job<'_, T> {
             }
         }
         let at = (item.keys_at + keys.start) * width;
-        Partial { at, keys: partial, d_table: lanes::flat(&scratch.d_table).to_vec() }
+        Partial { at, keys: shared, d_table: lanes::flat(&scratch.d_table).to_vec() }
     }
 
     /// What backward knows of a tile's rows. Lanes behind the last row repeat it, without upstream gradient.

@@ -52,21 +52,22 @@ pub(super) fn items(offsets_b1: &[usize], spec: Attention) -> Vec<Item> {
 }
 
 /// Numbers that a step holds for attention on the way back beside the gradients themselves, for `documents` documents of `length` tokens: of every
-/// item that shares its document the gradients of the keys and values it sees, each `kv_width` wide, and of every thread the rows of a head `dh` wide, with their pairs, and the scores
-/// of a tile. An estimate for the size of a batch, which may be absurd: nothing is allocated.
+/// item that shares its document the gradients of the keys and values it sees, each `kv_width` wide, and what threads keep of every step on: rows of a
+/// head `dh` wide, with their pairs, and the scores of a tile. An estimate for the size of a batch, which may be absurd: nothing is allocated.
 pub fn numbers_of_backward(
     [documents, length]: [f64; 2],
     window: Option<usize>,
     [kv_width, dh]: [usize; 2],
     threads: usize,
-) -> f64 {
+) -> [f64; 2] {
     let parts = (ITEMS as f64 / documents).ceil().min((length / ROWS as f64).floor()).max(1.0);
     let seen = window.map_or(length, |w| length.min(w as f64));
     // Items of equal work: without a window their ends lie as the square roots of their numbers, with one evenly.
     let ends: f64 = (1..=parts as usize).map(|part| (part as f64 / parts).sqrt()).sum();
     let keys = if parts > 1.0 { (ends * length).min(length + (parts - 1.0) * seen) } else { 0.0 };
     let tile = 8 * lanes::LANES;
-    2.0 * documents * keys * kv_width as f64 + threads as f64 * length * (6 * dh.next_multiple_of(PIECE) + tile) as f64
+    let scratch = threads as f64 * length * (6 * dh.next_multiple_of(PIECE) + tile) as f64;
+    [2.0 * documents * keys * kv_width as f64, scratch]
 }
 
 /// The first i in 0..len for which `before` does not hold, or len.
@@ -219,10 +220,10 @@ mod tests {
             let items = items(&offsets, spec);
             let shared = items.chunk_by(|a, b| a.keys_at == b.keys_at).filter(|group| group.len() > 1).flatten();
             let keys: usize = shared.map(|item| item.rows.end - first(item.rows.start)).sum();
-            let told = numbers_of_backward([documents as f64, length as f64], window, [1, 8], 0) / 2.0;
+            let told = numbers_of_backward([documents as f64, length as f64], window, [1, 8], 0)[0] / 2.0;
             let off = (told - keys as f64).abs();
             assert!(off <= 0.1 * keys as f64, "{documents} of {length}, {window:?}: {told} for {keys}");
         }
-        assert!(numbers_of_backward([1.0, 1e18], None, [1, 8], 2) > 1e18);
+        assert!(numbers_of_backward([1.0, 1e18], None, [1, 8], 2).iter().all(|numbers| *numbers > 1e18));
     }
 }

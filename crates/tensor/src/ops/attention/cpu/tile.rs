@@ -98,6 +98,7 @@ pub(super) struct Span<'s> {
 
 impl<'s> Span<'s> {
     pub(super) fn new<T: Real>(plan: &Plan<'_, T>, item: &Item, rows: &'s [u32]) -> Self {
+        debug_assert!(rows.is_sorted());
         let heads = plan.spec.heads;
         let mut query = rows[0] as usize / heads;
         let queries: [usize; LANES] = std::array::from_fn(|l| {
@@ -130,7 +131,7 @@ impl<'s> Span<'s> {
             .map(move |b| (b * BLOCK).max(any.start)..((b + 1) * BLOCK).min(any.end))
     }
 
-    /// Sets the scores of keys that a row does not see to -∞: some of those before and behind the keys that all rows see.
+    /// Sets the scores of keys that a row does not see to -∞. Only keys outside `all` can be such.
     fn hide<T: Real>(&self, s: &mut [Lanes<T>], block: &Range<usize>) {
         let all = if self.all.is_empty() { block.end..block.end } else { self.all.clone() };
         for edge in [block.start..all.start.min(block.end), all.end.max(block.start)..block.end] {
