@@ -87,8 +87,8 @@ impl Memory {
     }
 }
 
-/// Numbers that live at once where most do: at the end of the forward pass, with the buffers of loss and feed-forward on the walk back, or where it has
-/// left the last feed-forward behind and is in attention. With `checkpoints` only the stream and the routers' scores of a block are kept, and the
+/// Numbers that live at once where most do: at the end of the forward pass, with the buffers of loss and feed-forward on the walk back, or where
+/// that has left the last feed-forward behind and is in attention. With `checkpoints` only the stream and the routers' scores of a block are kept, and the
 /// rest of one block at a time.
 fn activations(run: &Run, checkpoints: bool, vocab: usize, [n, longest]: [f64; 2], score_std: f64) -> f64 {
     let model = &run.model;
