@@ -3,7 +3,7 @@
     compare.py                 the presets with every variant of PyTorch, at most 10 minutes
     compare.py --quick         seed and dense small, the eager variants, 1 to 2 minutes
     compare.py --cases seed    some presets (seed; small; small, dense RoPE; medium)
-    compare.py --sweep         24 shapes that cover every pair of width, context, experts and p (--skip 23: only the last)
+    compare.py --sweep         24 shapes that cover every pair of width, context, experts and p (--skip 23: the last)
     compare.py --recipe        nanoGPT's CPU recipe on Shakespeare: wall time and held-out loss of both sides
     compare.py --adaptivity    an adaptive model beside its dense twin of equal active FLOPs
     compare.py --memory        our memory estimate beside the measured peak, over shapes
