@@ -116,17 +116,32 @@ pub fn narrow<T: Real>(x: f64) -> T {
     }
 }
 
-/// Running sums joined, halves onto halves; N is a power of two.
+/// Running sums joined, halves onto halves; N is 16 or 32.
 #[inline(always)]
-pub fn total<T: Real, const N: usize>(mut sums: [T; N]) -> T {
-    let mut half = N / 2;
-    while half > 0 {
-        for i in 0..half {
-            sums[i] += sums[i + half];
-        }
-        half /= 2;
+pub fn total<T: Real, const N: usize>(sums: [T; N]) -> T {
+    const { assert!(N == 16 || N == 32) }
+    // Every step an array of its own, which the compiler keeps in a register.
+    let mut first = [T::ZERO; 16];
+    for i in 0..16 {
+        first[i] = if N > 16 { sums[i] + sums[i + N - 16] } else { sums[i] };
     }
-    sums[0]
+    let mut second = [T::ZERO; 8];
+    for i in 0..8 {
+        second[i] = first[i] + first[i + 8];
+    }
+    let mut third = [T::ZERO; 4];
+    for i in 0..4 {
+        third[i] = second[i] + second[i + 4];
+    }
+    (third[0] + third[2]) + (third[1] + third[3])
+}
+
+/// The numbers behind the last whole chunk of a row as one, filled up with zeros: sums over chunks then stay in registers.
+#[inline(always)]
+pub fn filled<T: Real, const N: usize>(rest: &[T]) -> [T; N] {
+    let mut chunk = [T::ZERO; N];
+    chunk[..rest.len()].copy_from_slice(rest);
+    chunk
 }
 
 /// Asks for the cache line of number `at` behind `from`, which may not be there.

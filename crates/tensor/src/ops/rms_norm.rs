@@ -2,7 +2,7 @@
 //! dx = g∘dy/r − x·Σ(g∘dy∘x)/(d r³); dg = Σ_t dy∘x/r.
 
 use crate::kernels::parallel;
-use crate::kernels::simd::{self, Kernel, total};
+use crate::kernels::simd::{self, Kernel, filled, total};
 use crate::profile::Cost;
 use crate::tape::add;
 use crate::{Engine, Param, Real, Tape, Value};
@@ -84,18 +84,31 @@ impl<T: Real> Kernel for Forward<'_, T> {
     fn run(self) {
         let d = self.g_d.len();
         for ((x, y), inverse) in self.x.chunks_exact(d).zip(self.y.chunks_exact_mut(d)).zip(self.inverse) {
-            let mut sums = [T::ZERO; SUMS];
             let (lanes, rest) = x.as_chunks::<SUMS>();
+            let mut sums = [T::ZERO; SUMS];
             for x in lanes {
-                for (sum, x) in sums.iter_mut().zip(x) {
-                    *sum += *x * *x;
+                let mut next = sums;
+                for l in 0..SUMS {
+                    next[l] += x[l] * x[l];
+                }
+                sums = next;
+            }
+            if !rest.is_empty() {
+                let x = filled::<T, SUMS>(rest);
+                for l in 0..SUMS {
+                    sums[l] += x[l] * x[l];
                 }
             }
-            for (sum, x) in sums.iter_mut().zip(rest) {
-                *sum += *x * *x;
-            }
             let scale = T::ONE / (total(sums) / T::from_f64(d as f64) + self.epsilon).sqrt();
-            for ((y, x), g) in y.iter_mut().zip(x).zip(self.g_d) {
+            let ((ys, y_rest), (gs, g_rest)) = (y.as_chunks_mut::<SUMS>(), self.g_d.as_chunks::<SUMS>());
+            for ((y, x), g) in ys.iter_mut().zip(lanes).zip(gs) {
+                let mut scaled = *x;
+                for l in 0..SUMS {
+                    scaled[l] = g[l] * x[l] * scale;
+                }
+                *y = scaled;
+            }
+            for ((y, x), g) in y_rest.iter_mut().zip(rest).zip(g_rest) {
                 *y = *g * *x * scale;
             }
             *inverse = scale;
@@ -122,16 +135,20 @@ impl<T: Real> Kernel for Backward<'_, T> {
         let d = self.g_d.len();
         let rows = self.x.chunks_exact(d).zip(self.dy.chunks_exact(d)).zip(self.dx.chunks_exact_mut(d));
         for (((x, dy), dx), inverse) in rows.zip(self.inverse) {
-            let mut sums = [T::ZERO; SUMS];
             let ((xs, x_rest), (dys, dy_rest)) = (x.as_chunks::<SUMS>(), dy.as_chunks::<SUMS>());
             let (gs, g_rest) = self.g_d.as_chunks::<SUMS>();
-            for ((x, dy), g) in xs.iter().zip(dys).zip(gs) {
-                for (((sum, x), dy), g) in sums.iter_mut().zip(x).zip(dy).zip(g) {
-                    *sum += *g * *dy * *x;
+            let product = |mut sums: [T; SUMS], x: &[T; SUMS], dy: &[T; SUMS], g: &[T; SUMS]| {
+                for l in 0..SUMS {
+                    sums[l] += g[l] * dy[l] * x[l];
                 }
+                sums
+            };
+            let mut sums = [T::ZERO; SUMS];
+            for ((x, dy), g) in xs.iter().zip(dys).zip(gs) {
+                sums = product(sums, x, dy, g);
             }
-            for (((sum, x), dy), g) in sums.iter_mut().zip(x_rest).zip(dy_rest).zip(g_rest) {
-                *sum += *g * *dy * *x;
+            if !x_rest.is_empty() {
+                sums = product(sums, &filled(x_rest), &filled(dy_rest), &filled(g_rest));
             }
             let shrink = total(sums) * *inverse * *inverse * *inverse / T::from_f64(d as f64);
             if !self.accumulate {
