@@ -20,6 +20,14 @@ pub(crate) fn with<S: Default + 'static, R>(f: impl FnOnce(&mut S) -> R) -> R {
     result
 }
 
+/// `len` numbers of any content.
+pub(crate) fn grown<S: Copy + Default>(room: &mut Vec<S>, len: usize) -> &mut [S] {
+    if room.len() < len {
+        room.resize(len, S::default());
+    }
+    &mut room[..len]
+}
+
 #[cfg(test)]
 mod tests {
     use super::with;

@@ -29,7 +29,10 @@ pub fn turned_quarters(x: [__m512i; 4]) -> [__m512i; 4] {
 #[inline]
 pub fn transposed(x: [__m512i; 16]) -> [__m512i; 16] {
     // Quarter q of y[g][i] is row 4q + i of columns 4g..4g + 4.
-    let y: [[__m512i; 4]; 4] = [0, 4, 8, 12].map(|g| turned_quarters([x[g], x[g + 1], x[g + 2], x[g + 3]]));
+    let mut y = [[_mm512_setzero_si512(); 4]; 4];
+    for g in 0..4 {
+        y[g] = turned_quarters([x[4 * g], x[4 * g + 1], x[4 * g + 2], x[4 * g + 3]]); // `map` would not be compiled for AVX-512
+    }
     let mut rows = [_mm512_setzero_si512(); 16];
     for i in 0..4 {
         let (a, b) = (quarters!(y[0][i], y[1][i], 0x88), quarters!(y[2][i], y[3][i], 0x88)); // quarters 0 and 2

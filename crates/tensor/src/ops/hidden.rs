@@ -2,10 +2,11 @@
 //! They are stored as they are, or, where products round their operands, as bf16. Products round hidden rows and gradients anyway; the way back starts
 //! from rounded pre-activations.
 
+use crate::Real;
+use crate::kept::{self, grown};
 use crate::kernels::bf16::{Bf16, halves_mut};
 use crate::kernels::gemm::Matrix;
 use crate::kernels::silu;
-use crate::{Real, kept};
 
 /// How rows are stored.
 pub(crate) trait Stored<T: Real>: Copy + Send + Sync + 'static {
@@ -123,14 +124,6 @@ struct Rooms<T> {
     pre: Vec<T>,
     hidden: Vec<T>,
     narrow: Vec<Bf16>,
-}
-
-/// `len` numbers of any content.
-pub(crate) fn grown<S: Copy + Default>(room: &mut Vec<S>, len: usize) -> &mut [S] {
-    if room.len() < len {
-        room.resize(len, S::default());
-    }
-    &mut room[..len]
 }
 
 #[cfg(test)]

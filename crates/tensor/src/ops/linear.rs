@@ -1,6 +1,6 @@
 //! y = x Wᵀ, without bias. x [n, d], W [f, d], y [n, f]; also several weights at once that read the same x.
 
-use crate::kernels::gemm::{Matrix, Packed, Product, Side, To, grouped};
+use crate::kernels::gemm::{Matrix, Packed, Product, Side, To, grouped_over_rows};
 use crate::kernels::parallel;
 use crate::profile::{Cost, Work};
 use crate::{Engine, Param, Precision, Real, Tape, Value};
@@ -77,7 +77,7 @@ fn cpu<'a, T: Real>(tape: &mut Tape<'a, T>, x: &Value<T>, weights: &[(Param, Pre
                     let (dy, x) = (Matrix::new(dy_nf, n, weight.param.rows), Matrix::new(x.data(), n, d));
                     Some(Product { dst: &mut region.as_deref_mut()?[..weight.param.len()], a: dy.t(), b: x })
                 });
-                grouped(precision, products.collect(), true);
+                grouped_over_rows(precision, products.collect(), true);
             }
             let arena = grads.arena().clone();
             grads.write(x.slot(), |dx_nd, accumulate| {

@@ -1,10 +1,11 @@
 //! Dense SwiGLU (Shazeer 2020) as one op: y = W_down (silu(W_gate x) * W_up x), silu(a) = a σ(a), without biases.
 //! x [n, d], gate and up [f, d], down [d, f], y [n, d].
 
+use crate::kept::grown;
 use crate::kernels::bf16::Bf16;
-use crate::kernels::gemm::{Matrix, Packed, Product, Side, To, grouped};
+use crate::kernels::gemm::{Matrix, Packed, Product, Side, To, grouped_over_rows};
 use crate::kernels::parallel;
-use crate::ops::hidden::{Stored, grown};
+use crate::ops::hidden::Stored;
 use crate::profile::Cost;
 use crate::{Engine, Param, Real, Tape, Value, kept};
 
@@ -92,7 +93,7 @@ fn cpu<'a, T: Real, S: Stored<T>>(
             let params = [&gate, &up, &down];
             let products = grads.params(&params).into_iter().zip(params).zip(sides);
             let products = products.filter_map(|((dw, p), (a, b))| Some(Product { dst: &mut dw?[..p.len()], a, b }));
-            grouped(precision, products.collect(), true);
+            grouped_over_rows(precision, products.collect(), true);
         });
     }
     y

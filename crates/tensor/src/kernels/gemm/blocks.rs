@@ -10,6 +10,7 @@ use crate::kernels::memory::large_pages;
 use crate::kernels::simd::{self, Kernel};
 use crate::kernels::{crew, parallel};
 use std::cell::Cell;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Elements of k that a tile sums before it adds to dst. Fixed: it decides the order of summation.
 const DEPTH: usize = 256;
@@ -196,10 +197,33 @@ pub unsafe fn run(method: Method, jobs: &[Job<'_>], accumulate: bool, pool: bool
 /// # Safety
 /// As for `run`.
 unsafe fn wave(method: Method, jobs: &[Job<'_>], accumulate: bool, pool: bool) {
-    let work: usize = jobs.iter().map(|job| job.m * job.n * job.k).sum();
-    let threads = if pool && work >= SMALL { rayon::current_num_threads() } else { 1 };
+    let threads = threads(jobs.iter(), pool);
+    let (rights, plans, total) = plans(method, jobs.iter());
+    let tasks = tasks(&plans, method.tile, threads);
+    with_room(&RIGHT, total, |room| {
+        pack(&rights, room, threads);
+        let room = &*room;
+        each(tasks.len(), threads, |i| unsafe { plans[tasks[i].job].compute(&tasks[i], &rights, room, accumulate) });
+    });
+}
+
+/// Threads that are to compute the jobs.
+fn threads<'j>(jobs: impl Iterator<Item = &'j Job<'j>>, pool: bool) -> usize {
+    let work: usize = jobs.map(|job| job.m * job.n * job.k).sum();
+    if pool && work >= SMALL { rayon::current_num_threads() } else { 1 }
+}
+
+fn each(count: usize, threads: usize, one: impl Fn(usize) + Sync) {
+    if threads == 1 { (0..count).for_each(one) } else { crew::run(count, one) }
+}
+
+/// The jobs that have something to do, their right sides, each once, and the elements of these.
+fn plans<'a, 'j>(method: Method, jobs: impl Iterator<Item = &'j Job<'a>>) -> (Vec<Right<'a>>, Vec<Plan<'a, 'j>>, usize)
+where
+    'a: 'j,
+{
     let (mut total, mut rights, mut plans) = (0, Vec::<Right<'_>>::new(), Vec::new());
-    for job in jobs.iter().filter(|job| job.m > 0 && job.n > 0) {
+    for job in jobs.filter(|job| job.m > 0 && job.n > 0) {
         let known =
             rights.iter().rposition(|right| right.is(job) && (right.packed == 0 || job.m <= 2 * method.tile.rows));
         let right = known.unwrap_or_else(|| {
@@ -209,21 +233,66 @@ unsafe fn wave(method: Method, jobs: &[Job<'_>], accumulate: bool, pool: bool) {
         });
         plans.push(Plan { job, right, panels: rights[right].panels });
     }
-    let tasks = tasks(&plans, method.tile, threads);
+    (rights, plans, total)
+}
+
+/// Computes every job of the first half, or adds to its dst when `accumulate`, and then adds the job of the second half: both are parts of one sum over
+/// k, which threads compute side by side, each with rows of its own. Whoever is second in a part of dst adds the two.
+///
+/// # Safety
+/// As for `run`, for the dst of both halves.
+pub unsafe fn run_halves(method: Method, halves: [&[Job<'_>]; 2], accumulate: bool) {
+    let sizes = |jobs: &[Job<'_>]| jobs.iter().map(|job| (job.m, job.n)).collect::<Vec<_>>();
+    assert_eq!(sizes(halves[0]), sizes(halves[1]), "halves of other sums");
+    let threads = threads(halves.into_iter().flatten(), true);
+    let (rights, plans, total) = plans(method, halves.into_iter().flatten());
+    let (first, second) = plans.split_at(plans.len() / 2);
+    let tasks = tasks(first, method.tile, threads);
+    let half_done: Vec<AtomicBool> = tasks.iter().map(|_| AtomicBool::new(false)).collect();
     with_room(&RIGHT, total, |room| {
         pack(&rights, room, threads);
         let room = &*room;
-        let one = |task: &Task| {
-            let Plan { job, right, .. } = plans[task.job];
-            let out = Out { dst: job.dst, stride: job.stride, right: &rights[right], panels: task.panels };
-            unsafe { compute(job.a, task.rows, &[out], room, accumulate) }
-        };
-        if threads == 1 {
-            tasks.iter().for_each(one);
-        } else {
-            crew::run(tasks.len(), |i| one(&tasks[i]));
-        }
+        each(2 * tasks.len(), threads, |i| {
+            let (i, half) = (i % tasks.len(), i / tasks.len());
+            let (task, plan) = (&tasks[i], &[first, second][half][tasks[i].job]);
+            // SAFETY: the caller's; only one of both halves finds that the other is done.
+            unsafe {
+                plan.compute(task, &rights, room, accumulate && half == 0);
+                if half_done[i].swap(true, Ordering::AcqRel) {
+                    task.add(first[task.job].job, second[task.job].job, method.tile);
+                }
+            }
+        });
     });
+}
+
+impl Plan<'_, '_> {
+    /// # Safety
+    /// As for `run`.
+    unsafe fn compute(&self, task: &Task, rights: &[Right<'_>], room: &[u32], accumulate: bool) {
+        let job = self.job;
+        let out = Out { dst: job.dst, stride: job.stride, right: &rights[self.right], panels: task.panels };
+        unsafe { compute(job.a, task.rows, &[out], room, accumulate) }
+    }
+}
+
+impl Task {
+    /// Adds this part of `from` to that of `to`.
+    ///
+    /// # Safety
+    /// Both are valid there, and nobody writes to them.
+    unsafe fn add(&self, to: &Job<'_>, from: &Job<'_>, tile: Tile) {
+        let (start, end) = (self.panels.0 * tile.cols, to.n.min(self.panels.1 * tile.cols));
+        for row in self.rows.0..self.rows.1 {
+            // SAFETY: the caller's.
+            let (to, from) = unsafe {
+                let from = from.dst.add(row * from.stride + start).cast_const();
+                let to = to.dst.add(row * to.stride + start);
+                (std::slice::from_raw_parts_mut(to, end - start), std::slice::from_raw_parts(from, end - start))
+            };
+            crate::tape::add(to, from);
+        }
+    }
 }
 
 /// A product with a right side that is packed: where it goes, and which panels of it.

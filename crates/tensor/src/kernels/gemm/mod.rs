@@ -5,8 +5,8 @@
 //! set; gemmkit returns bf16 and has no groups; NumKong has no strides, transposes or accumulation. `examples/gemm.rs` times ours beside `gemm`.
 //!
 //! Every number of dst is one chain of multiply-adds over k (in runs of fixed length): its bits depend neither on threads nor on the sizes of the
-//! product, so a row alone equals the row in a batch. NaN and infinities pass as arithmetic has them; bf16 rounds numbers above its largest to infinity,
-//! and its instructions (not the fallback) take denormals as zero.
+//! product, so a row alone equals the row in a batch; `grouped_over_rows` adds two such chains where the sizes of all its products make that pay. NaN and infinities pass as arithmetic has them; bf16
+//! rounds numbers above its largest to infinity, and its instructions (not the fallback) take denormals as zero.
 #![allow(unsafe_code)]
 #![allow(clippy::needless_range_loop)] // arrays of lanes side by side
 
@@ -31,12 +31,13 @@ pub use packed::{Packed, Side, To};
 use crate::isa;
 use crate::kernels::bf16::Bf16;
 use crate::kernels::simd;
-use crate::{Precision, Real};
+use crate::{Precision, Real, kept};
 use blocks::{Job, Method};
 use gemm::Parallelism;
 use pack::{Operand, Source};
 use rayon::prelude::*;
 use std::any::TypeId;
+use std::ops::Range;
 
 #[derive(Clone, Copy)]
 enum Numbers<'a, T> {
@@ -89,6 +90,20 @@ impl<'a, T: Real> Matrix<'a, T> {
     /// The transposed view.
     pub fn t(self) -> Self {
         Matrix { rows: self.cols, cols: self.rows, turned: !self.turned, ..self }
+    }
+
+    /// The columns of `range`: some lines of a turned matrix, parts of all lines of others.
+    fn columns(self, range: Range<usize>) -> Self {
+        let (order, before) = match (self.turned, self.order) {
+            (true, Some(order)) => (Some(&order[range.clone()]), 0),
+            (true, None) => (None, range.start * self.stride),
+            (false, order) => (order, range.start),
+        };
+        let data = match self.data {
+            Numbers::Wide(data) => Numbers::Wide(&data[before.min(data.len())..]),
+            Numbers::Narrow(data) => Numbers::Narrow(&data[before.min(data.len())..]),
+        };
+        Matrix { data, cols: range.len(), order, ..self }
     }
 
     /// Where it starts, after its lines were put one after the other into `to` if they are not there already or are not of T.
@@ -158,6 +173,48 @@ pub fn grouped<T: Real>(precision: Precision, mut products: Vec<Product<'_, T>>,
     } else {
         products.into_par_iter().for_each(|p| wide(p.dst, p.b.cols, p.a, p.b, accumulate, Parallelism::None));
     }
+}
+
+/// As `grouped`, for sums over many rows of two arrays, as gradients of weights are: both halves of the rows are summed apart, by threads that have
+/// them in their caches, wherever `halved` says so.
+pub fn grouped_over_rows<T: Real>(precision: Precision, mut products: Vec<Product<'_, T>>, accumulate: bool) {
+    if TypeId::of::<T>() != TypeId::of::<f32>() || !halved(&products) {
+        return grouped(precision, products, accumulate);
+    }
+    let numbers = products.iter().map(|p| p.a.rows * p.b.cols).sum();
+    kept::with(|Second(room): &mut Second<T>| {
+        let mut room = kept::grown(room, numbers);
+        let [mut first, mut second] = [const { Vec::new() }; 2];
+        for p in &mut products {
+            let (k, n) = (p.a.cols, p.b.cols);
+            // Even, so that no pair is torn.
+            let middle = (k / 2).next_multiple_of(2);
+            let (apart, rest) = room.split_at_mut(p.a.rows * n);
+            room = rest;
+            let part = |range: Range<usize>| (p.a.columns(range.clone()), p.b.t().columns(range).t());
+            let ((a, b), (a_apart, b_apart)) = (part(0..middle), part(middle..k));
+            first.extend(job(p.dst, n, a, b));
+            second.extend(job(apart, n, a_apart, b_apart));
+        }
+        let method = Method::of(isa::current(), precision);
+        // SAFETY: as in `run`; the second sums are parts of `room`, which is borrowed as long.
+        unsafe { blocks::run_halves(method, [&first, &second], accumulate) };
+    });
+}
+
+/// Sums of the second halves of rows.
+#[derive(Default)]
+struct Second<T>(Vec<T>);
+
+/// Whether there are so many more rows than sums that a second array of these pays, and few enough for caches. Threads have no say: it decides the
+/// order of summation.
+fn halved<T: Real>(products: &[Product<'_, T>]) -> bool {
+    const MOST: usize = 1 << 21;
+    const NARROWEST: usize = 32; // what is packed is as wide as a tile
+    let total = |size: fn(&Product<'_, T>) -> usize| products.iter().map(size).sum::<usize>();
+    let (sums, right) = (total(|p| p.a.rows * p.b.cols), total(|p| p.a.cols * p.b.cols.next_multiple_of(NARROWEST)));
+    let read = total(|p| p.a.cols * (p.a.rows + p.b.cols));
+    sums > 0 && 4 * sums <= read && sums.max(right) <= MOST && products.iter().all(|p| p.a.cols >= 256)
 }
 
 /// The product as work for tiles if T is f32. The caller keeps dst borrowed until it is done.

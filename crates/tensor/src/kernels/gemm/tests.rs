@@ -482,3 +482,62 @@ fn packed_sides_give_the_bytes_of_a_product_each() {
     packed.multiply(0, &mut found, Matrix::new(&[2.0; 2000], 100, 20), false);
     assert!(found.iter().all(|x| *x == 40.0), "f64");
 }
+
+#[test]
+fn sums_over_many_rows_are_those_of_both_halves_for_any_number_of_threads() {
+    for (k, sizes) in [(256, [(40, 33), (24, 64)]), (771, [(128, 128), (70, 1)]), (600, [(1, 96), (0, 5)])] {
+        let width = 130;
+        let (x, y) = (numbers(1, k * width, 3), numbers(2, k * width, 3));
+        let (halves, order) = (rounded(&x), order(3, k, k));
+        let sides = |kind: usize, (m, n): (usize, usize)| {
+            let b = Matrix::strided(&y, k, n, width);
+            match kind {
+                0 => (Matrix::strided(&x, k, m, width).t(), b),
+                1 => (Matrix::narrow(&halves, k, m, width).t(), b),
+                _ => (Matrix::gathered(&x[..k * m], m, &order).t(), Matrix::gathered(&y[..k * n], n, &order)),
+            }
+        };
+        let start = numbers(4, sizes.iter().map(|(m, n)| m * n).sum(), 3);
+        for (precision, kind, accumulate) in [Precision::F32, Precision::Bf16]
+            .into_iter()
+            .flat_map(|precision| (0..3).flat_map(move |kind| [(precision, kind, false), (precision, kind, true)]))
+        {
+            let with = |dst: &mut [f32], run: &(dyn Fn(Vec<Product<'_, f32>>) + Sync)| {
+                let mut rest = dst;
+                let products = sizes.iter().map(|&size| {
+                    let (dst, tail) = std::mem::take(&mut rest).split_at_mut(size.0 * size.1);
+                    rest = tail;
+                    let (a, b) = sides(kind, size);
+                    Product { dst, a, b }
+                });
+                run(products.collect());
+            };
+            let mut expected = start.clone();
+            with(&mut expected, &|products| {
+                assert!(halved(&products), "{k}: a case that tests nothing");
+                for Product { dst, a, b } in products {
+                    let (middle, mut second) = ((k / 2).next_multiple_of(2), vec![0.0; dst.len()]);
+                    let part = |range: Range<usize>| (a.columns(range.clone()), b.t().columns(range).t());
+                    let (first_sides, second_sides) = (part(0..middle), part(middle..k));
+                    matmul(precision, dst, first_sides.0, first_sides.1, accumulate);
+                    matmul(precision, &mut second, second_sides.0, second_sides.1, false);
+                    dst.iter_mut().zip(second).for_each(|(sum, second)| *sum += second);
+                    let (i, j) = (a.rows / 2, b.cols / 2);
+                    let Some(found) = dst.get(i * b.cols + j).filter(|_| !accumulate) else { continue };
+                    let terms: Vec<f64> = (0..k).map(|l| f64::from(at(&a, i, l)) * f64::from(at(&b, l, j))).collect();
+                    let (sum, size): (f64, f64) = (terms.iter().sum(), terms.iter().map(|x| x.abs()).sum());
+                    assert!((f64::from(*found) - sum).abs() <= size * 0.02, "{k}");
+                }
+            });
+            for pool in pools() {
+                let mut found = start.clone();
+                pool.install(|| with(&mut found, &|products| grouped_over_rows(precision, products, accumulate)));
+                assert!(
+                    bits(&found) == bits(&expected),
+                    "{k} {precision:?} {kind}: {} threads",
+                    pool.current_num_threads()
+                );
+            }
+        }
+    }
+}

@@ -130,7 +130,7 @@ unsafe fn blocks<S: Number, const W: usize>(
 #[target_feature(enable = "avx512f")]
 #[inline]
 unsafe fn turn_eight(x: [__m512i; 8], to: *mut u32) {
-    let [low, high] = [0, 4].map(|g| turned_quarters([x[g], x[g + 1], x[g + 2], x[g + 3]]));
+    let (low, high) = (turned_quarters([x[0], x[1], x[2], x[3]]), turned_quarters([x[4], x[5], x[6], x[7]]));
     // Two rows side by side: quarters 0 and 1, or 2 and 3, of both halves of a row.
     let near = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
     let far = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
