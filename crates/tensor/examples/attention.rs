@@ -1,7 +1,8 @@
 //! Times the attention op alone: cargo run --release -p tensor --example attention -- [threads] [name part]
 //!
-//! Prints for each shape the milliseconds of the forward and the backward pass, nanoseconds per pair of query and key and head, and the rate of the
-//! arithmetic that the definition needs (products only: 4 dh operations a pair forward, 10 dh backward) beside that of a 1024³ product.
+//! Prints for each shape and precision the milliseconds of the forward and the backward pass, nanoseconds per pair of query and key and head, and the
+//! rate of the arithmetic that the definition needs (products only: 4 dh operations a pair forward, 10 dh backward) beside that of a 1024³ product in
+//! f32.
 
 use std::time::Instant;
 use tensor::kernels::gemm::{Matrix, matmul};
@@ -22,7 +23,8 @@ struct Shape {
     active: usize,
 }
 
-const SHAPES: [Shape; 8] = [
+const SHAPES: [Shape; 9] = [
+    shape("recipe rope", (12, 64), (4, 4, 32), false),
     shape("seed cope", (8, 80), (8, 4, 16), true),
     Shape { active: 4, ..shape("seed cope mixture", (8, 80), (8, 4, 16), true) },
     shape("seed rope", (8, 80), (8, 4, 16), false),
@@ -48,7 +50,7 @@ fn normals(seed: u64, len: usize) -> Vec<f32> {
 }
 
 /// Best seconds of (forward, backward) over about `seconds`; with `widest`, rows have windows of their own of a quarter of it to all of it.
-fn time(shape: &Shape, widest: Option<usize>, seconds: f64) -> [f64; 2] {
+fn time(shape: &Shape, precision: Precision, widest: Option<usize>, seconds: f64) -> [f64; 2] {
     let n = shape.documents * shape.length;
     // Windows change every 16 tokens.
     let windows_n = widest.map(|widest| (0..n).map(|t| (widest / 4 * (1 + t / 16 * 7 % 4)) as u32).collect());
@@ -73,7 +75,7 @@ fn time(shape: &Shape, widest: Option<usize>, seconds: f64) -> [f64; 2] {
     let (arena, mut flat, mut best) = (Arena::default(), vec![0.0; params.len()], [f64::INFINITY; 2]);
     let start = Instant::now();
     while start.elapsed().as_secs_f64() < seconds || best[1].is_infinite() {
-        let mut tape = Tape::new(Engine::Cpu, &params, &arena);
+        let mut tape = Tape::new(Engine::Cpu, &params, &arena).with_precision(precision);
         let x = inputs.each_ref().map(|(data, width)| tape.leaf(data, n, *width));
         let mixture = (shape.active > 0).then(|| Mixture { gates_nh: &x[3], shared, routed: routed.clone() });
         let start = Instant::now();
@@ -123,29 +125,26 @@ fn main() {
         let peak = product_rate();
         println!("{} threads, a 1024³ product: {:.0} GFLOP/s", rayon::current_num_threads(), peak / 1e9);
         for shape in SHAPES.iter().filter(|shape| shape.name.contains(&part)) {
-            let active = if shape.active > 0 { shape.heads / 4 + shape.active } else { shape.heads };
-            let pairs = (shape.documents * shape.length * (shape.length + 1) / 2 * active) as f64;
-            let [forward, backward] = time(shape, None, 1.5);
-            let rate = pairs * 14.0 * shape.width as f64 / (forward + backward);
-            println!(
-                "{:18} {:2} x {:4}, {} heads of {} on {}: {:8.3} + {:8.3} ms, {:5.2} + {:5.2} ns per pair and active head, {:4.0} GFLOP/s = {:2.0} %",
-                shape.name,
-                shape.documents,
-                shape.length,
-                active,
-                shape.width,
-                shape.kv_heads,
-                forward * 1e3,
-                backward * 1e3,
-                forward * 1e9 / pairs,
-                backward * 1e9 / pairs,
-                rate / 1e9,
-                100.0 * rate / peak
-            );
-            for widest in [shape.length, shape.length / 4, shape.length / 16].into_iter().filter(|_| shape.documents == 1) {
-                let own = time(shape, Some(widest), 1.5);
-                println!("    windows of {:4} to {widest:4} keys: {:8.3} + {:8.3} ms", widest / 4, own[0] * 1e3, own[1] * 1e3);
-            }
+            report(shape, Precision::F32, peak);
+            report(shape, Precision::Bf16, peak);
         }
     });
+}
+
+/// Prints what `time` finds, beside a peak of operations a second.
+fn report(shape: &Shape, precision: Precision, peak: f64) {
+    let active = if shape.active > 0 { shape.heads / 4 + shape.active } else { shape.heads };
+    let pairs = (shape.documents * shape.length * (shape.length + 1) / 2 * active) as f64;
+    let [forward, backward] = time(shape, precision, None, 1.5);
+    let rate = pairs * 14.0 * shape.width as f64 / (forward + backward);
+    let dtype = if precision == Precision::F32 { "f32" } else { "bf16" };
+    let Shape { name, documents, length, width, kv_heads, .. } = shape;
+    print!("{name:18} {dtype:4} {documents:2} x {length:4}, {active} heads of {width} on {kv_heads}: ");
+    print!("{:8.3} + {:8.3} ms, ", forward * 1e3, backward * 1e3);
+    print!("{:5.2} + {:5.2} ns per pair and active head, ", forward * 1e9 / pairs, backward * 1e9 / pairs);
+    println!("{:4.0} GFLOP/s = {:2.0} %", rate / 1e9, 100.0 * rate / peak);
+    for widest in [*length, length / 4, length / 16].into_iter().filter(|_| *documents == 1) {
+        let own = time(shape, precision, Some(widest), 1.5);
+        println!("    windows of {:4} to {widest:4} keys: {:8.3} + {:8.3} ms", widest / 4, own[0] * 1e3, own[1] * 1e3);
+    }
 }

@@ -5,6 +5,7 @@
 #![allow(clippy::needless_range_loop)] // arrays of lanes side by side
 
 pub mod narrow;
+pub mod scattered;
 #[cfg(target_arch = "x86_64")]
 mod strips;
 #[cfg(target_arch = "x86_64")]
@@ -230,15 +231,18 @@ kernels! {
         }
     }
 
-    /// The way back: the first numbers of rows [lanes, wide] = the columns, each lane times its factor.
-    pub fn lines(rows: &mut [Piece<T>], columns: &mut [Lanes<T>], factor: &Lanes<T>, wide: usize) {
+    /// The way back: the first numbers of rows [lanes, wide] = the columns, each lane times its factor where there are factors.
+    pub fn lines(rows: &mut [Piece<T>], columns: &mut [Lanes<T>], factors: Option<&Lanes<T>>, wide: usize) {
         let rows = flat_mut(rows);
-        let (stride, factor) = (wide * PIECE, *factor);
+        let stride = wide * PIECE;
         assert!(columns.len() <= stride && rows.len() == LANES * stride, "lines out of bounds");
-        for column in columns.iter_mut() {
-            let column = alone(column);
-            for l in 0..LANES {
-                column.0[l] *= factor.0[l];
+        if let Some(factors) = factors {
+            let factors = *factors;
+            for column in columns.iter_mut() {
+                let column = alone(column);
+                for l in 0..LANES {
+                    column.0[l] *= factors.0[l];
+                }
             }
         }
         let mut d = 0;

@@ -162,19 +162,6 @@ pub fn soon_all<S>(from: *const S, at: usize, numbers: usize) {
     (0..numbers).step_by(64 / size_of::<S>()).for_each(|i| soon(from, at + i));
 }
 
-/// Copies `from` to the front of `to`; for rows too short to be worth a call of memcpy.
-#[inline(always)]
-pub fn copy<T: Copy>(to: &mut [T], from: &[T]) {
-    let (lanes, rest) = from.as_chunks::<LANES>();
-    let (to_lanes, _) = to.as_chunks_mut::<LANES>();
-    for (to, from) in to_lanes.iter_mut().zip(lanes) {
-        *to = *from;
-    }
-    if !rest.is_empty() {
-        to[from.len() - rest.len()..from.len()].copy_from_slice(rest);
-    }
-}
-
 /// Numbers of T, which is U, as what they are.
 pub fn same<T: 'static, U: 'static>(x: &[T]) -> &[U] {
     assert!(TypeId::of::<T>() == TypeId::of::<U>());

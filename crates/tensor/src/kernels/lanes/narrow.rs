@@ -2,11 +2,13 @@
 //! instructions take denormals as zero; the loops beside them say what they compute and serve where they are called without it.
 #![allow(unsafe_code)]
 
+use super::scattered::Scattered;
 use super::{LANES, Lanes, Left, PIECE, Piece};
 use crate::isa::{self, Isa};
 use crate::kernels::bf16::{apart, pair};
 use crate::kernels::simd::{same, same_mut};
-use crate::{Precision, Real};
+use crate::{Precision, Real, kept};
+use std::any::TypeId;
 
 /// Pairs of neighbouring lanes.
 pub type Couples = [u32; LANES / 2];
@@ -20,59 +22,86 @@ fn there() -> bool {
     isa::current() >= Isa::Avx512Bf16
 }
 
-/// Rows of `width` numbers that lie `stride` apart.
-#[derive(Clone, Copy)]
-pub struct Grid<'a, T> {
-    pub data: &'a [T],
-    pub rows: usize,
+/// Where pairs down the columns go, two rows after two, [rows / 2, width]: rows are filled up with zeros to `width`, in the same piece. Rows may be multiplied
+/// by factors first.
+pub struct Down<'a, T> {
+    pub to: &'a mut Vec<u32>,
     pub width: usize,
-    pub stride: usize,
+    pub factors: Option<&'a Lanes<T>>,
 }
 
-impl<'a, T: Real> Grid<'a, T> {
-    fn of_f32(self) -> Grid<'a, f32> {
-        let Grid { data, rows, width, stride } = self;
-        assert!(rows == 0 || (rows - 1) * stride + width <= data.len(), "rows out of bounds");
-        Grid { data: same(data), rows, width, stride }
+/// The neighbours along each row [rows, half], and each row's numbers beside those of the next. After an odd number comes zero.
+pub fn pairs<T: Real, F: Fn(usize) -> usize>(
+    rows: Scattered<'_, T, F>,
+    mut along: Option<&mut Vec<u32>>,
+    mut down: Option<Down<'_, T>>,
+) {
+    let (count, width) = (rows.count, rows.width);
+    let half = width.div_ceil(2);
+    if let Some(along) = &mut along {
+        along.resize(count * half, 0);
     }
-}
-
-impl<'a, T> Grid<'a, T> {
-    pub fn row(&self, i: usize) -> &'a [T] {
-        &self.data[i * self.stride..][..self.width]
+    if let Some(down) = &mut down {
+        let fits = down.width >= width && down.width <= width.next_multiple_of(PIECE);
+        assert!(
+            fits && (down.factors.is_none() || count <= LANES),
+            "rows of pairs of another width, or factors for more than a tile"
+        );
+        down.to.resize(count.div_ceil(2) * down.width, 0);
     }
+    let whole = rows.turn.is_none() || width == 2 * LANES || width.is_multiple_of(4 * LANES);
+    #[cfg(target_arch = "x86_64")]
+    if there() && whole && TypeId::of::<T>() == TypeId::of::<f32>() {
+        // SAFETY: the machine has AVX512-BF16, T is f32 and there is room for all pairs.
+        return unsafe { x86::pairs(&rows, along.map(|to| &mut to[..]), down) };
+    }
+    kept::with(|Copied(copy): &mut Copied<T>| {
+        let copy = kept::grown(copy, count * width);
+        rows.copy(copy, |i| i * width);
+        let copy = Scattered::plain(copy, (count, width), |i| i * width);
+        #[cfg(target_arch = "x86_64")]
+        if there() && TypeId::of::<T>() == TypeId::of::<f32>() {
+            // SAFETY: as above.
+            return unsafe { x86::pairs(&copy, along.map(|to| &mut to[..]), down) };
+        }
+        let row = |i: usize| if i < count { same::<T, f32>(copy.row(i, width)) } else { &[] };
+        let number = |row: &[f32], d: usize| row.get(d).copied().unwrap_or(0.0);
+        if let Some(along) = along {
+            for (i, to) in along.chunks_exact_mut(half.max(1)).enumerate() {
+                to.iter_mut()
+                    .enumerate()
+                    .for_each(|(d, to)| *to = pair(number(row(i), 2 * d), number(row(i), 2 * d + 1)));
+            }
+        }
+        if let Some(Down { to, width, factors }) = down {
+            let factors = factors.map(|factors| same::<T, f32>(&factors.0));
+            let factor = |i: usize| factors.and_then(|factors| factors.get(i)).copied().unwrap_or(1.0);
+            for (i, to) in to.chunks_exact_mut(width.max(1)).enumerate() {
+                let (first, second) = (2 * i, 2 * i + 1);
+                for (d, to) in to.iter_mut().enumerate() {
+                    *to = pair(number(row(first), d) * factor(first), number(row(second), d) * factor(second));
+                }
+            }
+        }
+    });
 }
 
-/// The neighbours along each row; after an odd number comes zero.
-pub fn along<T: Real>(to: &mut Vec<u32>, from: Grid<'_, T>) {
-    let (from, half) = (from.of_f32(), from.width.div_ceil(2));
-    to.resize(from.rows * half, 0);
+/// Rows in order, where pairs cannot be made of them as they lie.
+#[derive(Default)]
+struct Copied<T>(Vec<T>);
+
+/// The pairs along sixteen rows by column: a row in each lane.
+pub fn turned(to: &mut Vec<Lanes<u32>>, rows: &[u32]) {
+    let half = rows.len() / LANES;
+    assert!(rows.len() == LANES * half, "sixteen rows");
+    to.resize(half, Lanes::all(0));
     #[cfg(target_arch = "x86_64")]
     if there() {
-        // SAFETY: the machine has AVX512-BF16; `of_f32` checked the rows, and there is room for their pairs.
-        return unsafe { x86::along(to, from) };
+        // SAFETY: the machine has AVX512-BF16.
+        return unsafe { x86::turned(to, rows) };
     }
-    for i in 0..from.rows {
-        for (to, pair_of) in to[i * half..].iter_mut().zip(from.row(i).chunks(2)) {
-            *to = pair(pair_of[0], pair_of.get(1).copied().unwrap_or(0.0));
-        }
-    }
-}
-
-/// Each row's numbers beside those of the next, two rows after two; after an odd number of rows comes zero.
-pub fn down<T: Real>(to: &mut Vec<u32>, from: Grid<'_, T>) {
-    let (from, width) = (from.of_f32(), from.width);
-    to.resize(from.rows.div_ceil(2) * width, 0);
-    #[cfg(target_arch = "x86_64")]
-    if there() {
-        // SAFETY: as in `along`.
-        return unsafe { x86::down(to, from) };
-    }
-    for i in (0..from.rows).step_by(2) {
-        let second = (i + 1 < from.rows).then(|| from.row(i + 1));
-        for (c, (to, first)) in to[i / 2 * width..].iter_mut().zip(from.row(i)).enumerate() {
-            *to = pair(*first, second.map_or(0.0, |second| second[c]));
-        }
+    for (d, to) in to.iter_mut().enumerate() {
+        *to = Lanes(std::array::from_fn(|l| rows[l * half + d]));
     }
 }
 
@@ -151,51 +180,207 @@ pub fn outer<T: Real>(dst: &mut [Piece<T>], a: &[Couples], b: &[u32], wide: usiz
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{Couples, Grid, LANES, Lanes};
-    use crate::kernels::turn::{mixed, pairs};
+    use super::{Couples, Down, LANES, Lanes, Scattered};
+    use crate::Real;
+    use crate::kernels::lanes::wide::first;
+    use crate::kernels::turn::{mixed, pairs as pairs_of, transposed};
     use std::arch::x86_64::*;
     use std::mem::transmute;
 
-    /// The first `count` of sixteen numbers or elements.
-    fn first(count: usize) -> __mmask16 {
-        if count < LANES { (1 << count) - 1 } else { !0 }
+    /// # Safety
+    /// The machine has the set, T is f32, there is room for all pairs, and rows that are rotated are two vectors, or their halves whole pairs.
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    pub unsafe fn pairs<T: Real, F: Fn(usize) -> usize>(
+        rows: &Scattered<'_, T, F>,
+        along: Option<&mut [u32]>,
+        down: Option<Down<'_, T>>,
+    ) {
+        let whole = rows.width.is_multiple_of(2 * LANES) && down.as_ref().is_none_or(|down| down.width == rows.width);
+        // SAFETY: the caller's.
+        unsafe {
+            match (rows.turn.is_some(), rows.width) {
+                (true, 32) if whole => two_by_two::<T, F, true, true, 32>(rows, along, down),
+                (true, 64) if whole => two_by_two::<T, F, true, true, 64>(rows, along, down),
+                (false, 32) if whole => two_by_two::<T, F, false, true, 32>(rows, along, down),
+                (false, 64) if whole => two_by_two::<T, F, false, true, 64>(rows, along, down),
+                (true, _) => two_by_two::<T, F, true, true, 0>(rows, along, down),
+                (false, _) if whole => two_by_two::<T, F, false, true, 0>(rows, along, down),
+                (false, _) => two_by_two::<T, F, false, false, 0>(rows, along, down),
+            }
+        }
     }
 
+    /// Whether rows TURN, and are WHOLE pairs of vectors: else masks are needed, and a load from what a masked store wrote must wait.
+    ///
     /// # Safety
-    /// The machine has the set; the rows are there, and room for their pairs.
+    /// As for `pairs`.
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-    pub unsafe fn along(to: &mut [u32], from: Grid<'_, f32>) {
-        let half = from.width.div_ceil(2);
-        for at in (0..half).step_by(LANES) {
-            let numbers = from.width - 2 * at;
-            let (low, high, pair) = (first(numbers), first(numbers.saturating_sub(LANES)), first(half - at));
-            for i in 0..from.rows {
-                // SAFETY: the caller's; no number or element beyond the row is touched.
-                unsafe {
-                    let row = from.data.as_ptr().add(i * from.stride + 2 * at);
-                    let (x, y) =
-                        (_mm512_maskz_loadu_ps(low, row), _mm512_maskz_loadu_ps(high, row.wrapping_add(LANES)));
-                    _mm512_mask_storeu_epi32(to.as_mut_ptr().add(i * half + at).cast(), pair, pairs(x, y));
+    #[inline]
+    unsafe fn two_by_two<T: Real, F: Fn(usize) -> usize, const TURN: bool, const WHOLE: bool, const W: usize>(
+        rows: &Scattered<'_, T, F>,
+        mut along: Option<&mut [u32]>,
+        mut down: Option<Down<'_, T>>,
+    ) {
+        let (count, width) = (rows.count, if W > 0 { W } else { rows.width });
+        let half = width.div_ceil(2);
+        // SAFETY: the caller's; masks leave out what lies behind a row.
+        unsafe {
+            let sign = if rows.turn.is_some_and(|turn| turn.back) { i32::MIN } else { 0 };
+            let factor = _mm512_set1_ps(std::mem::transmute_copy(&rows.factor));
+            let change = Change { width, factor, sign: _mm512_set1_epi32(sign) };
+            for i in (0..count).step_by(2) {
+                let first_row = Row::new::<TURN>(rows, i, width);
+                let second_row = (i + 1 < count).then(|| Row::new::<TURN>(rows, i + 1, width));
+                let factors = down.as_ref().and_then(|down| down.factors).map(|factors| {
+                    let factor = |i: usize| _mm512_set1_ps(*factors.0.as_ptr().cast::<f32>().add(i));
+                    [factor(i), factor(i + 1)]
+                });
+                for at in (0..width).step_by(2 * LANES) {
+                    let mut x = change.numbers::<TURN, WHOLE>(&first_row, at);
+                    let mut y = [_mm512_setzero_ps(); 2];
+                    if let Some(row) = &second_row {
+                        y = change.numbers::<TURN, WHOLE>(row, at);
+                    }
+                    if let Some(along) = &mut along {
+                        let to = along.as_mut_ptr().add(i * half + at / 2);
+                        store::<WHOLE>(to, pairs_of(x[0], x[1]), half - at / 2);
+                        if second_row.is_some() {
+                            store::<WHOLE>(to.add(half), pairs_of(y[0], y[1]), half - at / 2);
+                        }
+                    }
+                    if let Some(Down { to, width, .. }) = &mut down {
+                        if let Some(factors) = factors {
+                            for part in 0..2 {
+                                x[part] = _mm512_mul_ps(x[part], factors[0]);
+                                y[part] = _mm512_mul_ps(y[part], factors[1]);
+                            }
+                        }
+                        let (to, left) = (to.as_mut_ptr().add(i / 2 * *width + at), *width - at);
+                        store::<WHOLE>(to, mixed(x[0], y[0]), left);
+                        if left > LANES {
+                            store::<WHOLE>(to.add(LANES), mixed(x[1], y[1]), left - LANES);
+                        }
+                    }
                 }
             }
         }
     }
 
-    /// # Safety
-    /// As for `along`.
-    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-    pub unsafe fn down(to: &mut [u32], from: Grid<'_, f32>) {
-        for at in (0..from.width).step_by(LANES) {
-            let mask = first(from.width - at);
-            for i in (0..from.rows).step_by(2) {
-                let below = if i + 1 < from.rows { mask } else { 0 };
-                // SAFETY: as in `along`.
-                unsafe {
-                    let row = from.data.as_ptr().add(i * from.stride + at);
-                    let second = _mm512_maskz_loadu_ps(below, row.wrapping_add(from.stride));
-                    let x = mixed(_mm512_maskz_loadu_ps(mask, row), second);
-                    _mm512_mask_storeu_epi32(to.as_mut_ptr().add(i / 2 * from.width + at).cast(), mask, x);
+    /// Where a row lies, and the cosines and sines of its position.
+    struct Row {
+        data: *const f32,
+        cos: *const f32,
+        sin: *const f32,
+    }
+
+    impl Row {
+        #[inline(always)]
+        fn new<const TURN: bool>(
+            rows: &Scattered<'_, impl Real, impl Fn(usize) -> usize>,
+            i: usize,
+            width: usize,
+        ) -> Row {
+            let data = rows.row(i, width);
+            let (cos, sin) = match rows.turn {
+                Some(turn) if TURN => turn.angles(i, width / 2),
+                _ => (data, data),
+            };
+            Row { data: data.as_ptr().cast(), cos: cos.as_ptr().cast(), sin: sin.as_ptr().cast() }
+        }
+    }
+
+    /// What is done to rows of `width` numbers.
+    #[derive(Clone, Copy)]
+    struct Change {
+        width: usize,
+        factor: __m512,
+        /// The sign of sines.
+        sign: __m512i,
+    }
+
+    impl Change {
+        /// Thirty-two numbers of a row from the one at `at` on; zeros behind the last.
+        ///
+        /// # Safety
+        /// The number at `at` exists, rows are f32, and WHOLE if they TURN.
+        #[target_feature(enable = "avx512f")]
+        #[inline]
+        unsafe fn numbers<const TURN: bool, const WHOLE: bool>(&self, row: &Row, at: usize) -> [__m512; 2] {
+            // SAFETY: the caller's.
+            unsafe {
+                if !TURN {
+                    let left = self.width - at;
+                    let mut second = _mm512_setzero_ps();
+                    if left > LANES {
+                        second = self.part::<WHOLE>(row, at + LANES, left - LANES);
+                    }
+                    return [self.part::<WHOLE>(row, at, left), second];
                 }
+                let half = self.width / 2;
+                if half == LANES {
+                    return self.rotated(row, 0, half);
+                }
+                // Both lie in one half.
+                let low = at % half;
+                let [first, second] = [self.rotated(row, low, half), self.rotated(row, low + LANES, half)];
+                if at < half { [first[0], second[0]] } else { [first[1], second[1]] }
+            }
+        }
+
+        /// What sixteen numbers of the lower half and those of the upper half become.
+        #[target_feature(enable = "avx512f")]
+        #[inline]
+        unsafe fn rotated(&self, row: &Row, at: usize, half: usize) -> [__m512; 2] {
+            // SAFETY: as for `numbers`.
+            unsafe {
+                let (x, y) = (self.part::<true>(row, at, LANES), self.part::<true>(row, half + at, LANES));
+                let cos = _mm512_loadu_ps(row.cos.add(at));
+                let sin = _mm512_xor_si512(_mm512_loadu_si512(row.sin.add(at).cast()), self.sign);
+                let sin = _mm512_castsi512_ps(sin);
+                [
+                    _mm512_sub_ps(_mm512_mul_ps(x, cos), _mm512_mul_ps(y, sin)),
+                    _mm512_add_ps(_mm512_mul_ps(y, cos), _mm512_mul_ps(x, sin)),
+                ]
+            }
+        }
+
+        /// Sixteen numbers as they lie there, or the first `left` of them, times the factor.
+        #[target_feature(enable = "avx512f")]
+        #[inline]
+        unsafe fn part<const WHOLE: bool>(&self, row: &Row, at: usize, left: usize) -> __m512 {
+            // SAFETY: as for `numbers`.
+            let x = unsafe {
+                let from = row.data.add(at);
+                if WHOLE { _mm512_loadu_ps(from) } else { _mm512_maskz_loadu_ps(first(left), from) }
+            };
+            _mm512_mul_ps(x, self.factor)
+        }
+    }
+
+    /// # Safety
+    /// There is room for sixteen elements, or for `left`.
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    unsafe fn store<const WHOLE: bool>(to: *mut u32, x: __m512i, left: usize) {
+        // SAFETY: the caller's.
+        unsafe {
+            if WHOLE { _mm512_storeu_si512(to.cast(), x) } else { _mm512_mask_storeu_epi32(to.cast(), first(left), x) }
+        }
+    }
+
+    #[target_feature(enable = "avx512f")]
+    pub unsafe fn turned(to: &mut [Lanes<u32>], rows: &[u32]) {
+        let half = rows.len() / LANES;
+        for (block, to) in to.chunks_mut(LANES).enumerate() {
+            let (at, mask) = (block * LANES, first(to.len()));
+            let mut x = [_mm512_setzero_si512(); LANES];
+            for l in 0..LANES {
+                // SAFETY: sixteen rows, the elements of the mask.
+                x[l] = unsafe { _mm512_maskz_loadu_epi32(mask, rows.as_ptr().add(l * half + at).cast()) };
+            }
+            for (to, x) in to.iter_mut().zip(transposed(x)) {
+                // SAFETY: sixteen elements.
+                unsafe { _mm512_storeu_si512(to.0.as_mut_ptr().cast(), x) };
             }
         }
     }
@@ -239,7 +424,7 @@ mod x86 {
         // SAFETY: 512 bits of pairs each.
         unsafe {
             let x = transmute::<__m512i, __m512bh>(_mm512_set1_epi32(x as i32));
-            _mm512_dpbf16_ps(sum, x, transmute::<__m512i, __m512bh>(y))
+            _mm512_dpbf16_ps(sum, transmute::<__m512i, __m512bh>(y), x) // x last: only there can it be read from memory
         }
     }
 
@@ -275,14 +460,19 @@ mod tests {
                 .chunks_exact_mut(width + 3)
                 .zip(rows.chunks_exact(width))
                 .for_each(|(to, row)| to[..width].copy_from_slice(row));
-            let grid = Grid { data: &spread[..], rows: keys, width, stride: width + 3 };
-            along(&mut by_row, grid);
-            down(&mut by_column, grid);
+            let grid = Scattered::plain(&spread[..], (keys, width), |i| i * (width + 3));
+            let down = Down { to: &mut by_column, width, factors: None };
+            super::pairs(grid, Some(&mut by_row), Some(down));
             let half = width.div_ceil(2);
             assert_eq!((by_row.len(), by_column.len()), (keys * half, keys.div_ceil(2) * width));
             let close =
                 |found: f32, expected: f64| assert!((f64::from(found) - expected).abs() < 1e-4, "{keys} {width}");
             columns(&mut pairs, &q);
+            let lines: Vec<f32> = (0..LANES * width).map(|i| q[i % width].0[i / width]).collect();
+            let (mut along, mut from_rows) = (Vec::new(), Vec::new());
+            super::pairs(Scattered::plain(&lines, (LANES, width), |l| l * width), Some(&mut along), None);
+            turned(&mut from_rows, &along);
+            assert_eq!(from_rows, pairs, "{width}");
             let mut scores = vec![Lanes::all(0.5f32); keys];
             product(&mut scores, Left { data: &by_row, row: half, col: 1 }, &pairs, false);
             columns(&mut pairs, &w);
@@ -308,7 +498,8 @@ mod tests {
                 numbers(4, keys * LANES).chunks_exact(LANES).map(|x| Lanes(x.try_into().unwrap())).collect();
             let b = numbers(5, LANES * width);
             let (mut pairs, mut by_lane) = (Vec::new(), Vec::new());
-            down(&mut pairs, Grid { data: &b[..], rows: LANES, width, stride: width });
+            let down = Down { to: &mut pairs, width, factors: None };
+            super::pairs(Scattered::plain(&b[..], (LANES, width), |i| i * width), None, Some(down));
             couples(&mut by_lane, &a);
             let mut dst = vec![Piece::all(0.25f32); keys * wide];
             outer(&mut dst, &by_lane, &pairs, wide);
@@ -317,5 +508,33 @@ mod tests {
                 assert!((f64::from(*found) - 0.25 - products.sum::<f64>()).abs() < 1e-4, "{keys} {wide}");
             }
         }
+    }
+
+    #[test]
+    fn pairs_of_rows_are_those_of_their_copies() {
+        super::super::scattered::tests::each(|rows| {
+            let (count, width) = (rows.count, rows.width);
+            let mut copies = vec![0.0; count * width];
+            rows.copy(&mut copies, |i| i * width);
+            let number = |i: usize, d: usize| if i < count && d < width { copies[i * width + d] } else { 0.0 };
+            let padded = width.next_multiple_of(PIECE);
+            let factors = Lanes(std::array::from_fn(|l| 0.5 + l as f32));
+            for factors in [None, Some(&factors)] {
+                let (mut along, mut down) = (vec![7; 3], vec![7; 3]);
+                super::pairs(rows, Some(&mut along), Some(Down { to: &mut down, width: padded, factors }));
+                let half = width.div_ceil(2);
+                let expected = (0..count * half).map(|at| (at / half, at % half * 2));
+                assert!(
+                    along.iter().copied().eq(expected.map(|(i, d)| pair(number(i, d), number(i, d + 1)))),
+                    "{width}"
+                );
+                let number = |i: usize, d: usize| number(i, d) * factors.map_or(1.0, |factors| factors.0[i % LANES]);
+                let expected = (0..count.div_ceil(2) * padded).map(|at| (at / padded * 2, at % padded));
+                assert!(
+                    down.iter().copied().eq(expected.map(|(i, d)| pair(number(i, d), number(i + 1, d)))),
+                    "{width}"
+                );
+            }
+        });
     }
 }

@@ -86,11 +86,13 @@ struct Reach {
 
 impl Reach {
     /// Keys that row `row` of the queries sees at most.
+    #[inline]
     fn window(&self, row: usize) -> Option<usize> {
         self.windows_n.as_ref().map_or(self.window, |windows_n| Some(windows_n[row] as usize))
     }
 
     /// The first key that row `row` of the queries, at `position` of its document, sees.
+    #[inline]
     fn first(&self, row: usize, position: usize) -> usize {
         self.window(row).map_or(0, |w| (position + 1).saturating_sub(w))
     }

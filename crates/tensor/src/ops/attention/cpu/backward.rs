@@ -4,8 +4,9 @@
 use super::operand::Rows as Keys;
 use super::plan::{Item, Plan, each, split};
 use super::tile::{Scratch, Span, Tile, Walk, keys};
+use crate::kernels::lanes::scattered::{Positions, Scattered};
 use crate::kernels::lanes::{self, LANES, Lanes, PIECE, Piece, Place, Rows};
-use crate::kernels::simd::{self, Kernel, copy, soon_all};
+use crate::kernels::simd::{self, Kernel, soon_all};
 use crate::tape::add;
 use crate::{Arena, Buffer, Real};
 use std::ops::Range;
@@ -104,15 +105,17 @@ impl<T: Real> Kernel for Means<'_, T> {
 
     #[inline(always)]
     fn run(self) {
-        for (sums, row) in self.sums.chunks_exact_mut(LANES).zip(self.rows) {
+        for (sums, row) in self.sums.as_chunks_mut::<LANES>().0.iter_mut().zip(self.rows) {
             let at = *row as usize * self.dh;
             soon_all(self.y.as_ptr(), at + self.ahead, self.dh); // of d the tile does
             let ((y, y_rest), (d, d_rest)) =
                 (self.y[at..at + self.dh].as_chunks::<LANES>(), self.d[at..at + self.dh].as_chunks::<LANES>());
+            let mut row = [T::ZERO; LANES];
             for (y, d) in y.iter().zip(d) {
-                (0..LANES).for_each(|l| sums[l] += y[l] * d[l]);
+                (0..LANES).for_each(|l| row[l] += y[l] * d[l]);
             }
-            sums.iter_mut().zip(y_rest).zip(d_rest).for_each(|((sum, y), d)| *sum += *y * *d);
+            row.iter_mut().zip(y_rest).zip(d_rest).for_each(|((sum, y), d)| *sum += *y * *d);
+            *sums = row;
         }
     }
 }
@@ -159,22 +162,17 @@ impl<T: Real> Job<'_, T> {
             for rows in rows.chunks(LANES) {
                 let span = Span::new(plan, item, rows);
                 let pull = self.tile(&span, keys.start, scratch);
-                scratch.tile.unload(plan, &span, &Lanes::all(plan.scale), true, |row, d| {
-                    copy(&mut dq[row * dh..(row + 1) * dh], d);
-                });
+                scratch.tile.unload_back(plan, &span, dq);
                 if plan.gates.is_some() {
                     rows.iter().zip(pull.0).for_each(|(&row, pull)| d_gates[row as usize] = pull);
                 }
             }
             scratch.rows = rows;
-            if let Some(rope) = &plan.rope {
-                rope.turn(lanes::flat_mut(&mut scratch.dk), wide * PIECE, |i| keys.start + i, true);
-            }
-            for (from, to) in [&scratch.dk, &scratch.dv].into_iter().zip(&mut dkv) {
-                let rows = lanes::flat(from).chunks_exact(wide * PIECE);
-                for (row, to) in rows.zip(to.chunks_exact_mut(width)) {
-                    copy(&mut to[kv * dh..(kv + 1) * dh], &row[..dh]);
-                }
+            let [dk, dv] = &mut dkv;
+            let turn = plan.rope.as_ref().map(|rope| rope.turn(Positions::From(keys.start), true));
+            for (from, to, turn) in [(&scratch.dk, dk, turn), (&scratch.dv, dv, None)] {
+                let rows = Scattered::plain(lanes::flat(from), (keys.len(), dh), |i| i * wide * PIECE);
+                Scattered { turn, ..rows }.copy(to, |i| i * width + kv * dh);
             }
         }
         let at = (item.keys_at + keys.start) * width;
@@ -214,7 +212,7 @@ impl<T: Real> Job<'_, T> {
         let (plan, item, wide) = (self.plan, self.item, self.plan.wide);
         let rows = self.rows(span);
         let Scratch { k, v, dk, dv, d_table, tile, .. } = scratch;
-        tile.load(plan, item, span);
+        tile.load(plan, item, span, true);
         tile.load_upstream(plan, item, span, self.upstream, &rows.gate);
         tile.out.clear();
         tile.out.resize(plan.dh, Lanes::all(T::ZERO));
@@ -232,7 +230,7 @@ impl<T: Real> Job<'_, T> {
             }
             tile.d.resize(block.len(), Lanes::all(T::ZERO));
             let (s, d) = (&mut tile.s[at.clone()], &mut tile.d[..]);
-            v.meet(keys.clone(), d, &tile.d_out);
+            v.meet(keys.clone(), d, &tile.d_out.columns);
             lanes::harden(s, d, &rows, &mut pull);
             if placed {
                 lanes::retreat(d, &tile.places[at], &mut beyond, &mut tile.table.dz);
@@ -241,8 +239,8 @@ impl<T: Real> Job<'_, T> {
             }
             k.gather(keys.start, &mut tile.out, d, &mut tile.room);
             let range = keys.start * wide..keys.end * wide;
-            tile.q_rows.spread(&mut dk[range.clone()], d, wide, &mut tile.room);
-            tile.d_out_rows.spread(&mut dv[range], s, wide, &mut tile.room);
+            tile.q.lines.spread(&mut dk[range.clone()], d, wide, &mut tile.room);
+            tile.d_out.lines.spread(&mut dv[range], s, wide, &mut tile.room);
         }
         if let Some(cope) = &plan.cope {
             let dz = tile.table.finish();
@@ -250,7 +248,7 @@ impl<T: Real> Job<'_, T> {
             if d_table.len() < dz.len() * wide {
                 d_table.resize(dz.len() * wide, Piece::all(T::ZERO));
             }
-            tile.q_rows.spread(&mut d_table[..dz.len() * wide], dz, wide, &mut tile.room);
+            tile.q.lines.spread(&mut d_table[..dz.len() * wide], dz, wide, &mut tile.room);
         }
         pull
     }

@@ -4,7 +4,6 @@ use super::plan::{Item, Plan};
 use super::tile::{Scratch, Span, Walk, keys};
 use crate::Real;
 use crate::kernels::lanes::{self, LANES, Lanes, Place};
-use crate::kernels::simd::copy;
 
 /// Fills out [rows, heads·dh] and stats [rows, heads, 2]: the maximum of a row's scores and 1 / Σ exp(score - maximum). Heads that a token did
 /// not choose are zero in `out`; their stats are never read. Where the plan measures them, entropies [rows, heads] are those of the weights.
@@ -38,8 +37,7 @@ pub(super) fn forward<T: Real>(
                 }
                 factors.0[l] = plan.gates.map_or(inverse, |g| g[item.queries_at * plan.spec.heads + row] * inverse);
             }
-            let dh = plan.dh;
-            scratch.tile.unload(plan, &span, &factors, false, |row, y| copy(&mut out[row * dh..(row + 1) * dh], y));
+            scratch.tile.unload(plan, &span, &factors, out);
         }
         scratch.rows = rows;
     }
@@ -54,7 +52,7 @@ fn tile<T: Real>(
     scratch: &mut Scratch<T>,
 ) -> (Lanes<T>, Lanes<T>, Lanes<T>) {
     let (cope, tile) = (plan.cope.as_ref(), &mut scratch.tile);
-    tile.load(plan, item, span);
+    tile.load(plan, item, span, false);
     tile.out.clear();
     tile.out.resize(plan.dh, Lanes::all(T::ZERO));
     let (mut max, mut sum, mut turn) = (Lanes::all(-T::INFINITY), Lanes::all(T::ZERO), Lanes::all(T::ZERO));

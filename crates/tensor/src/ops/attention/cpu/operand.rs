@@ -1,10 +1,9 @@
 //! What tiles multiply, as numbers or, where that is faster and the precision allows it, as pairs of bf16 made once for many products.
 
-use super::rotary::Rope;
 use crate::Real;
-use crate::kernels::lanes::narrow::{self, Couples, Grid};
-use crate::kernels::lanes::{self, Lanes, Left, PIECE, Piece};
-use crate::kernels::simd::copy;
+use crate::kernels::lanes::narrow::{self, Couples, Down};
+use crate::kernels::lanes::scattered::Scattered;
+use crate::kernels::lanes::{self, LANES, Lanes, Left, PIECE, Piece};
 use std::ops::Range;
 
 /// Rows [n, width] that meet columns: keys, values, the CoPE table.
@@ -20,32 +19,22 @@ pub(super) struct Rows<T> {
 }
 
 impl<T: Real> Rows<T> {
-    pub(super) fn new(plain: Vec<T>, width: usize, narrow: bool) -> Self {
+    pub(super) fn new(plain: &[T], width: usize, narrow: bool) -> Self {
         let mut rows = Rows::default();
-        rows.read(Grid { data: &plain, rows: plain.len() / width, width, stride: width }, [narrow; 2], None);
+        rows.read(Scattered::plain(plain, (plain.len() / width, width), |i| i * width), [narrow; 2]);
         rows
     }
 
-    /// Takes rows, rotated to the positions from one on where there is a rope, with whether pairs along the rows, for `meet`, and down the
-    /// columns, for `gather`, are wanted: then no others are kept.
-    pub(super) fn read(&mut self, from: Grid<'_, T>, pairs: [bool; 2], rope: Option<(&Rope<T>, usize)>) {
-        (self.width, self.pairs) = (from.width, pairs);
-        let mut from = from;
-        if rope.is_some() || pairs == [false; 2] {
-            self.plain.resize(from.rows * from.width, T::ZERO);
-            let rows = self.plain.chunks_exact_mut(from.width.max(1));
-            rows.enumerate().for_each(|(i, to)| copy(to, from.row(i)));
-            if let Some((rope, first)) = rope {
-                rope.turn(&mut self.plain, from.width, |i| first + i, false);
-            }
-            from = Grid { data: &self.plain, stride: from.width, ..from };
+    /// Takes rows, with whether pairs along the rows, for `meet`, and down the columns, for `gather`, are wanted: then no numbers are kept.
+    pub(super) fn read<F: Fn(usize) -> usize>(&mut self, from: Scattered<'_, T, F>, pairs: [bool; 2]) {
+        let width = from.width;
+        (self.width, self.pairs) = (width, pairs);
+        if pairs == [false; 2] {
+            self.plain.resize(from.count * width, T::ZERO);
+            return from.copy(&mut self.plain, |i| i * width);
         }
-        if pairs[0] {
-            narrow::along(&mut self.along, from);
-        }
-        if pairs[1] {
-            narrow::down(&mut self.down, from);
-        }
+        let down = Down { to: &mut self.down, width, factors: None };
+        narrow::pairs(from, pairs[0].then_some(&mut self.along), pairs[1].then_some(down));
     }
 
     /// dst = some of the rows · columns.
@@ -85,42 +74,61 @@ pub(super) struct Room {
     couples: Vec<Couples>,
 }
 
-/// Columns [depth] of a tile: queries and upstream gradients.
+/// Columns [depth] of a tile.
 #[derive(Default)]
 pub(super) struct Columns<T> {
-    pub plain: Vec<Lanes<T>>,
+    plain: Vec<Lanes<T>>,
     pairs: Vec<Lanes<u32>>,
 }
 
-impl<T: Real> Columns<T> {
-    /// The columns of padded rows [lanes, wide].
-    pub(super) fn turn(&mut self, rows: &[Piece<T>], (depth, wide): (usize, usize), narrow: bool) {
-        self.plain.resize(depth, Lanes::all(T::ZERO));
-        lanes::columns(&mut self.plain, rows, wide);
-        if narrow {
-            narrow::columns(&mut self.pairs, &self.plain);
-        }
-    }
-}
-
-/// The same by row: padded rows [lanes, wide].
+/// The rows of a tile, padded with zeros: [lanes, wide].
 #[derive(Default)]
 pub(super) struct Lines<T> {
-    pub plain: Vec<Piece<T>>,
+    plain: Vec<Piece<T>>,
     pairs: Vec<u32>,
 }
 
-impl<T: Real> Lines<T> {
-    /// To be called when `plain` has changed.
-    pub(super) fn set(&mut self, wide: usize, narrow: bool) {
+/// The queries of a tile, or upstream gradients, by column and by row.
+#[derive(Default)]
+pub(super) struct Sides<T> {
+    pub columns: Columns<T>,
+    pub lines: Lines<T>,
+    along: Vec<u32>,
+}
+
+impl<T: Real> Sides<T> {
+    /// Takes up to sixteen rows; behind the last come zeros. If they are wanted as lines of `wide` pieces too, these are multiplied by factors if
+    /// there are any.
+    pub(super) fn read<F: Fn(usize) -> usize>(
+        &mut self,
+        rows: Scattered<'_, T, F>,
+        (wide, narrow): (usize, bool),
+        lines: Option<Option<&Lanes<T>>>,
+    ) {
+        let (columns, to, width) = (&mut self.columns, &mut self.lines, wide * PIECE);
         if narrow {
-            let (data, width) = (lanes::flat(&self.plain), wide * PIECE);
-            narrow::down(&mut self.pairs, Grid { data, rows: lanes::LANES, width, stride: width });
-        } else {
-            self.pairs.clear();
+            let down = lines.map(|factors| Down { to: &mut to.pairs, width, factors });
+            let half = rows.width.div_ceil(2);
+            narrow::pairs(rows, Some(&mut self.along), down);
+            self.along.resize(LANES * half, 0);
+            to.pairs.resize(if lines.is_some() { LANES / 2 * width } else { 0 }, 0);
+            return narrow::turned(&mut columns.pairs, &self.along);
+        }
+        to.pairs.clear();
+        to.plain.resize(LANES * wide, Piece::all(T::ZERO));
+        columns.plain.resize(rows.width, Lanes::all(T::ZERO));
+        if rows.count < LANES || rows.width < width {
+            to.plain.fill(Piece::all(T::ZERO));
+        }
+        rows.copy(lanes::flat_mut(&mut to.plain), |l| l * width);
+        lanes::columns(&mut columns.plain, &to.plain, wide);
+        if let Some(factors) = lines.flatten() {
+            lanes::scale(&mut to.plain, factors, wide);
         }
     }
+}
 
+impl<T: Real> Lines<T> {
     /// dst [rows, wide] += weights [rows, lanes] · these.
     pub(super) fn spread(&self, dst: &mut [Piece<T>], weights: &[Lanes<T>], wide: usize, room: &mut Room) {
         if !self.pairs.is_empty() {

@@ -8,6 +8,7 @@ use crate::kernels::lanes::{self, PIECE};
 use crate::kernels::parallel;
 use crate::{Precision, Real, kept};
 use std::ops::Range;
+use std::sync::Arc;
 
 /// A batch is cut into about `ITEMS` pieces of equal work, but no document into pieces below `ROWS` positions. Fixed, whatever the number of
 /// threads, because it decides the order in which gradients of keys are summed.
@@ -117,7 +118,7 @@ pub(super) struct Plan<'s, T: Real> {
     pub wide: usize,
     /// Queries are scaled where they are read, by 1/√dh.
     pub scale: T,
-    pub rope: Option<Rope<T>>,
+    pub rope: Option<Arc<Rope<T>>>,
     pub cope: Option<Cope<T>>,
     /// Whether tiles multiply pairs of bf16.
     pub narrow: bool,
@@ -140,11 +141,11 @@ impl<'s, T: Real> Plan<'s, T> {
         let root = T::from_f64((dh as f64).sqrt());
         let (rope, cope) = match spec.position {
             Position::None => (None, None),
-            Position::Rope { base } => (Some(Rope::new(base, dh, longest)), None),
+            Position::Rope { base } => (Some(Rope::of(base, dh, longest)), None),
             Position::Cope { .. } => {
                 let last = table.len() / dh - 1;
-                let table = table.iter().map(|e| *e * root).collect();
-                (None, Some(Cope { last, table: Rows::new(table, dh, narrow) }))
+                let table: Vec<T> = table.iter().map(|e| *e * root).collect();
+                (None, Some(Cope { last, table: Rows::new(&table, dh, narrow) }))
             }
         };
         Plan {
@@ -182,9 +183,14 @@ impl<'s, T: Real> Plan<'s, T> {
         if kv + 1 < self.spec.kv_heads { width } else { rows * self.spec.kv_heads * width - kv * width }
     }
 
-    /// Whether the entropy of each row's weights is wanted.
-    pub(super) fn measures(&self) -> bool {
+    /// Whether rows have windows of their own.
+    pub(super) fn own_windows(&self) -> bool {
         self.reach.windows_n.is_some()
+    }
+
+    /// Whether the entropy of each row's weights is wanted: other windows follow from it.
+    pub(super) fn measures(&self) -> bool {
+        self.own_windows()
     }
 
     /// The query rows of an item that use key/value head `kv`, by position: their places in [rows, heads].
@@ -192,8 +198,14 @@ impl<'s, T: Real> Plan<'s, T> {
         to.clear();
         let heads = kv * self.group..(kv + 1) * self.group;
         for i in 0..item.rows.len() {
-            let served = |h: &usize| self.choice.as_ref().is_none_or(|choice| choice.serves(*h, item.queries_at + i));
-            to.extend(heads.clone().filter(served).map(|h| (i * self.spec.heads + h) as u32));
+            let places = heads.clone().map(|h| (i * self.spec.heads + h) as u32);
+            match &self.choice {
+                None => to.extend(places),
+                Some(choice) => {
+                    let served = heads.clone().map(|h| choice.serves(h, item.queries_at + i));
+                    to.extend(places.zip(served).filter_map(|(place, served)| served.then_some(place)));
+                }
+            }
         }
     }
 }

@@ -1,17 +1,33 @@
 //! Rotary positions: cosines and sines for every position of the longest document.
 
-use crate::Real;
-use crate::kernels::simd::{self, Kernel, narrow};
+use crate::kernels::lanes::scattered::{Positions, Turn};
+use crate::kernels::simd::narrow;
+use crate::{Real, kept};
+use std::sync::Arc;
 
 /// Cosines and sines of the angles position · base^(-2d/dh), [positions, dh/2].
 pub(super) struct Rope<T> {
+    base: f64,
     half: usize,
     cos: Vec<T>,
     sin: Vec<T>,
 }
 
 impl<T: Real> Rope<T> {
-    pub(super) fn new(base: f64, dh: usize, positions: usize) -> Self {
+    /// For at least so many positions, up to a power of two, so that a document that grows seldom asks for another. A thread keeps the last one: all layers
+    /// ask for the same.
+    pub(super) fn of(base: f64, dh: usize, positions: usize) -> Arc<Self> {
+        kept::with(|Last(last): &mut Last<T>| {
+            let fits =
+                |rope: &&Arc<Self>| (rope.base, rope.half) == (base, dh / 2) && rope.cos.len() >= positions * rope.half;
+            match last.as_ref().filter(fits) {
+                Some(rope) => rope.clone(),
+                None => last.insert(Arc::new(Rope::new(base, dh, positions.next_power_of_two()))).clone(),
+            }
+        })
+    }
+
+    fn new(base: f64, dh: usize, positions: usize) -> Self {
         /// Positions between two exact evaluations; those between are turned by one angle each (in f64).
         const EXACT: usize = 32;
         let half = dh / 2;
@@ -29,37 +45,15 @@ impl<T: Real> Rope<T> {
                 cos.push(narrow(now.1));
             }
         }
-        Rope { half, cos, sin }
+        Rope { base, half, cos, sin }
     }
 
-    /// Rotates heads, whose rows lie `stride` apart, to the positions `at` says, or back when `back`.
-    pub(super) fn turn(&self, rows: &mut [T], stride: usize, at: impl Fn(usize) -> usize, back: bool) {
-        simd::dispatch(Turn { rope: self, rows, stride, at, back });
+    /// To positions, or back from them.
+    pub(super) fn turn<'s>(&'s self, positions: Positions<'s>, back: bool) -> Turn<'s, T> {
+        Turn { cos: &self.cos, sin: &self.sin, positions, back }
     }
 }
 
-struct Turn<'s, T, F> {
-    rope: &'s Rope<T>,
-    rows: &'s mut [T],
-    stride: usize,
-    at: F,
-    back: bool,
-}
-
-impl<T: Real, F: Fn(usize) -> usize> Kernel for Turn<'_, T, F> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run(self) {
-        let half = self.rope.half;
-        for (i, row) in self.rows.chunks_mut(self.stride).enumerate() {
-            let start = (self.at)(i) * half;
-            let (cos, sin) = (&self.rope.cos[start..start + half], &self.rope.sin[start..start + half]);
-            let (low, high) = row[..2 * half].split_at_mut(half);
-            for (((a, b), cos), sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
-                let sin = if self.back { -*sin } else { *sin };
-                (*a, *b) = (*a * *cos - *b * sin, *b * *cos + *a * sin);
-            }
-        }
-    }
-}
+/// What a thread keeps.
+#[derive(Default)]
+struct Last<T>(Option<Arc<Rope<T>>>);

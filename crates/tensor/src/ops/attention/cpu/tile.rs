@@ -1,11 +1,11 @@
 //! A tile: up to sixteen query rows that share a key/value head, the keys they see, and their scores.
 
-use super::operand::{Columns, Lines, Room, Rows};
+use super::operand::{Columns, Room, Rows, Sides};
 use super::plan::{Cope, Item, Plan};
+use super::rotary::Rope;
 use crate::Real;
-use crate::kernels::lanes::narrow::Grid;
+use crate::kernels::lanes::scattered::{Positions, Scattered, Turn};
 use crate::kernels::lanes::{self, LANES, Lanes, PIECE, Piece, Place};
-use crate::kernels::simd::{self, Kernel, soon_all};
 use std::ops::Range;
 
 /// Keys of a block: a block of scores, keys and values fits the first cache.
@@ -28,11 +28,9 @@ pub(super) struct Scratch<T> {
 
 #[derive(Default)]
 pub(super) struct Tile<T> {
-    /// Scaled queries and upstream gradients, by column [dh] and by row [lanes, wide pieces].
-    pub q: Columns<T>,
-    pub q_rows: Lines<T>,
-    pub d_out: Columns<T>,
-    pub d_out_rows: Lines<T>,
+    /// Scaled queries and upstream gradients; by row the latter are multiplied by the gates.
+    pub q: Sides<T>,
+    pub d_out: Sides<T>,
     /// Result, or gradient of the queries [dh], and the same by row.
     pub out: Vec<Lanes<T>>,
     out_rows: Vec<Piece<T>>,
@@ -61,20 +59,23 @@ impl<T: Real> Scratch<T> {
     /// Reads keys and values of head `kv` that the item sees, for the way forward or `back`.
     pub(super) fn pack(&mut self, plan: &Plan<'_, T>, item: &Item, keys: Range<usize>, kv: usize, back: bool) {
         let (width, stride, narrow) = (plan.dh, plan.spec.kv_heads * plan.dh, plan.narrow);
-        let at = (item.keys_at + keys.start) * stride + kv * width;
-        let [k, v] = [plan.k, plan.v].map(|data| Grid { data: &data[at..], rows: keys.len(), width, stride });
-        let ahead = plan.ahead(width, kv, keys.len());
-        for rows in [k, v] {
-            (0..rows.rows).for_each(|i| soon_all(rows.data.as_ptr(), ahead + i * stride, width));
-        }
-        self.k.read(k, [narrow, narrow && back], plan.rope.as_ref().map(|rope| (rope, keys.start)));
-        self.v.read(v, [narrow && back, narrow && !back], None);
+        let first = (item.keys_at + keys.start) * stride + kv * width;
+        let rows = |data, turn| Scattered {
+            ahead: Some(plan.ahead(width, kv, keys.len())),
+            turn,
+            ..Scattered::plain(data, (keys.len(), width), |i| first + i * stride)
+        };
+        let turn = plan.rope.as_ref().map(|rope| rope.turn(Positions::From(keys.start), false));
+        self.k.read(rows(plan.k, turn), [narrow, narrow && back]);
+        self.v.read(rows(plan.v, None), [narrow && back, narrow && !back]);
     }
 }
 
 /// The keys that an item sees, by position in the document, from an even one on, because keys are multiplied in pairs.
 pub(super) fn keys<T: Real>(plan: &Plan<'_, T>, item: &Item) -> Range<usize> {
-    let first = (0..item.rows.len()).map(|i| plan.first_key(item, i)).min();
+    // Without windows of their own no row looks farther back than the first.
+    let rows = if plan.own_windows() { item.rows.len() } else { item.rows.len().min(1) };
+    let first = (0..rows).map(|i| plan.first_key(item, i)).min();
     even(first.unwrap_or(item.rows.start))..item.rows.end
 }
 
@@ -101,27 +102,46 @@ impl<'s> Span<'s> {
         debug_assert!(rows.is_sorted());
         let heads = plan.spec.heads;
         let mut query = rows[0] as usize / heads;
-        let queries: [usize; LANES] = std::array::from_fn(|l| {
+        let (mut positions, mut from, mut to) = ([0; LANES], Lanes([0; LANES]), Lanes([0; LANES]));
+        let (mut farthest, mut nearest) = (usize::MAX, 0);
+        for l in 0..LANES {
             let row = rows[l.min(rows.len() - 1)] as usize;
             while row >= (query + 1) * heads {
                 query += 1; // rows are in order
             }
-            query
-        });
-        let positions = queries.map(|query| item.rows.start + query);
-        let first = queries.map(|query| plan.first_key(item, query));
+            let first = plan.first_key(item, query);
+            (farthest, nearest) = (farthest.min(first), nearest.max(first));
+            positions[l] = item.rows.start + query;
+            (from.0[l], to.0[l]) = (first as i32, positions[l] as i32 + 1);
+        }
         let (near, far) = (positions[LANES - 1], positions[0]);
-        let (farthest, nearest) = first.iter().fold((usize::MAX, 0), |(low, high), &i| (low.min(i), high.max(i)));
         let head = rows[0] as usize % heads;
         Span {
             rows,
             ahead: plan.ahead(plan.group * plan.dh, head / plan.group, item.rows.len()),
             positions,
-            from: Lanes(first.map(|i| i as i32)),
-            to: Lanes(positions.map(|i| i as i32 + 1)),
+            from,
+            to,
             any: even(farthest)..near + 1,
             all: nearest..far + 1,
         }
+    }
+
+    /// The rows in an array [rows, heads·dh].
+    fn scattered<'t, T: Real>(
+        &'t self,
+        plan: &Plan<'_, T>,
+        item: &Item,
+        data: &'t [T],
+    ) -> Scattered<'t, T, impl Fn(usize) -> usize + 't> {
+        let (first, dh, rows) = (item.queries_at * plan.spec.heads * plan.dh, plan.dh, self.rows);
+        let start = move |l: usize| first + rows[l.min(rows.len() - 1)] as usize * dh;
+        Scattered { ahead: Some(self.ahead), ..Scattered::plain(data, (rows.len(), dh), start) }
+    }
+
+    /// To the positions of the rows, or back from them.
+    fn turn<'t, T: Real>(&'t self, rope: &'t Rope<T>, back: bool) -> Turn<'t, T> {
+        rope.turn(Positions::Of(&self.positions), back)
     }
 
     /// Blocks of keys from the farthest to the nearest. They are the same for every tile of the document, but for the keys that no row sees.
@@ -226,18 +246,15 @@ impl<T: Real> Bias<T> {
 }
 
 impl<T: Real> Tile<T> {
-    /// Reads the queries of a tile.
-    pub(super) fn load(&mut self, plan: &Plan<'_, T>, item: &Item, span: &Span<'_>) {
-        let (queries, rows) = (&plan.q[item.queries_at * plan.spec.heads * plan.dh..], &mut self.q_rows);
-        gather(plan, queries, span, plan.scale, &mut rows.plain);
-        if let Some(rope) = &plan.rope {
-            rope.turn(lanes::flat_mut(&mut rows.plain), plan.wide * PIECE, |l| span.positions[l], false);
-        }
-        self.q.turn(&rows.plain, (plan.dh, plan.wide), plan.narrow);
+    /// Reads the queries of a tile, for the way forward or `back`. Lanes behind the last row repeat it.
+    pub(super) fn load(&mut self, plan: &Plan<'_, T>, item: &Item, span: &Span<'_>, back: bool) {
+        let turn = plan.rope.as_ref().map(|rope| span.turn(rope, false));
+        let rows = Scattered { count: LANES, factor: plan.scale, turn, ..span.scattered(plan, item, plan.q) };
+        self.q.read(rows, (plan.wide, plan.narrow), back.then_some(None));
         self.table.reset();
     }
 
-    /// Reads the upstream gradients of a tile whose queries are loaded: by column as they are, by row times the gates.
+    /// Reads the upstream gradients of a tile; lanes behind the last row have none.
     pub(super) fn load_upstream(
         &mut self,
         plan: &Plan<'_, T>,
@@ -246,39 +263,38 @@ impl<T: Real> Tile<T> {
         upstream: &[T],
         gate: &Lanes<T>,
     ) {
-        let upstream = &upstream[item.queries_at * plan.spec.heads * plan.dh..];
-        let rows = &mut self.d_out_rows;
-        gather(plan, upstream, span, T::ONE, &mut rows.plain);
-        lanes::flat_mut(&mut rows.plain)[span.rows.len() * plan.wide * PIECE..].fill(T::ZERO);
-        self.d_out.turn(&rows.plain, (plan.dh, plan.wide), plan.narrow);
-        lanes::scale(&mut rows.plain, gate, plan.wide);
-        rows.set(plan.wide, plan.narrow);
-        self.q_rows.set(plan.wide, plan.narrow);
+        let factors = plan.gates.map(|_| gate);
+        self.d_out.read(span.scattered(plan, item, upstream), (plan.wide, plan.narrow), Some(factors));
     }
 
-    /// Hands out each row of `out`, times its factor, turned back from its position for gradients of rotated rows.
-    pub(super) fn unload(
-        &mut self,
-        plan: &Plan<'_, T>,
-        span: &Span<'_>,
-        factors: &Lanes<T>,
-        back: bool,
-        mut to: impl FnMut(usize, &[T]),
-    ) {
+    /// Copies each row of `out`, times its factor, to [rows, heads·dh].
+    pub(super) fn unload(&mut self, plan: &Plan<'_, T>, span: &Span<'_>, factors: &Lanes<T>, to: &mut [T]) {
+        self.turn_out(plan, Some(factors));
+        self.rows_out(plan, span).copy(to, |l| span.rows[l] as usize * plan.dh);
+    }
+
+    /// Copies gradients of scaled and rotated queries as those of the queries.
+    pub(super) fn unload_back(&mut self, plan: &Plan<'_, T>, span: &Span<'_>, to: &mut [T]) {
+        self.turn_out(plan, None);
+        let turn = plan.rope.as_ref().map(|rope| span.turn(rope, true));
+        let rows = Scattered { turn, factor: plan.scale, ..self.rows_out(plan, span) };
+        rows.copy(to, |l| span.rows[l] as usize * plan.dh);
+    }
+
+    fn turn_out(&mut self, plan: &Plan<'_, T>, factors: Option<&Lanes<T>>) {
         self.out_rows.resize(LANES * plan.wide, Piece::all(T::ZERO));
         lanes::lines(&mut self.out_rows, &mut self.out, factors, plan.wide);
-        let (width, lines) = (plan.wide * PIECE, lanes::flat_mut(&mut self.out_rows));
-        if let Some(rope) = plan.rope.as_ref().filter(|_| back) {
-            rope.turn(lines, width, |l| span.positions[l], true);
-        }
-        let lines = lines.chunks_exact(width);
-        span.rows.iter().zip(lines).for_each(|(&row, line)| to(row as usize, &line[..plan.dh]));
+    }
+
+    fn rows_out(&self, plan: &Plan<'_, T>, span: &Span<'_>) -> Scattered<'_, T, impl Fn(usize) -> usize + use<T>> {
+        let width = plan.wide * PIECE;
+        Scattered::plain(lanes::flat(&self.out_rows), (span.rows.len(), plan.dh), move |l| l * width)
     }
 
     /// Scores of a block into s[at], -∞ where a row does not see the key. Row 0 of k is the key at position `first`.
     fn meet(&mut self, span: &Span<'_>, block: &Range<usize>, (k, first): (&Rows<T>, usize), at: Range<usize>) {
         let s = &mut self.s[at];
-        k.meet(block.start - first..block.end - first, s, &self.q);
+        k.meet(block.start - first..block.end - first, s, &self.q.columns);
         span.hide(s, block);
     }
 
@@ -294,7 +310,7 @@ impl<T: Real> Tile<T> {
         self.meet(span, block, k, at.clone());
         let (s, places) = (&mut self.s[at.clone()], &mut self.places[at]);
         lanes::advance(s, cope.last as u32, &mut walk.place, places);
-        self.table.reach(walk.farthest(), cope, &self.q);
+        self.table.reach(walk.farthest(), cope, &self.q.columns);
         lanes::bias(s, places, &self.table.z);
     }
 
@@ -310,37 +326,6 @@ impl<T: Real> Tile<T> {
         self.meet(span, block, k, at.clone());
         if cope.is_some() {
             lanes::shift(&mut self.s[at], self.table.rim());
-        }
-    }
-}
-
-/// Copies the heads of a tile out of [rows, heads·dh] into padded rows, times a factor; lanes behind the last row repeat it.
-fn gather<T: Real>(plan: &Plan<'_, T>, from: &[T], span: &Span<'_>, factor: T, to: &mut Vec<Piece<T>>) {
-    to.resize(LANES * plan.wide, Piece::all(T::ZERO));
-    simd::dispatch(Gather { from, rows: span.rows, ahead: span.ahead, dh: plan.dh, factor, to: lanes::flat_mut(to) });
-}
-
-struct Gather<'s, T> {
-    from: &'s [T],
-    rows: &'s [u32],
-    ahead: usize,
-    dh: usize,
-    factor: T,
-    to: &'s mut [T],
-}
-
-impl<T: Real> Kernel for Gather<'_, T> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run(self) {
-        let width = self.to.len() / LANES;
-        for (l, row) in self.to.chunks_exact_mut(width).enumerate() {
-            let at = self.rows[l.min(self.rows.len() - 1)] as usize * self.dh;
-            soon_all(self.from.as_ptr(), at + self.ahead, self.dh);
-            let (row, padding) = row.split_at_mut(self.dh);
-            row.iter_mut().zip(&self.from[at..at + self.dh]).for_each(|(to, from)| *to = *from * self.factor);
-            padding.fill(T::ZERO);
         }
     }
 }
