@@ -47,21 +47,25 @@ def shakespeare(options: argparse.Namespace, console: Console, narrow: bool) -> 
                 rows += beside(options, console, dtype, flags)
     title = "nanoGPT's CPU recipe: 4 layers, width 128, context 64, batch 12, 2,000 updates"
     table = Table(title=title, title_justify="left")
-    for column in ("", "seconds", "loss", "moe_lab beside it, seconds", "loss", "moe_lab is faster by", "spread"):
+    for column in ("", "seconds", "loss", "moe_lab, seconds", "loss", "faster by", "spread", "cores apart, ns"):
         table.add_column(column, justify="right" if column else "left")
     for row in rows:
         cells = [f"{row['seconds']:.1f}", f"{row['loss']:.4f}", f"{row['ours']:.1f}", f"{row['ours_loss']:.4f}"]
         spread = sorted(theirs / ours for ours, theirs in row["rounds"])
-        table.add_row(row["side"], *cells, f"{row['ratio']:.2f}x", f"{spread[0]:.2f}-{spread[-1]:.2f}")
+        apart = ", ".join(f"{ns:.0f}" for ns in row["core_round_trips_ns"] if ns)
+        table.add_row(row["side"], *cells, f"{row['ratio']:.2f}x", f"{spread[0]:.2f}-{spread[-1]:.2f}", apart)
     console.print(table)
     return rows
 
 
 def beside(options: argparse.Namespace, console: Console, dtype: str, flags: list[str]) -> list[dict]:
-    """Trainings of ours and of a variant of PyTorch in turn; nothing where it fails."""
+    """Trainings of ours and of a variant of PyTorch in turn; nothing where it fails. Before each pair it is measured
+    how far the cores are from each other: on a virtual machine that may change within minutes, and our step with it."""
     command = [sys.executable, str(sides.HERE / "shakespeare_torch.py"), f"--threads={options.threads}", *flags]
-    rounds, row = [], {}
+    rounds, apart, row = [], [], {}
     for _ in range(min(options.rounds, 2)):
+        machine = sides.ours(["--preset=seed"], dtype, options.threads, 0, peak=True)
+        apart.append(machine["core_round_trip_ns"])
         with tempfile.TemporaryDirectory() as folder:
             sets = {"dtype": dtype, "threads": options.threads}
             ours = train(FOLDER / "nanogpt.toml", Path(folder) / "run", sets)
@@ -73,7 +77,8 @@ def beside(options: argparse.Namespace, console: Console, dtype: str, flags: lis
         rounds.append((ours["wall_seconds"], row["seconds"]))
         row["ours_loss"] = ours["eval_loss"]
     best = [min(pair[i] for pair in rounds) for i in (0, 1)]
-    return [row | {"dtype": dtype, "rounds": rounds, "ours": best[0], "seconds": best[1], "ratio": best[1] / best[0]}]
+    found = {"rounds": rounds, "core_round_trips_ns": apart, "ours": best[0], "seconds": best[1]}
+    return [row | found | {"dtype": dtype, "ratio": best[1] / best[0]}]
 
 
 def adaptivity(options: argparse.Namespace, console: Console, case: Case) -> dict:

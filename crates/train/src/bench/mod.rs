@@ -129,6 +129,7 @@ pub fn bench(options: &Options, profile: bool) -> Result<(Map<String, Value>, Op
         ("peak_gflops", json!(roof.map(|roof| roof.flops / 1e9))),
         ("share_of_peak", json!(roof.map(|roof| flops / seconds / roof.flops))),
         ("copy_gbytes_per_second", json!(roof.map(|roof| roof.bytes / 1e9))),
+        ("core_round_trip_ns", json!(roof.and_then(|roof| roof.round_trip).map(|seconds| 1e9 * seconds))),
     ];
     let report = report.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
     Ok((report, recorded.map(|profile| profile.against(roof))))

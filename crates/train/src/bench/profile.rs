@@ -170,7 +170,7 @@ mod tests {
             event("elsewhere", 1, 0, 9_000),
         ];
         let profile = Profile::new(events, 2, Duration::from_nanos(8_000));
-        let profile = profile.against(Some(Roof { flops: 4e9, bytes: 1e9 }));
+        let profile = profile.against(Some(Roof { flops: 4e9, bytes: 1e9, round_trip: None }));
         let rows = profile.rows();
         let row = |name: &str| rows.iter().find(|row| row["op"] == name).unwrap();
         assert_eq!((row("inner")["ms"].as_f64(), row("outer")["ms"].as_f64()), (Some(0.0015), Some(0.0015)));
