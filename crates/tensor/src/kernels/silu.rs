@@ -112,6 +112,7 @@ impl<T: Real> Kernel for Backward<'_, T> {
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::Bf16;
+    use crate::kernels::turn::first;
     use std::arch::x86_64::*;
     use std::mem::transmute;
 
@@ -161,11 +162,6 @@ mod x86 {
             }
         }
         _mm512_reduce_add_ps(sum)
-    }
-
-    /// The first `count` of sixteen lanes.
-    fn first(count: usize) -> __mmask16 {
-        if count < LANES { (1 << count) - 1 } else { !0 }
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]

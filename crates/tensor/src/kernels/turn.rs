@@ -1,7 +1,12 @@
-//! Elements of four bytes turned in registers (AVX-512), and pairs of bf16 made of numbers.
+//! Elements of four bytes turned in registers (AVX-512), pairs of bf16 made of numbers, and the mask of what a row has left.
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::*;
+
+/// The first `count` of sixteen lanes.
+pub fn first(count: usize) -> __mmask16 {
+    if count < 16 { (1 << count) - 1 } else { !0 }
+}
 
 /// Quarters of vectors taken in the order of four lanes.
 macro_rules! quarters {

@@ -182,8 +182,7 @@ pub fn outer<T: Real>(dst: &mut [Piece<T>], a: &[Couples], b: &[u32], wide: usiz
 mod x86 {
     use super::{Couples, Down, LANES, Lanes, Scattered};
     use crate::Real;
-    use crate::kernels::lanes::wide::first;
-    use crate::kernels::turn::{mixed, pairs as pairs_of, transposed};
+    use crate::kernels::turn::{first, mixed, pairs as pairs_of, transposed};
     use std::arch::x86_64::*;
     use std::mem::transmute;
 

@@ -122,7 +122,7 @@ impl<T: Real, F: Fn(usize) -> usize, G: Fn(usize) -> usize> Kernel for Copy<'_, 
 mod x86 {
     use super::{Copy, LANES};
     use crate::Real;
-    use crate::kernels::lanes::wide::first;
+    use crate::kernels::turn::first;
     use std::arch::x86_64::*;
 
     /// # Safety

@@ -4,11 +4,6 @@ use super::{LANES, Lanes};
 use crate::kernels::turn::transposed;
 use std::arch::x86_64::*;
 
-/// The first `count` of sixteen lanes.
-pub fn first(count: usize) -> __mmask16 {
-    if count < LANES { (1 << count) - 1 } else { !0 }
-}
-
 type Vector = __m512;
 
 #[target_feature(enable = "avx512f")]
