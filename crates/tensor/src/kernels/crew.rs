@@ -3,10 +3,9 @@
 
 use rayon::prelude::*;
 use std::any::Any;
-use std::cell::Cell;
+use std::cell::{Cell, UnsafeCell};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::ptr;
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -29,28 +28,16 @@ thread_local! {
 /// `f`, where waiting for the end of `f` would be waiting for itself.
 pub fn awake<R: Send>(f: impl FnOnce() -> R + Send) -> R {
     const MOMENT: Duration = Duration::from_micros(200);
-    let (own, threads) = (rayon::current_thread_index(), rayon::current_num_threads());
-    if own.is_none() || threads == 1 || INSIDE.get() {
-        return f();
-    }
-    let (looking, begun, done, crew) =
-        (AtomicUsize::new(0), AtomicBool::new(false), AtomicBool::new(false), Crew::default());
+    let threads = rayon::current_num_threads();
+    let Some(own) = rayon::current_thread_index().filter(|_| threads > 1 && !INSIDE.get()) else { return f() };
+    let (looking, begun, crew) = (AtomicUsize::new(0), AtomicBool::new(false), Crew::new(own, threads));
     let look = |index: usize| {
-        if Some(index) == own || begun.load(Ordering::Acquire) {
-            return;
-        }
-        looking.fetch_add(1, Ordering::Relaxed);
-        let mut idle = 0;
-        while !done.load(Ordering::Relaxed) {
-            let due = idle >= PATIENCE || idle % LOOKS == LOOKS - 1;
-            if crew.help() || (due && rayon::yield_now() == Some(rayon::Yield::Executed)) {
-                idle = 0;
-            } else {
-                pause(&mut idle);
-            }
+        if index != own && !begun.load(Ordering::Acquire) {
+            looking.fetch_add(1, Ordering::Relaxed);
+            crew.look(index);
         }
     };
-    let end = Done(&done);
+    let end = Done(&crew);
     rayon::in_place_scope(|scope| {
         scope.spawn_broadcast(|_, context| look(context.index()));
         let end = end; // also when `f` panics
@@ -76,11 +63,47 @@ pub fn run(count: usize, piece: impl Fn(usize) + Sync) {
     match CREW.get() {
         Some(crew) => {
             let _helped = Helped(CREW.replace(None));
-            let on = Loop::new(&piece, count);
             // SAFETY: `awake`, which set it for this thread, is still running and holds the crew.
-            unsafe { &*crew }.share(&on);
+            unsafe { &*crew }.share(count, &piece);
         }
         None => (0..count).into_par_iter().with_max_len(1).for_each(&piece),
+    }
+}
+
+/// Runs `f` on every task, each on whatever thread is free; what it returns, in their order. When it panics, what other tasks returned, or hold and
+/// were not run, is not dropped.
+pub fn map<W: Send, R: Send>(mut tasks: Vec<W>, f: impl Fn(W) -> R + Sync) -> Vec<R> {
+    let count = tasks.len();
+    let mut results = Vec::with_capacity(count);
+    let places = Places { tasks: tasks.as_ptr(), results: results.as_mut_ptr() };
+    // SAFETY: fewer than there are. `places` alone hands them out from here on, and each piece is run once.
+    unsafe { tasks.set_len(0) };
+    run(count, |i| unsafe { places.put(i, f(places.task(i))) });
+    // SAFETY: every piece was run and has put its result.
+    unsafe { results.set_len(count) };
+    results
+}
+
+/// Where tasks and results of a loop are. Tasks are read and not locked: cores would wait for one another's cache lines.
+struct Places<W, R> {
+    tasks: *const W,
+    results: *mut R,
+}
+
+// SAFETY: each task is taken by one thread, and each result put by one.
+unsafe impl<W: Send, R: Send> Sync for Places<W, R> {}
+
+impl<W, R> Places<W, R> {
+    /// # Safety
+    /// `i` is one of the tasks, and asked for once.
+    unsafe fn task(&self, i: usize) -> W {
+        unsafe { self.tasks.add(i).read() }
+    }
+
+    /// # Safety
+    /// There is room for result `i`, which nobody else uses.
+    unsafe fn put(&self, i: usize, result: R) {
+        unsafe { self.results.add(i).write(result) }
     }
 }
 
@@ -94,88 +117,12 @@ fn pause(idle: &mut usize) {
     }
 }
 
-struct Done<'s>(&'s AtomicBool);
-
-impl Drop for Done<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
-
 /// Gives this thread back the crew that it had.
 struct Helped(Option<*const Crew>);
 
 impl Drop for Helped {
     fn drop(&mut self) {
         CREW.set(self.0);
-    }
-}
-
-/// A loop that is being run. Each thread goes through a span of neighbouring pieces, which read the same weights, and then takes from the ends of
-/// other spans. It has the same span in every loop, so that it finds in its cache the rows that it wrote in the one before.
-struct Loop<'s> {
-    piece: &'s (dyn Fn(usize) + Sync),
-    /// One for each thread.
-    spans: Vec<Span>,
-    /// What a piece on another thread panicked with.
-    broken: Mutex<Option<Box<dyn Any + Send>>>,
-}
-
-impl<'s> Loop<'s> {
-    fn new(piece: &'s (dyn Fn(usize) + Sync), count: usize) -> Self {
-        assert!(u32::try_from(count).is_ok(), "a loop of more than 2³² pieces");
-        let threads = rayon::current_num_threads().min(count);
-        let bound = |thread: usize| (count * thread / threads) as u64;
-        let spans = (0..threads).map(|i| Span(AtomicU64::new(bound(i + 1) << 32 | bound(i)))).collect();
-        Loop { piece, spans, broken: Mutex::new(None) }
-    }
-
-    /// Takes pieces until there are none; whether there was one.
-    fn work(&self) -> bool {
-        let _inside = Inside(INSIDE.replace(true));
-        let own = rayon::current_thread_index().unwrap_or(0) % self.spans.len();
-        let mut took = false;
-        while let Some(i) = self.spans[own].take(false).or_else(|| self.steal()) {
-            (self.piece)(i);
-            took = true;
-        }
-        took
-    }
-
-    /// The last piece of the longest span.
-    fn steal(&self) -> Option<usize> {
-        loop {
-            let (left, longest) = self.spans.iter().map(|span| (span.left(), span)).max_by_key(|(left, _)| *left)?;
-            if left == 0 {
-                return None;
-            }
-            if let Some(i) = longest.take(true) {
-                return Some(i);
-            }
-        }
-    }
-}
-
-/// The pieces start..end of a span that nobody has taken, as end << 32 | start; alone on its cache line.
-#[repr(align(64))]
-struct Span(AtomicU64);
-
-impl Span {
-    const START: u64 = u32::MAX as u64;
-
-    fn left(&self) -> u64 {
-        let span = self.0.load(Ordering::Relaxed);
-        (span >> 32) - (span & Span::START)
-    }
-
-    /// The first or the last of them, if there is one.
-    fn take(&self, last: bool) -> Option<usize> {
-        let step = |span: u64| {
-            let (start, end) = (span & Span::START, span >> 32);
-            (start < end).then(|| if last { (end - 1) << 32 | start } else { end << 32 | (start + 1) })
-        };
-        let before = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, step).ok()?;
-        Some(if last { (before >> 32) - 1 } else { before & Span::START } as usize)
     }
 }
 
@@ -188,63 +135,160 @@ impl Drop for Inside {
     }
 }
 
-/// Threads that look for the loops of another.
-#[derive(Default)]
+type Piece<'s> = &'s (dyn Fn(usize) + Sync);
+
+/// The threads of a step.
 struct Crew {
-    /// The loop that is on, or null.
-    now: AtomicPtr<Loop<'static>>,
-    /// Threads that may hold it.
-    at_work: AtomicUsize,
+    posts: Vec<Post>,
+    /// Whose step it is.
+    leader: usize,
+    /// What a piece on another thread panicked with, if one did.
+    broken: AtomicBool,
+    payload: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
 impl Crew {
-    /// Runs the loop with all who look, and returns when every piece is done.
-    fn share(&self, on: &Loop<'_>) {
+    fn new(leader: usize, threads: usize) -> Self {
+        let posts = (0..threads).map(|_| Post::default()).collect();
+        Crew { posts, leader, broken: AtomicBool::new(false), payload: Mutex::new(None) }
+    }
+
+    /// Runs a loop with all who look, and returns when every piece is done. Each thread goes through a span of neighbouring pieces, which read the same
+    /// weights, and then takes from the ends of other spans. It has the same span in every loop, so that it finds in its cache the rows that it wrote
+    /// in the one before.
+    fn share(&self, count: usize, piece: Piece<'_>) {
+        assert!(u32::try_from(count).is_ok(), "a loop of more than 2³² pieces");
+        let bound = |thread: usize| (count * thread / self.posts.len()) as u64;
         let ended = Ended(self); // also when a piece panics
-        self.now.store(ptr::from_ref(on).cast_mut().cast(), Ordering::SeqCst);
-        on.work();
+        for (i, post) in self.posts.iter().enumerate() {
+            let (start, end) = (bound(i), bound(i + 1));
+            post.span.store(end << 32 | start, Ordering::Relaxed);
+            if i != self.leader && start < end {
+                // SAFETY: nobody is at this post, and `Ended` waits until nobody is at it any more: the piece lives as long as it is used.
+                unsafe { *post.piece.get() = Some(std::mem::transmute::<Piece<'_>, Piece<'static>>(piece)) };
+                post.state.store(OPEN, Ordering::Release);
+            }
+        }
+        self.work(self.leader, piece);
         drop(ended);
-        if let Some(payload) = on.broken.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            resume_unwind(payload);
+        if self.broken.swap(false, Ordering::Relaxed) {
+            let payload = self.payload.lock().unwrap_or_else(PoisonError::into_inner).take();
+            resume_unwind(payload.expect("a broken loop has a payload"));
         }
     }
 
-    /// Takes part in the loop that is on, if there is one; whether there was something to do.
-    fn help(&self) -> bool {
-        if self.now.load(Ordering::Relaxed).is_null() {
+    /// Takes pieces until there are none.
+    fn work(&self, own: usize, piece: Piece<'_>) {
+        let _inside = Inside(INSIDE.replace(true));
+        while let Some(i) = self.posts[own].take(false).or_else(|| self.steal()) {
+            piece(i);
+        }
+    }
+
+    /// The last piece of the longest span.
+    fn steal(&self) -> Option<usize> {
+        loop {
+            let (left, longest) = self.posts.iter().map(|post| (post.left(), post)).max_by_key(|(left, _)| *left)?;
+            if left == 0 {
+                return None;
+            }
+            if let Some(i) = longest.take(true) {
+                return Some(i);
+            }
+        }
+    }
+
+    /// Stays at a post, looking also for work of the pool, until the step is done.
+    fn look(&self, own: usize) {
+        let (post, mut idle) = (&self.posts[own], 0);
+        loop {
+            let due = idle >= PATIENCE || idle % LOOKS == LOOKS - 1;
+            match post.state.load(Ordering::Relaxed) {
+                DONE => return,
+                OPEN if self.help(own) => idle = 0,
+                _ if due && rayon::yield_now() == Some(rayon::Yield::Executed) => idle = 0,
+                _ => pause(&mut idle),
+            }
+        }
+    }
+
+    /// Takes part in the loop that is on; whether the post was open still.
+    fn help(&self, own: usize) -> bool {
+        let post = &self.posts[own];
+        if post.state.compare_exchange(OPEN, BUSY, Ordering::Acquire, Ordering::Relaxed).is_err() {
             return false;
         }
-        self.at_work.fetch_add(1, Ordering::SeqCst);
-        let _left = Left(&self.at_work);
-        let now = self.now.load(Ordering::SeqCst);
-        // SAFETY: the loop lives until `Ended` has taken it away and then seen nobody at work. In the one order of these four steps this thread either
-        // came to work before `Ended` looked, or finds null here, or a later loop.
-        let Some(on) = (unsafe { now.as_ref() }) else { return false };
-        catch_unwind(AssertUnwindSafe(|| on.work())).unwrap_or_else(|payload| {
-            *on.broken.lock().unwrap_or_else(PoisonError::into_inner) = Some(payload);
-            true
-        })
+        // SAFETY: it was set before the post was opened, and is not again before it is idle.
+        let piece = unsafe { *post.piece.get() }.expect("an open post has a piece");
+        if let Err(payload) = catch_unwind(AssertUnwindSafe(|| self.work(own, piece))) {
+            *self.payload.lock().unwrap_or_else(PoisonError::into_inner) = Some(payload);
+            self.broken.store(true, Ordering::Relaxed);
+        }
+        post.state.store(IDLE, Ordering::Release);
+        true
     }
 }
 
-struct Left<'s>(&'s AtomicUsize);
+/// States of a post: nothing to do; a loop is on; a thread is at it; the step is done.
+const IDLE: u8 = 0;
+const OPEN: u8 = 1;
+const BUSY: u8 = 2;
+const DONE: u8 = 3;
 
-impl Drop for Left<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::SeqCst);
+/// What one thread is to do. It fetches all of it as one cache line, which its neighbours do not share.
+#[derive(Default)]
+#[repr(align(128))]
+struct Post {
+    state: AtomicU8,
+    /// The pieces start..end that nobody has taken, as end << 32 | start.
+    span: AtomicU64,
+    piece: UnsafeCell<Option<Piece<'static>>>,
+}
+
+// SAFETY: the leader sets the piece while nobody is at the post, and opens it; who then is at it reads it.
+unsafe impl Sync for Post {}
+
+impl Post {
+    const START: u64 = u32::MAX as u64;
+
+    fn left(&self) -> u64 {
+        let span = self.span.load(Ordering::Relaxed);
+        (span >> 32) - (span & Post::START)
+    }
+
+    /// The first or the last of its pieces, if there is one.
+    fn take(&self, last: bool) -> Option<usize> {
+        let step = |span: u64| {
+            let (start, end) = (span & Post::START, span >> 32);
+            (start < end).then(|| if last { (end - 1) << 32 | start } else { end << 32 | (start + 1) })
+        };
+        let before = self.span.fetch_update(Ordering::Relaxed, Ordering::Relaxed, step).ok()?;
+        Some(if last { (before >> 32) - 1 } else { before & Post::START } as usize)
     }
 }
 
-/// Takes the loop away and waits for those who are at it.
+/// Closes the posts where nobody came, and waits for those who did.
 struct Ended<'s>(&'s Crew);
 
 impl Drop for Ended<'_> {
     fn drop(&mut self) {
-        self.0.now.store(ptr::null_mut(), Ordering::SeqCst);
-        let mut idle = 0;
-        while self.0.at_work.load(Ordering::SeqCst) > 0 {
-            pause(&mut idle);
+        for post in &self.0.posts {
+            let mut idle = 0;
+            while post.state.load(Ordering::Acquire) != IDLE
+                && post.state.compare_exchange(OPEN, IDLE, Ordering::Relaxed, Ordering::Relaxed).is_err()
+            {
+                pause(&mut idle);
+            }
         }
+    }
+}
+
+/// Lets the threads go.
+struct Done<'s>(&'s Crew);
+
+impl Drop for Done<'_> {
+    fn drop(&mut self) {
+        self.0.posts.iter().for_each(|post| post.state.store(DONE, Ordering::Relaxed));
     }
 }
 

@@ -2,7 +2,6 @@
 
 use crate::Real;
 use crate::kernels::crew;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Rows a block of a cross-row reduction has. Fixed: it decides the order of summation.
 const BLOCK: usize = 64;
@@ -38,17 +37,7 @@ pub fn map<W: Send, R: Send>(pool: bool, tasks: Vec<W>, f: impl Fn(W) -> R + Syn
     if !pool {
         return tasks.into_iter().map(f).collect();
     }
-    let places: Vec<_> = tasks.into_iter().map(|task| (Mutex::new(Some(task)), Mutex::new(None))).collect();
-    crew::run(places.len(), |i| {
-        let task = held(&places[i].0).take().expect("a piece is run once");
-        let result = f(task);
-        *held(&places[i].1) = Some(result);
-    });
-    places.into_iter().map(|(_, result)| held(&result).take().expect("every piece was run")).collect()
-}
-
-fn held<W>(place: &Mutex<W>) -> MutexGuard<'_, W> {
-    place.lock().unwrap_or_else(PoisonError::into_inner)
+    crew::map(tasks, f)
 }
 
 /// Numbers of a piece of a loop over so many: enough pieces to even out threads, none too small to be worth taking.
