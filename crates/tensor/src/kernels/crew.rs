@@ -9,16 +9,19 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Pauses between two looks for the crew's loops, how many of them make one at the pool's too, and how many are in vain before the system may run others
-/// instead.
+/// Pauses between two looks for a loop of the step.
 const PAUSES: usize = 4;
+
+/// Of so many looks one is for work of the pool too.
 const LOOKS: usize = 8;
+
+/// Looks in vain before the system may run others instead.
 const PATIENCE: usize = 4000;
 
 thread_local! {
     /// Of the thread that runs a step: who helps it. Nobody while it is inside a piece of a loop.
     static CREW: Cell<Option<*const Crew>> = const { Cell::new(None) };
-    /// Whether the thread is inside a piece: a step begun there would wait for threads that wait for the piece.
+    /// Whether the thread runs a loop of a step, or looks for one: a step begun there would wait for threads that wait for it.
     static INSIDE: Cell<bool> = const { Cell::new(false) };
 }
 
@@ -32,7 +35,7 @@ pub fn awake<R: Send>(f: impl FnOnce() -> R + Send) -> R {
     let Some(own) = rayon::current_thread_index().filter(|_| threads > 1 && !INSIDE.get()) else { return f() };
     let (looking, begun, crew) = (AtomicUsize::new(0), AtomicBool::new(false), Crew::new(own, threads));
     let look = |index: usize| {
-        if index != own && !begun.load(Ordering::Acquire) {
+        if index != own && !begun.load(Ordering::Relaxed) {
             looking.fetch_add(1, Ordering::Relaxed);
             crew.look(index);
         }
@@ -45,7 +48,7 @@ pub fn awake<R: Send>(f: impl FnOnce() -> R + Send) -> R {
         while looking.load(Ordering::Relaxed) + 1 < threads && called.elapsed() < MOMENT {
             std::hint::spin_loop();
         }
-        begun.store(true, Ordering::Release);
+        begun.store(true, Ordering::Relaxed);
         // A thread that is missing could not help; loops are rayon's then, which wake it.
         let all = looking.load(Ordering::Relaxed) + 1 == threads;
         let helped = Helped(CREW.replace(all.then_some(&raw const crew)));
@@ -62,16 +65,18 @@ pub fn run(count: usize, piece: impl Fn(usize) + Sync) {
     }
     match CREW.get() {
         Some(crew) => {
-            let _helped = Helped(CREW.replace(None));
+            CREW.set(None);
             // SAFETY: `awake`, which set it for this thread, is still running and holds the crew.
             unsafe { &*crew }.share(count, &piece);
+            // Not after a panic, which leaves pieces in spans: later loops of the step are rayon's then.
+            CREW.set(Some(crew));
         }
         None => (0..count).into_par_iter().with_max_len(1).for_each(&piece),
     }
 }
 
-/// Runs `f` on every task, each on whatever thread is free; what it returns, in their order. When it panics, what other tasks returned, or hold and
-/// were not run, is not dropped.
+/// Runs `f` on every task, each on whatever thread is free; what it returns, in their order. If it panics, tasks that were not run and results of
+/// others are leaked.
 pub fn map<W: Send, R: Send>(mut tasks: Vec<W>, f: impl Fn(W) -> R + Sync) -> Vec<R> {
     let count = tasks.len();
     let mut results = Vec::with_capacity(count);
@@ -126,7 +131,7 @@ impl Drop for Helped {
     }
 }
 
-/// Sets back whether the thread is inside a piece.
+/// Sets back whether the thread runs loops.
 struct Inside(bool);
 
 impl Drop for Inside {
@@ -143,22 +148,22 @@ struct Crew {
     /// Whose step it is.
     leader: usize,
     /// What a piece on another thread panicked with, if one did.
-    broken: AtomicBool,
-    payload: Mutex<Option<Box<dyn Any + Send>>>,
+    broken: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
 impl Crew {
     fn new(leader: usize, threads: usize) -> Self {
         let posts = (0..threads).map(|_| Post::default()).collect();
-        Crew { posts, leader, broken: AtomicBool::new(false), payload: Mutex::new(None) }
+        Crew { posts, leader, broken: Mutex::new(None) }
     }
 
     /// Runs a loop with all who look, and returns when every piece is done. Each thread goes through a span of neighbouring pieces, which read the same
     /// weights, and then takes from the ends of other spans. It has the same span in every loop, so that it finds in its cache the rows that it wrote
     /// in the one before.
     fn share(&self, count: usize, piece: Piece<'_>) {
-        assert!(u32::try_from(count).is_ok(), "a loop of more than 2³² pieces");
-        let bound = |thread: usize| (count * thread / self.posts.len()) as u64;
+        assert!(u32::try_from(count).is_ok(), "a loop of 2³² pieces or more");
+        let bound = |thread: usize| count as u64 * thread as u64 / self.posts.len() as u64;
+        let _inside = Inside(INSIDE.replace(true));
         let ended = Ended(self); // also when a piece panics
         for (i, post) in self.posts.iter().enumerate() {
             let (start, end) = (bound(i), bound(i + 1));
@@ -171,15 +176,13 @@ impl Crew {
         }
         self.work(self.leader, piece);
         drop(ended);
-        if self.broken.swap(false, Ordering::Relaxed) {
-            let payload = self.payload.lock().unwrap_or_else(PoisonError::into_inner).take();
-            resume_unwind(payload.expect("a broken loop has a payload"));
+        if let Some(payload) = self.broken.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            resume_unwind(payload);
         }
     }
 
     /// Takes pieces until there are none.
     fn work(&self, own: usize, piece: Piece<'_>) {
-        let _inside = Inside(INSIDE.replace(true));
         while let Some(i) = self.posts[own].take(false).or_else(|| self.steal()) {
             piece(i);
         }
@@ -201,6 +204,7 @@ impl Crew {
     /// Stays at a post, looking also for work of the pool, until the step is done.
     fn look(&self, own: usize) {
         let (post, mut idle) = (&self.posts[own], 0);
+        let _inside = Inside(INSIDE.replace(true)); // also of work of the pool that it takes
         loop {
             let due = idle >= PATIENCE || idle % LOOKS == LOOKS - 1;
             match post.state.load(Ordering::Relaxed) {
@@ -218,24 +222,26 @@ impl Crew {
         if post.state.compare_exchange(OPEN, BUSY, Ordering::Acquire, Ordering::Relaxed).is_err() {
             return false;
         }
+        let _left = Left(post);
         // SAFETY: it was set before the post was opened, and is not again before it is idle.
         let piece = unsafe { *post.piece.get() }.expect("an open post has a piece");
         if let Err(payload) = catch_unwind(AssertUnwindSafe(|| self.work(own, piece))) {
-            *self.payload.lock().unwrap_or_else(PoisonError::into_inner) = Some(payload);
-            self.broken.store(true, Ordering::Relaxed);
+            *self.broken.lock().unwrap_or_else(PoisonError::into_inner) = Some(payload);
         }
-        post.state.store(IDLE, Ordering::Release);
         true
     }
 }
 
-/// States of a post: nothing to do; a loop is on; a thread is at it; the step is done.
+/// State of a post where there is nothing to do.
 const IDLE: u8 = 0;
+/// A loop is on, and the thread has not come.
 const OPEN: u8 = 1;
+/// The thread takes part in the loop.
 const BUSY: u8 = 2;
+/// The step is done.
 const DONE: u8 = 3;
 
-/// What one thread is to do. It fetches all of it as one cache line, which its neighbours do not share.
+/// What one thread is to do. It fetches all of it as one cache line, which its neighbours do not share; processors fetch lines in pairs.
 #[derive(Default)]
 #[repr(align(128))]
 struct Post {
@@ -264,6 +270,15 @@ impl Post {
         };
         let before = self.span.fetch_update(Ordering::Relaxed, Ordering::Relaxed, step).ok()?;
         Some(if last { (before >> 32) - 1 } else { before & Post::START } as usize)
+    }
+}
+
+/// Leaves a post.
+struct Left<'s>(&'s Post);
+
+impl Drop for Left<'_> {
+    fn drop(&mut self) {
+        self.0.state.store(IDLE, Ordering::Release);
     }
 }
 
@@ -357,6 +372,28 @@ mod tests {
         let add = |i: usize| _ = sum.fetch_add(i, Ordering::Relaxed);
         pool.install(|| awake(|| (0..100).for_each(|_| run(4, |_| awake(|| run(3, add))))));
         assert_eq!(sum.into_inner(), 100 * 4 * 3);
+    }
+
+    /// A panic that the step catches leaves no pieces behind for the loops after it.
+    #[test]
+    fn loops_after_a_panic_that_was_caught_run_every_piece_once() {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
+        for bad in [0, 20, 40, 59] {
+            let step = || {
+                let broken = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                    run(60, |i| {
+                        std::thread::sleep(Duration::from_micros(20));
+                        assert!(i != bad, "as a task may");
+                    });
+                }));
+                assert!(broken.is_err());
+                for count in [2, 5, 60] {
+                    let times: Vec<AtomicUsize> = (0..count).map(|_| AtomicUsize::new(0)).collect();
+                    assert_eq!(map((0..count).collect(), |i| times[i].fetch_add(1, Ordering::Relaxed)), vec![0; count]);
+                }
+            };
+            pool.install(|| awake(step));
+        }
     }
 
     /// A piece of work that `f` waits for, and that takes the call to look from its thread's queue while it waits itself, as the pieces of a loop do.

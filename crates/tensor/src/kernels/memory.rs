@@ -8,9 +8,9 @@ use crate::Real;
 /// Bytes from which a block is mapped on its own.
 const MAPPED: usize = 32 << 20;
 
-/// Lets the process keep freed memory for its next use, blocks of `MAPPED` bytes left out (flat buffers and the arena hold on to theirs). Threads keep
-/// heaps of their own: with one for all, small blocks of two threads lie on one cache line, which cores then take from each other at every write. For
-/// the whole process, once; without effect on other C libraries than glibc.
+/// Lets the process keep freed memory for its next use, blocks of `MAPPED` bytes left out (flat buffers and the arena hold on to theirs). For the
+/// whole process, once; without effect on other C libraries than glibc. Threads keep heaps of their own, although each may lead a step and keep what
+/// that took: with one heap for all, small blocks of two threads lie on one cache line, which cores take from each other at every write.
 pub fn keep_pages() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     {
