@@ -100,15 +100,8 @@ impl<T: Real> Kernel for Forward<'_, T> {
                 }
             }
             let scale = T::ONE / (total(sums) / T::from_f64(d as f64) + self.epsilon).sqrt();
-            let ((ys, y_rest), (gs, g_rest)) = (y.as_chunks_mut::<SUMS>(), self.g_d.as_chunks::<SUMS>());
-            for ((y, x), g) in ys.iter_mut().zip(lanes).zip(gs) {
-                let mut scaled = *x;
-                for l in 0..SUMS {
-                    scaled[l] = g[l] * x[l] * scale;
-                }
-                *y = scaled;
-            }
-            for ((y, x), g) in y_rest.iter_mut().zip(rest).zip(g_rest) {
+            // Number by number: of a loop over chunks the compiler makes gathers and scatters across them.
+            for ((y, x), g) in y.iter_mut().zip(x).zip(self.g_d) {
                 *y = *g * *x * scale;
             }
             *inverse = scale;
